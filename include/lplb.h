@@ -1,0 +1,271 @@
+/*
+ * lplb: exact, certified load balancing for Mixture-of-Experts training.
+ *
+ * Every micro-batch routes a different number of tokens to each expert. Where an expert has replicas on several GPUs (ranks), lplb
+ * decides which replica each token goes to, so that the busiest rank of each group has as little as is mathematically possible, and it
+ * proves it: with each plan comes a set of ranks (the witness) from which anybody can recompute a lower bound equal to the result.
+ *
+ * Reading order: 1. version and status  2. planner: create, place  3. planner: plan (count, solve, redirect, run)  4. reading results
+ *                5. placement alone  6. one-off solve
+ *
+ * Words
+ *   rank              one GPU of the expert-parallel (EP) group; there are ep_size of them
+ *   logical expert    an expert that the router selects, 0 .. n_logical-1
+ *   physical expert   a slot that holds the weights of one logical expert; rank r owns the slots [r*n_local, (r+1)*n_local)
+ *   replica           one of the physical experts of a logical expert that has several; the original comes first
+ *   load              tokens per logical expert; a token routed to k experts counts k times
+ *   r2o               [group_size][n_redundant]: slot d of rank r of a group replicates slot d of rank r2o[r][d] of the same group
+ *   group             group_size consecutive ranks that balance among themselves; the groups are solved independently
+ *
+ * Rules that hold for every call
+ *   - Every function that can fail returns lplb_status. LPLB_OK is 0. The words about the last failure on a planner are
+ *     lplb_planner_error(planner); functions without a planner write them to `message`.
+ *   - A failed call changes nothing: the planner keeps the placement and the plan it had.
+ *   - `stream` is a cudaStream_t (NULL: the default stream) and is ignored by CPU planners. On a CUDA planner all data pointers of section 3
+ *     are device pointers and the call returns before the work is done; on a CPU planner they are host pointers and the work is done
+ *     when the call returns. The pointers of the sections 2, 4, 5 and 6 are always host pointers and these calls are synchronous.
+ *   - Section 3 allocates nothing, waits for nothing and can be captured in a CUDA graph.
+ *   - Threads: different planners may be used from different threads at the same time. Two calls on one planner at the same time are
+ *     refused with LPLB_ERROR_BUSY, never corrupted. On CUDA a planner's work belongs to one stream order: calls on several streams
+ *     need an event between them, as for any buffer.
+ *   - Equal inputs give equal bits: on every rank, on every run, on the CPU and on the GPU.
+ */
+#ifndef LPLB_H
+#define LPLB_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- 1. Version and status -------------------------------------------------------------------------------------------------- */
+
+#define LPLB_VERSION_MAJOR 0
+#define LPLB_VERSION_MINOR 1
+#define LPLB_VERSION_PATCH 0
+/* 10000 * major + 100 * minor + patch */
+#define LPLB_VERSION 100
+
+/* Limits of one planner. Beyond them creation is refused with LPLB_ERROR_UNSUPPORTED. */
+#define LPLB_MAX_RANKS 1024           /* ranks in one group; an EP group may hold many groups */
+#define LPLB_MAX_EP_SIZE 8192         /* ranks in all */
+#define LPLB_MAX_LOGICAL 4096
+#define LPLB_MAX_PHYSICAL 8192
+#define LPLB_MAX_RANKS_CUDA 512       /* the same limits of a CUDA planner */
+#define LPLB_MAX_LOGICAL_CUDA 1024
+#define LPLB_MAX_PHYSICAL_CUDA 4096
+#define LPLB_MAX_LOAD (INT64_C(1) << 40)  /* tokens of one logical expert in a solve on the CPU; on CUDA a group's total stays below 2^31 */
+
+typedef int32_t lplb_status;
+enum {
+    LPLB_OK = 0,
+    LPLB_ERROR_INVALID_ARGUMENT = 1, /* an argument breaks a rule; the words name the argument, the rule and the value */
+    LPLB_ERROR_UNSUPPORTED = 2,      /* valid, but beyond a limit of this library or of this planner's device */
+    LPLB_ERROR_WRONG_ORDER = 3,      /* a call that needs another one before it, e.g. redirect before solve */
+    LPLB_ERROR_BUSY = 4,             /* another thread is inside a call on this planner */
+    LPLB_ERROR_OUT_OF_MEMORY = 5,
+    LPLB_ERROR_NO_CUDA = 6,          /* built without CUDA, or this machine has no usable GPU or driver */
+    LPLB_ERROR_CUDA = 7,             /* the CUDA runtime failed; the words hold its name for the error */
+    LPLB_ERROR_TIMEOUT = 8,          /* a peer did not answer in time */
+    LPLB_ERROR_INTERNAL = 9          /* a defect of this library */
+};
+
+/* LPLB_VERSION of the library that is loaded, to compare with the header's. Never fails. */
+int32_t lplb_version(void);
+
+/* Static text of a status, e.g. "invalid argument"; "unknown status" for other numbers. Never NULL, never freed. */
+const char *lplb_status_string(lplb_status status);
+
+/* One line about the build: version, CUDA version and architectures or "without CUDA", Swift version. Static. */
+const char *lplb_build_info(void);
+
+/* ---- 2. Planner: create and place ------------------------------------------------------------------------------------------- */
+
+/* A planner holds one EP group's topology, its placement and the latest plan. Opaque. */
+typedef struct lplb_planner lplb_planner;
+
+typedef int32_t lplb_dtype;
+enum { LPLB_INT32 = 0, LPLB_INT64 = 1 };
+
+enum { LPLB_DEVICE_CPU = -1 };        /* lplb_config.device; 0 and above are CUDA ordinals */
+enum { LPLB_WHOLE_BATCH = -1 };       /* lplb_config.rank: the ids are those of all ranks together */
+enum { LPLB_SOLVER_FLOW = 0,          /* exact, integral, certified */
+       LPLB_SOLVER_IPM = 1 };         /* interior point method, CUDA only: near-optimal, for comparison and cross-checks */
+
+typedef struct lplb_config {
+    int64_t struct_size;   /* sizeof(lplb_config); LPLB_CONFIG_INIT sets it */
+    int32_t device;        /* LPLB_DEVICE_CPU or a CUDA ordinal */
+    int32_t solver;        /* LPLB_SOLVER_* */
+    int64_t ep_size;       /* ranks */
+    int64_t rank;          /* which of them this planner plans for, or LPLB_WHOLE_BATCH */
+    int64_t n_nodes;       /* hosts; ranks of one host are consecutive; divides ep_size. 0: ep_size / 8 if that divides, else 1 */
+    int64_t n_logical;     /* logical experts */
+    int64_t n_physical;    /* physical experts, replicas included; a multiple of ep_size */
+    int64_t group_size;    /* ranks that balance among themselves; divides ep_size. 0: ep_size */
+    int64_t n_redundant;   /* columns of r2o. 0 with r2o NULL: general placement, given by lplb_planner_set_placement */
+    const int32_t *r2o;    /* host, [group_size][n_redundant], copied; NULL: general placement */
+} lplb_config;
+
+#define LPLB_CONFIG_INIT { (int64_t)sizeof(lplb_config), LPLB_DEVICE_CPU, LPLB_SOLVER_FLOW, 0, LPLB_WHOLE_BATCH, 0, 0, 0, 0, 0, 0 }
+
+/*
+ * Creates a planner. With r2o it is placed at once as lplb_planner_place(planner, NULL) would. Without r2o, and with as many physical
+ * as logical experts, slot i holds expert i; otherwise lplb_planner_set_placement must come before any plan.
+ * With r2o: n_logical is a multiple of ep_size, every column of r2o is a permutation of 0 .. group_size-1 (a self copy r2o[r][d] == r
+ * is accepted and moves nothing), and the redundant slots of a rank, (n_physical - n_logical) / ep_size, are m * n_redundant for an
+ * integer m >= 1 with m * n_redundant <= n_logical / ep_size.
+ * message: NULL, or message_size bytes for the reason of a failure (cut to fit, always NUL-terminated).
+ */
+lplb_status lplb_planner_create(const lplb_config *config, lplb_planner **planner, char *message, int64_t message_size);
+
+/* Ends a planner. NULL is fine. On CUDA waits for the planner's device to be idle. No other thread may be inside a call on it. */
+void lplb_planner_destroy(lplb_planner *planner);
+
+/* Words about the last failed call on this planner, "" if none failed. Owned by the planner, valid until its next call. Never NULL. */
+const char *lplb_planner_error(const lplb_planner *planner);
+
+/*
+ * Places the experts by the topology. history NULL: logical experts in order. history [n_logical] (tokens per logical expert over some
+ * past, finite, >= 0): EPLB reorders the experts over the ranks without replication (n_group groups, n_nodes nodes), then every rank
+ * sorts its experts by history, heaviest first. The first m*n_redundant experts of each rank are replicated: local slot j*n_redundant+d
+ * of rank r2o[q][d] is copied to rank q of the same group and stands there behind q's own experts at offset j*n_redundant + d.
+ * Needs r2o. May allocate. On CUDA waits for the stream, then updates the tables in place, so captured graphs stay valid.
+ */
+lplb_status lplb_planner_place(lplb_planner *planner, const double *history, void *stream);
+
+/*
+ * Sets a general placement: phy2log [n_physical], the logical expert that each slot holds; every logical expert at least once, all
+ * replicas of an expert within one group. Several replicas of an expert on one rank are accepted: the first of them takes that rank's
+ * share, since splitting it further can only make the work of that rank smaller pieces. Replicas are ordered by slot, the first is the
+ * original. Planners created without r2o only. May allocate at the first call; later ones update the tables in place.
+ */
+lplb_status lplb_planner_set_placement(lplb_planner *planner, const int32_t *phy2log, int64_t n_physical, void *stream);
+
+/* The placement. phy2log [n_physical]; log2phy [n_logical][max_replicas], -1 padded, original first; logcnt [n_logical]: replicas. */
+lplb_status lplb_planner_max_replicas(lplb_planner *planner, int64_t *max_replicas);
+lplb_status lplb_planner_phy2log(lplb_planner *planner, int32_t *phy2log, int64_t n_physical);
+lplb_status lplb_planner_log2phy(lplb_planner *planner, int32_t *log2phy, int64_t n_logical, int64_t max_replicas);
+lplb_status lplb_planner_logcnt(lplb_planner *planner, int32_t *logcnt, int64_t n_logical);
+
+/* ---- 3. Planner: plan ------------------------------------------------------------------------------------------------------- */
+
+/*
+ * Ids: n_ids logical experts, -1 .. n_logical-1, in row-major order of whatever shape the caller has; -1 means "no expert" and stays -1.
+ * Any other id is never used as an index: it is counted in lplb_plan_info.invalid_ids and comes back as -1.
+ * max_blocks: upper bound of the CUDA blocks used, 0: as many as measured best. CPU planners ignore it.
+ */
+
+/*
+ * counts[n_logical] (int32) = tokens per logical expert among the ids. cumulative: NULL, or int32 [n_chunks][n_logical]: the ids are cut
+ * into n_chunks equal runs (of ceil(n_ids / n_chunks) ids, rounded up to a multiple of 1024; the last ones may be empty) and row i
+ * counts the runs 0 .. i. n_chunks >= 1 when cumulative is given.
+ */
+lplb_status lplb_planner_count(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, int32_t *counts,
+                               int32_t *cumulative, int64_t n_chunks, void *stream);
+
+/*
+ * Solves every group for the given counts and keeps the plan. counts: [n_sources][n_logical] of dtype counts_dtype, each >= 0, where
+ * n_sources is 1 (the counts of the whole batch) or ep_size (the counts of every rank, in rank order). The plan is the same for the
+ * same column sums; with ep_size sources the tokens of this planner's rank are assigned too: own rank first, then own node, then the rest.
+ * With 1 source and a rank given in the config, the source is that rank alone.
+ * ratios: NULL, or float32 [n_group][group_size][n_redundant]: the share of the tokens of slot class d of a rank that stays at the
+ *   original (1 where there are none). Topology planners only.
+ * scaled: NULL, or float32 [n_logical]: the column sums divided by their maximum (0 where that is 0).
+ * counter: NULL, or one integer of dtype counter_dtype that grows by the number of groups solved.
+ */
+lplb_status lplb_planner_solve(lplb_planner *planner, const void *counts, lplb_dtype counts_dtype, int64_t n_sources, float *ratios,
+                               float *scaled, void *counter, lplb_dtype counter_dtype, void *stream);
+
+/*
+ * Rewrites logical ids as physical ones by the latest plan. The k-th occurrence of an expert in ids goes to the replica whose interval
+ * of the plan holds k, so the result does not depend on thread timing, and the loads of all ranks equal the plan exactly when ids are
+ * those that were counted. Occurrences beyond the plan's count go to the original. out may equal ids.
+ */
+lplb_status lplb_planner_redirect(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, void *out,
+                                  int64_t max_blocks, void *stream);
+
+/*
+ * The same by ratios, without a plan: of the c occurrences of a replicated expert of slot class d of rank r in ids, the first
+ * round(ratios[group][r][d] * c) go to the original and the others to the copy. Ratios are clamped to [0, 1]; NaN counts as 1.
+ * ratios: float32 [n_group][group_size][n_redundant]. cumulative: as lplb_planner_count wrote it for the same ids and n_chunks.
+ */
+lplb_status lplb_planner_redirect_by_ratio(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids,
+                                           const float *ratios, const int32_t *cumulative, int64_t n_chunks, void *out, void *stream);
+
+/*
+ * Everything in one call: count, solve, redirect. gathered: NULL (the ids are all there is: one source), or int32 [ep_size][n_logical],
+ * the counts of every rank, this rank's row being those of ids (then nothing is counted here, and the config's rank must be given).
+ * counter as in lplb_planner_solve. Without any replicas only the ids are rewritten.
+ */
+lplb_status lplb_planner_run(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, const int32_t *gathered,
+                             void *out, void *counter, lplb_dtype counter_dtype, int64_t max_blocks, void *stream);
+
+/* ---- 4. Reading results ----------------------------------------------------------------------------------------------------- */
+
+typedef struct lplb_group_info {
+    int64_t max_load;      /* tokens of the busiest rank under the plan */
+    int64_t bound;         /* T: no split of these replicas can have a smaller maximum */
+    int64_t total;         /* tokens of all ranks of the group; the mean is total / group_size */
+    int64_t moved;         /* tokens that do not go to the original of their expert */
+    int64_t rounds;        /* rounds of the solver's loop; a diagnosis of speed, no part of the result */
+    int32_t certified;     /* 1: max_load == bound, proven by the witness */
+    int32_t witness_size;  /* ranks in the witness */
+    /* Bit r: rank r of the group is in the witness S. With load(S) = the tokens that cannot leave S (of experts whose replicas all lie in
+       S), ceil(load(S) / |S|) == bound. */
+    uint32_t witness[LPLB_MAX_RANKS / 32];
+} lplb_group_info;
+
+typedef struct lplb_plan_info {
+    int64_t struct_size;   /* sizeof(lplb_plan_info); LPLB_PLAN_INFO_INIT sets it */
+    int64_t n_groups;
+    int64_t invalid_ids;   /* ids out of range seen since the planner was created */
+    /* Where the tokens of this planner's rank go; all zero for LPLB_WHOLE_BATCH. */
+    int64_t own_rank;
+    int64_t own_node;      /* another rank of the same node */
+    int64_t other_nodes;
+    int64_t overflow;      /* CUDA: solves whose total did not fit 31 bits (their tokens stayed at the originals) */
+} lplb_plan_info;
+
+#define LPLB_PLAN_INFO_INIT { (int64_t)sizeof(lplb_plan_info), 0, 0, 0, 0, 0, 0 }
+
+/*
+ * The latest plan: plan NULL or one struct, groups NULL or [n_groups] with n_groups = ep_size / group_size. On CUDA waits for the stream.
+ * LPLB_ERROR_WRONG_ORDER before the first plan.
+ */
+lplb_status lplb_planner_info(lplb_planner *planner, lplb_plan_info *plan, lplb_group_info *groups, int64_t n_groups, void *stream);
+
+/* The latest plan's tokens per physical expert over all sources, [n_physical]. On CUDA waits for the stream. */
+lplb_status lplb_planner_split(lplb_planner *planner, int64_t *tokens, int64_t n_physical, void *stream);
+
+/* The part of it that comes from this planner's rank (LPLB_WHOLE_BATCH: all of it), [n_physical]. On CUDA waits for the stream. */
+lplb_status lplb_planner_assignment(lplb_planner *planner, int64_t *tokens, int64_t n_physical, void *stream);
+
+/* ---- 5. Placement alone ----------------------------------------------------------------------------------------------------- */
+
+/*
+ * EPLB for several layers at once: which expert each of n_physical slots on n_ranks ranks holds. weight: [n_layers][n_logical] float32,
+ * finite, >= 0. If n_groups % n_nodes == 0 hierarchical (expert groups to nodes, replicas inside the node, slots to ranks), else global.
+ * Ties go to the lowest index. phy2log [n_layers][n_physical], replica [n_layers][n_physical] (which replica of its expert a slot is,
+ * from 0) and logcnt [n_layers][n_logical]; each may be NULL. log2phy follows: log2phy[layer][phy2log[p]][replica[p]] = p.
+ * n_physical >= n_logical; n_ranks divides n_physical; n_nodes divides n_ranks; n_groups divides n_logical; if hierarchical n_nodes
+ * divides n_physical. Host, synchronous, thread-safe.
+ */
+lplb_status lplb_eplb_rebalance(const float *weight, int64_t n_layers, int64_t n_logical, int64_t n_physical, int64_t n_groups,
+                                int64_t n_nodes, int64_t n_ranks, int64_t *phy2log, int64_t *replica, int64_t *logcnt, char *message,
+                                int64_t message_size);
+
+/* ---- 6. One-off solve ------------------------------------------------------------------------------------------------------- */
+
+/*
+ * The best split of loads [n_logical] (each 0 .. LPLB_MAX_LOAD) over a general placement phy2log [n_physical] on ep_size ranks, one
+ * group. tokens: NULL or [n_physical], the tokens of each slot. info: NULL or one struct. Host, synchronous, allocates, thread-safe.
+ */
+lplb_status lplb_solve(const int64_t *loads, int64_t n_logical, const int32_t *phy2log, int64_t n_physical, int64_t ep_size,
+                       int64_t *tokens, lplb_group_info *info, char *message, int64_t message_size);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* LPLB_H */
