@@ -103,8 +103,8 @@ typedef struct lplb_config {
     int64_t n_logical;     /* logical experts */
     int64_t n_physical;    /* physical experts, replicas included; a multiple of ep_size */
     int64_t group_size;    /* ranks that balance among themselves; divides ep_size. 0: ep_size */
-    int64_t n_redundant;   /* columns of r2o. 0 with r2o NULL: general placement, given by lplb_planner_set_placement */
-    const int32_t *r2o;    /* host, [group_size][n_redundant], copied; NULL: general placement */
+    int64_t n_redundant;   /* columns of r2o; 0 when r2o is NULL. 0 with r2o given: a topology without replicas, which can be reordered */
+    const int32_t *r2o;    /* host, [group_size][n_redundant], copied; NULL: general placement, see lplb_planner_set_placement */
 } lplb_config;
 
 #define LPLB_CONFIG_INIT { (int64_t)sizeof(lplb_config), LPLB_DEVICE_CPU, LPLB_SOLVER_FLOW, 0, LPLB_WHOLE_BATCH, 0, 0, 0, 0, 0, 0 }
@@ -196,7 +196,8 @@ lplb_status lplb_planner_redirect_by_ratio(lplb_planner *planner, const void *id
 /*
  * Everything in one call: count, solve, redirect. gathered: NULL (the ids are all there is: one source), or int32 [ep_size][n_logical],
  * the counts of every rank, this rank's row being those of ids (then nothing is counted here, and the config's rank must be given).
- * counter as in lplb_planner_solve. Without any replicas only the ids are rewritten.
+ * counter as in lplb_planner_solve. Without any replicas the ids are rewritten and the counter grows, but nothing is counted or solved, so
+ * there is no plan to read afterwards.
  */
 lplb_status lplb_planner_run(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, const int32_t *gathered,
                              void *out, void *counter, lplb_dtype counter_dtype, int64_t max_blocks, void *stream);

@@ -1,0 +1,82 @@
+// What a planner asks of the device it plans on. The CPU and CUDA backends answer alike, bit for bit.
+
+import CLPLB
+import LPLBSolver
+import LPLBTopology
+
+/// Width of an integer buffer handed in by the caller.
+enum IdType {
+    case int32, int64
+
+    var stride: Int { self == .int32 ? 4 : 8 }
+}
+
+/// Expert ids of the caller: host memory on the CPU, device memory on CUDA. Checked: not NULL when `count` > 0, aligned.
+struct IdBuffer {
+    let base: UnsafeRawPointer?
+    let type: IdType
+    let count: Int
+}
+
+/// Where rewritten ids go: as many as were read, of the same type.
+struct IdOutput {
+    let base: UnsafeMutableRawPointer?
+}
+
+/// The caller's one-element counter of solved groups; `base` nil: none.
+struct CounterBuffer {
+    let base: UnsafeMutableRawPointer?
+    let type: IdType
+}
+
+/// Counts handed to a solve: `[sources][nLogical]` of `type`.
+struct CountBuffer {
+    let base: UnsafeRawPointer
+    let type: IdType
+    let sources: Int
+}
+
+/// Totals of the latest plan beside the per-group results.
+struct PlanTotals {
+    var invalidIds: Int64 = 0
+    var ownRank: Int64 = 0
+    var ownNode: Int64 = 0
+    var otherNodes: Int64 = 0
+    var overflow: Int64 = 0
+}
+
+/// One device's side of a planner. The boundary has checked every pointer and size; the backend checks values (counts, ids).
+/// `stream` is a cudaStream_t and is ignored on the CPU. Calls of the hot path (count ... run) allocate nothing and wait for nothing.
+protocol PlannerBackend: AnyObject {
+    /// Takes over a new placement. What was planned before is void. `tables` stay alive and unchanged while they are loaded.
+    func load(_ tables: SolverTables, stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    func count(
+        _ ids: IdBuffer, counts: UnsafeMutablePointer<Int32>, cumulative: UnsafeMutablePointer<Int32>?, chunks: Int,
+        stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    /// `ratios` and `scaled` as in lplb_planner_solve.
+    func solve(
+        _ counts: CountBuffer, ratios: UnsafeMutablePointer<Float>?, scaled: UnsafeMutablePointer<Float>?, counter: CounterBuffer,
+        stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    func redirect(
+        _ ids: IdBuffer, byRatios ratios: UnsafePointer<Float>, cumulative: UnsafePointer<Int32>, chunks: Int, to out: IdOutput,
+        stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    /// count, solve and redirect. `gathered` nil: the ids are the only source.
+    func run(
+        _ ids: IdBuffer, gathered: UnsafePointer<Int32>?, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
+        stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    /// The latest plan; wait for the stream where there is one. `groups` has room for every group.
+    func readInfo(groups: UnsafeMutablePointer<lplb_group_info>?, stream: UnsafeMutableRawPointer?) throws(Failure) -> PlanTotals
+
+    /// Tokens per physical expert over all sources, `[nPhysical]`.
+    func readSplit(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    /// Tokens per physical expert of this planner's rank, `[nPhysical]`.
+    func readAssignment(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure)
+}

@@ -1,0 +1,28 @@
+// lplb.h section 5: placement alone.
+
+import CLPLB
+import LPLBPlacement
+import LPLBTopology
+
+@_cdecl("lplb_eplb_rebalance") @implementation
+public func lplb_eplb_rebalance(
+    _ weight: UnsafePointer<Float>?, _ n_layers: Int64, _ n_logical: Int64, _ n_physical: Int64, _ n_groups: Int64, _ n_nodes: Int64,
+    _ n_ranks: Int64, _ phy2log: UnsafeMutablePointer<Int64>?, _ replica: UnsafeMutablePointer<Int64>?,
+    _ logcnt: UnsafeMutablePointer<Int64>?, _ message: UnsafeMutablePointer<CChar>?, _ message_size: Int64
+) -> lplb_status {
+    withMessage(message, message_size) { () throws(Failure) in
+        let layers = try Check.range(n_layers, "n_layers", 0...(1 << 20))
+        let logical = try Check.range(n_logical, "n_logical", 1...Int64(LPLB_MAX_LOGICAL))
+        let physical = try Check.range(n_physical, "n_physical", 1...Int64(LPLB_MAX_PHYSICAL))
+        try Check.aligned(UnsafeRawPointer(phy2log), "phy2log", to: 8)
+        try Check.aligned(UnsafeRawPointer(replica), "replica", to: 8)
+        try Check.aligned(UnsafeRawPointer(logcnt), "logcnt", to: 8)
+        let weight = layers == 0 ? nil : try Check.pointer(weight, "weight")
+        try translating { () throws(RuleViolation) in
+            try rebalance(
+                weight: UnsafeBufferPointer(start: weight, count: layers * logical), nLayers: layers, nLogical: logical,
+                nPhysical: physical, nGroups: Int(n_groups), nNodes: Int(n_nodes), nRanks: Int(n_ranks), phy2log: phy2log,
+                replica: replica, logcnt: logcnt)
+        }
+    }
+}

@@ -1,0 +1,223 @@
+// The object behind an lplb_planner handle: one EP group's shape, its placement and the backend that plans.
+
+import CLPLB
+import LPLBPlacement
+import LPLBSolver
+import LPLBTopology
+import Synchronization
+
+final class Planner {
+    let shape: ExpertShape
+    let topology: RedundancyTopology?
+    /// The rank this planner plans for; nil: the ids are those of all ranks together.
+    let rank: Int?
+    let backend: any PlannerBackend
+
+    private(set) var placement: Placement?
+    private(set) var tables: SolverTables?
+    /// The latest solve or run left a plan, made under the placement that is in force.
+    private(set) var hasPlan = false
+
+    private let entered = Atomic<Bool>(false)
+    private let words: UnsafeMutablePointer<CChar>
+    private static let wordsSize = 1024
+
+    init(_ config: lplb_config) throws(Failure) {
+        shape = try Planner.shape(of: config)
+        topology = try Planner.topology(of: config, shape: shape)
+        rank = try Planner.rank(of: config, shape: shape)
+        backend = try Planner.backend(of: config, shape: shape, topology: topology, rank: rank)
+        words = .allocate(capacity: Planner.wordsSize)
+        words[0] = 0
+        if topology != nil {
+            try place(history: nil, stream: nil)
+        } else if shape.nPhysical == shape.nLogical {
+            try setPlacement((0..<shape.nLogical).map { Int32($0) }, stream: nil)
+        }
+    }
+
+    deinit {
+        words.deallocate()
+    }
+
+    // MARK: Entering and failing
+
+    /// Words about the last failure.
+    var error: UnsafePointer<CChar> { UnsafePointer(words) }
+
+    /// Runs one call of the C interface on this planner; a second thread is turned away instead of waiting.
+    @inline(__always)
+    func enter(_ body: () throws(Failure) -> Void) -> lplb_status {
+        guard entered.compareExchange(expected: false, desired: true, ordering: .acquiring).exchanged else {
+            return lplb_status(LPLB_ERROR_BUSY)
+        }
+        defer { entered.store(false, ordering: .releasing) }
+        do {
+            try body()
+            return lplb_status(LPLB_OK)
+        } catch {
+            write(error.message, to: words, size: Planner.wordsSize)
+            return error.status
+        }
+    }
+
+    // MARK: Placing
+
+    func place(history: UnsafeBufferPointer<Double>?, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        guard let topology else {
+            throw Failure(LPLB_ERROR_WRONG_ORDER, "lplb_planner_place: needs a planner created with r2o; this one has none")
+        }
+        let placement = try translating { () throws(RuleViolation) -> Placement in
+            let order = try history.map { (history) throws(RuleViolation) in try reorderByHistory(Array(history), shape: shape) }
+                ?? (0..<shape.nLogical).map { Int32($0) }
+            return try Placement(shape: shape, topology: topology, order: order)
+        }
+        try adopt(placement, stream: stream)
+    }
+
+    func setPlacement(_ phy2log: [Int32], stream: UnsafeMutableRawPointer?) throws(Failure) {
+        guard topology == nil else {
+            throw Failure(
+                LPLB_ERROR_WRONG_ORDER,
+                "lplb_planner_set_placement: needs a planner created without r2o; this one is placed by its topology (lplb_planner_place)")
+        }
+        try adopt(try translating { () throws(RuleViolation) in try Placement(shape: shape, phy2log: phy2log) }, stream: stream)
+    }
+
+    /// Hands the placement to the backend first, so that a refusal leaves the planner as it was.
+    private func adopt(_ placement: Placement, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        let tables = SolverTables(placement)
+        try backend.load(tables, stream: stream)
+        self.placement = placement
+        self.tables = tables
+        hasPlan = false
+    }
+
+    /// The placement in force, or a failure that says how to get one.
+    func placed() throws(Failure) -> Placement {
+        guard let placement else {
+            throw Failure(LPLB_ERROR_WRONG_ORDER, "planner: has no placement yet; call lplb_planner_set_placement first")
+        }
+        return placement
+    }
+
+    // MARK: Planning
+
+    var hasReplicas: Bool { tables.map { $0.nArcs > 0 } ?? false }
+
+    @inline(__always)
+    private func requirePlaced() throws(Failure) {
+        if placement == nil { _ = try placed() }
+    }
+
+    func count(
+        _ ids: IdBuffer, counts: UnsafeMutablePointer<Int32>, cumulative: UnsafeMutablePointer<Int32>?, chunks: Int,
+        stream: UnsafeMutableRawPointer?
+    ) throws(Failure) {
+        try backend.count(ids, counts: counts, cumulative: cumulative, chunks: chunks, stream: stream)
+    }
+
+    func solve(
+        _ counts: CountBuffer, ratios: UnsafeMutablePointer<Float>?, scaled: UnsafeMutablePointer<Float>?, counter: CounterBuffer,
+        stream: UnsafeMutableRawPointer?
+    ) throws(Failure) {
+        try requirePlaced()
+        guard counts.sources == 1 || counts.sources == shape.epSize else {
+            throw Failure("n_sources", "must be 1 or ep_size (\(shape.epSize))", value: counts.sources)
+        }
+        try requireTopology(ratios != nil, "ratios")
+        try backend.solve(counts, ratios: ratios, scaled: scaled, counter: counter, stream: stream)
+        hasPlan = true
+    }
+
+    func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        try requirePlaced()
+        if hasReplicas { try requirePlan("lplb_planner_redirect") }
+        try backend.redirect(ids, to: out, maxBlocks: maxBlocks, stream: stream)
+    }
+
+    func redirect(
+        _ ids: IdBuffer, byRatios ratios: UnsafePointer<Float>, cumulative: UnsafePointer<Int32>, chunks: Int, to out: IdOutput,
+        stream: UnsafeMutableRawPointer?
+    ) throws(Failure) {
+        try requirePlaced()
+        try requireTopology(true, "ratios")
+        try backend.redirect(ids, byRatios: ratios, cumulative: cumulative, chunks: chunks, to: out, stream: stream)
+    }
+
+    func run(
+        _ ids: IdBuffer, gathered: UnsafePointer<Int32>?, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
+        stream: UnsafeMutableRawPointer?
+    ) throws(Failure) {
+        try requirePlaced()
+        if gathered != nil && rank == nil {
+            throw Failure("gathered", "needs a planner created with a rank, so that one row is known to be its own", value: "no rank")
+        }
+        try backend.run(ids, gathered: gathered, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
+        if hasReplicas { hasPlan = true }
+    }
+
+    // MARK: Reading
+
+    func requirePlan(_ call: String) throws(Failure) {
+        guard hasPlan else {
+            throw Failure(
+                LPLB_ERROR_WRONG_ORDER,
+                "\(call): there is no plan for this placement yet; call lplb_planner_solve or lplb_planner_run first")
+        }
+    }
+
+    private func requireTopology(_ needed: Bool, _ argument: String) throws(Failure) {
+        if needed && topology == nil {
+            throw Failure(argument, "needs a planner created with r2o, since slot classes exist in topologies only", value: "no r2o")
+        }
+    }
+}
+
+// MARK: Reading the configuration
+
+extension Planner {
+    private static func shape(of config: lplb_config) throws(Failure) -> ExpertShape {
+        try translating { () throws(RuleViolation) in
+            try ExpertShape(
+                epSize: Int(config.ep_size), nNodes: Int(config.n_nodes), groupSize: Int(config.group_size),
+                nLogical: Int(config.n_logical), nPhysical: Int(config.n_physical))
+        }
+    }
+
+    private static func topology(of config: lplb_config, shape: ExpertShape) throws(Failure) -> RedundancyTopology? {
+        guard let r2o = config.r2o else {
+            guard config.n_redundant == 0 else { throw Failure("n_redundant", "must be 0 when r2o is NULL", value: config.n_redundant) }
+            return nil
+        }
+        try Check.aligned(r2o, "r2o", to: 4)
+        let columns = try Check.range(config.n_redundant, "n_redundant", 0...Int64(LPLB_MAX_PHYSICAL))
+        let (size, overflow) = shape.groupSize.multipliedReportingOverflow(by: columns)
+        guard !overflow, size <= Int(LPLB_MAX_PHYSICAL) else {
+            throw Failure("n_redundant", "must keep group_size * n_redundant within LPLB_MAX_PHYSICAL", value: columns)
+        }
+        return try translating { () throws(RuleViolation) in
+            try RedundancyTopology(
+                r2o: Array(UnsafeBufferPointer(start: r2o, count: size)), groupSize: shape.groupSize, nRedundant: columns)
+        }
+    }
+
+    private static func rank(of config: lplb_config, shape: ExpertShape) throws(Failure) -> Int? {
+        let rank = try Check.range(config.rank, "rank", Int64(LPLB_WHOLE_BATCH)...Int64(shape.epSize - 1))
+        return rank == Int(LPLB_WHOLE_BATCH) ? nil : rank
+    }
+
+    private static func backend(
+        of config: lplb_config, shape: ExpertShape, topology: RedundancyTopology?, rank: Int?
+    ) throws(Failure) -> any PlannerBackend {
+        let solver = try Check.range(Int64(config.solver), "solver", Int64(LPLB_SOLVER_FLOW)...Int64(LPLB_SOLVER_IPM))
+        let device = try Check.range(Int64(config.device), "device", Int64(LPLB_DEVICE_CPU)...Int64(Int32.max))
+        guard device == Int(LPLB_DEVICE_CPU) else {
+            return try makeCudaBackend(device: device, solver: solver, shape: shape, topology: topology, rank: rank)
+        }
+        guard solver == Int(LPLB_SOLVER_FLOW) else {
+            throw Failure(LPLB_ERROR_UNSUPPORTED, "solver: LPLB_SOLVER_IPM runs on CUDA only, got a CPU planner (device \(device))")
+        }
+        return CpuBackend(shape: shape, rank: rank)
+    }
+}
