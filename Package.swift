@@ -11,7 +11,7 @@ let package = Package(
     targets: [
         .systemLibrary(name: "CLPLB", path: "include"),
         .target(
-            name: "CLPLBKernels", path: "cuda", sources: ["stub.c"], publicHeadersPath: ".",
+            name: "CLPLBKernels", path: "cuda", sources: ["stub.c", "exchange_stub.c"], publicHeadersPath: ".",
             cSettings: cudaObjects.isEmpty ? [] : [.define("LPLB_WITH_CUDA")],
             linkerSettings: cudaObjects.isEmpty ? [] : [.unsafeFlags(cudaObjects), .linkedLibrary("stdc++"), .linkedLibrary("rt")]),
         .target(name: "LPLBTopology"),

@@ -1,0 +1,282 @@
+"""Builds and packages lplb: cuda/*.cu --nvcc--> objects --swift build--> liblplb.so, beside the Python package that loads it.
+
+Environment
+  LPLB_CUDA        0: leave CUDA out. 1: fail without nvcc. Unset: use CUDA_HOME, or nvcc on PATH, or the nvcc wheels that pip fetches
+                   because `setup_requires` below names them.
+  LPLB_CUDA_ARCHS  e.g. "90" or "80,90": compute capabilities to compile for (default: every one of DEFAULT_ARCHS that nvcc knows)
+  LPLB_NVCC_FLAGS  more flags for nvcc, e.g. "-lineinfo"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py as _build_py
+from setuptools.command.develop import develop as _develop
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
+except ImportError:
+    try:  # setuptools < 70.1
+        from wheel.bdist_wheel import bdist_wheel as _bdist_wheel
+    except ImportError:  # an old pip, which installs without making a wheel
+        _bdist_wheel = object
+
+ROOT = Path(__file__).resolve().parent
+SONAME = "liblplb.so.0"
+DEFAULT_ARCHS = ["80", "90", "100", "120"]
+CUDA_WHEELS = "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.*"
+SWIFT_TIMEOUT = NVCC_TIMEOUT = 1800  # seconds; a hung compiler must not hang an installation for ever
+
+
+def read_version() -> str:
+    """The version in lplb.h, the only place where it is written."""
+    header = (ROOT / "include/lplb.h").read_text()
+    return ".".join(re.search(rf"#define LPLB_VERSION_{part} (\d+)", header).group(1) for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------------------------------------
+
+
+class Toolkit(NamedTuple):
+    nvcc: Path
+    include: list[Path]  # beyond those nvcc finds by itself
+    cudart: Path  # libcudart_static.a
+
+
+def cuda_sources() -> list[Path]:
+    return sorted((ROOT / "cuda").glob("*.cu"))
+
+
+def cuda_mode() -> str:
+    mode = os.environ.get("LPLB_CUDA", "")
+    if mode not in ("", "0", "1"):
+        raise SystemExit(f"LPLB_CUDA: 0, 1 or unset, got {mode!r}")
+    return mode
+
+
+def installed_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME or PATH: what the user chose to install goes before any wheel."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        nvcc = Path(home) / "bin/nvcc"
+        if not nvcc.is_file():
+            raise SystemExit(f"CUDA_HOME is {home}, but there is no bin/nvcc in it (LPLB_CUDA=0 builds without CUDA)")
+        return nvcc
+    found = shutil.which("nvcc")
+    return Path(found) if found else None
+
+
+def wheel_nvcc() -> Path | None:
+    """nvcc of the CUDA wheels, which pip puts into the build environment: bin, include, lib and nvvm of all of them in one folder."""
+    homes = [home for entry in sys.path if (home := Path(entry) / "nvidia/cu13").is_dir()]
+    if len(homes) > 1 and any(".eggs" in home.parts for home in homes):  # pip < 23.1 unpacks each for itself, without execute permission
+        merged = ROOT / "build/cuda/toolkit"
+        for home in homes:
+            shutil.copytree(home, merged, dirs_exist_ok=True)
+        for tool in [*(merged / "bin").iterdir(), *(merged / "nvvm/bin").iterdir()]:
+            tool.chmod(0o755) if tool.is_file() else None
+        homes = [merged]
+    return next((nvcc for home in homes if (nvcc := home / "bin/nvcc").is_file()), None)
+
+
+def find_toolkit() -> Toolkit | None:
+    """None: build without CUDA."""
+    mode = cuda_mode()
+    if mode == "0" or not cuda_sources():
+        return None
+    nvcc = installed_nvcc() or wheel_nvcc()
+    if nvcc is None:
+        if mode == "1":
+            raise SystemExit("LPLB_CUDA=1, but no nvcc: set CUDA_HOME, put nvcc on PATH, or let pip fetch it (no --no-build-isolation)")
+        print("lplb: no nvcc found, building without CUDA", file=sys.stderr)
+        return None
+    homes = dict.fromkeys([nvcc.parent.parent, nvcc.resolve().parent.parent])
+    for home in homes:
+        for lib in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib/x86_64-linux-gnu"):
+            cudart = home / lib / "libcudart_static.a"
+            if cudart.is_file():
+                include = [home / "include"] if (home / "include/cuda_runtime.h").is_file() else []
+                return Toolkit(nvcc, include, cudart)
+    raise SystemExit(f"{nvcc}: no libcudart_static.a beside it; install the static CUDA runtime or set LPLB_CUDA=0")
+
+
+def choose_archs(nvcc: Path) -> list[str]:
+    asked = os.environ.get("LPLB_CUDA_ARCHS", "").replace(",", " ").split()
+    if asked:
+        return asked
+    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True, timeout=60).stdout
+    archs = [arch for arch in DEFAULT_ARCHS if f"compute_{arch}\n" in known]
+    if not archs:
+        raise SystemExit(f"{nvcc} knows none of the architectures {', '.join(DEFAULT_ARCHS)}; set LPLB_CUDA_ARCHS or LPLB_CUDA=0")
+    return archs
+
+
+def compile_cuda(toolkit: Toolkit) -> list[Path]:
+    """Objects of cuda/*.cu, in build/cuda under the hash of all that they depend on, so that only what changed is compiled again."""
+    archs = choose_archs(toolkit.nvcc)
+    flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti"]
+    for arch in archs:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    last = archs[-1].rstrip("af")  # sm_90a and the like have no PTX that later GPUs could use
+    flags += ["-gencode", f"arch=compute_{last},code=compute_{last}", *shlex.split(os.environ.get("LPLB_NVCC_FLAGS", ""))]
+    flags.append(f'-DLPLB_ARCHITECTURES="{" ".join(f"sm_{arch}" for arch in archs)} compute_{last}"')  # for lplb_build_info
+    release = subprocess.run([toolkit.nvcc, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+
+    common = hashlib.sha256(repr((flags, release)).encode())
+    for header in sorted([*(ROOT / "cuda").glob("*.h"), *(ROOT / "cuda").glob("*.cuh"), *(ROOT / "include").glob("*.h")]):
+        common.update(header.read_bytes())
+    cache = ROOT / "build/cuda"
+    cache.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in [ROOT / "cuda", ROOT / "include", *toolkit.include]]
+
+    def compile_one(source: Path) -> Path:
+        digest = common.copy()
+        digest.update(source.read_bytes())
+        target = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        if not target.exists():
+            print(f"nvcc {source.name} ({', '.join(archs)})", flush=True)
+            part = target.with_suffix(f".{os.getpid()}.part.o")
+            try:
+                subprocess.run([toolkit.nvcc, *flags, *includes, "-c", source, "-o", part], check=True, timeout=NVCC_TIMEOUT)
+                part.replace(target)
+            finally:
+                part.unlink(missing_ok=True)
+        return target
+
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+        return list(pool.map(compile_one, cuda_sources()))
+
+
+# ---- The library -----------------------------------------------------------------------------------------------------------------
+
+
+def swift_build(objects: list[Path]) -> Path:
+    """Builds liblplb.so with Swift's own libraries linked in and with nothing exported but lplb.map's list."""
+    swift = shutil.which("swift")
+    if swift is None:
+        raise SystemExit("swift not found: lplb needs Swift 6.3 or later on PATH (https://www.swift.org/install/linux)")
+    linker = [f"--version-script={ROOT / 'include/lplb.map'}", f"-soname={SONAME}", "-z", "defs", "-s"]
+    command = [swift, "build", "-c", "release", "--product", "lplb", "--package-path", str(ROOT), "-Xswiftc", "-static-stdlib"]
+    for flag in linker:
+        command += ["-Xlinker", flag]
+    env = {**os.environ, "LPLB_CUDA_OBJECTS": ":".join(map(str, objects))}
+    subprocess.run(command, check=True, env=env, timeout=SWIFT_TIMEOUT)
+    where = subprocess.run([*command, "--show-bin-path"], check=True, env=env, capture_output=True, text=True, timeout=300).stdout
+    return Path(where.strip()) / "liblplb.so"
+
+
+def build_native(package: Path) -> list[Path]:
+    """Writes the library, its header and its pkg-config and CMake files into `package`, the lplb package's folder; returns them all."""
+    toolkit = find_toolkit()
+    objects = [*compile_cuda(toolkit), toolkit.cudart] if toolkit else []
+    library = swift_build(objects)
+
+    written = []
+
+    def place(relative: str, content: bytes, mode: int = 0o644) -> None:
+        path = package / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")  # a process that has the old library mapped keeps it whole
+        part.write_bytes(content)
+        part.chmod(mode)
+        part.replace(path)
+        written.append(path)
+
+    def fill(template: str) -> bytes:
+        return (ROOT / "include" / template).read_bytes().replace(b"@VERSION@", read_version().encode()).replace(b"@SONAME@", SONAME.encode())
+
+    place(f"lib/{SONAME}", library.read_bytes(), 0o755)
+    place("include/lplb.h", (ROOT / "include/lplb.h").read_bytes())
+    place("lib/pkgconfig/lplb.pc", fill("lplb.pc.in"))
+    place("lib/cmake/lplb/lplb-config.cmake", fill("lplb-config.cmake.in"))
+    place("lib/cmake/lplb/lplb-config-version.cmake", fill("lplb-config-version.cmake.in"))
+    return written
+
+
+# ---- setuptools ------------------------------------------------------------------------------------------------------------------
+
+
+class BuildPy(_build_py):
+    """The Python files, and the library beside them. An editable installation gets the library into the source tree."""
+
+    native: list[Path] = []
+
+    def run(self) -> None:
+        editable = getattr(self, "editable_mode", False)
+        package = ROOT / "python/lplb" if editable else Path(self.build_lib) / "lplb"
+        if not editable:
+            shutil.rmtree(package, ignore_errors=True)  # build/ outlives a build; a module deleted since must not be packed again
+        super().run()
+        self.native = build_native(package)
+
+    def get_source_files(self) -> list[str]:
+        """What goes into the sdist: everything that the build and the tests read. (There is no MANIFEST.in.)"""
+        unwanted = {"__pycache__", ".pytest_cache", ".mypy_cache", "lplb.egg-info"}
+        generated = {ROOT / "python/lplb/lib", ROOT / "python/lplb/include"}
+        found = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(".*.ini"))]
+        for top in ("Package.swift", ".ci", "Sources", "Tests", "cuda", "include", "python"):
+            for path in [ROOT / top, *sorted((ROOT / top).rglob("*"))]:
+                inside = path.relative_to(ROOT)
+                if path.is_file() and unwanted.isdisjoint(inside.parts) and generated.isdisjoint(path.parents):
+                    found.append(str(inside))
+        return found
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), *map(str, self.native)]
+
+
+class BdistWheel(_bdist_wheel):
+    """One wheel serves every Python 3: the library does not link to Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        platform = self.plat_name or sysconfig.get_platform()
+        return "py3", "none", platform.replace("-", "_").replace(".", "_")
+
+
+class Develop(_develop):
+    """`pip install -e` of pip < 23.1; later ones ask BuildPy for an editable build."""
+
+    def install_for_development(self) -> None:
+        build_native(ROOT / "python/lplb")
+        super().install_for_development()
+
+
+class BinaryDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True  # a wheel of this platform, installed among platform files
+
+
+CLI = ["matplotlib>=3.5", "tqdm>=4.60"]
+TEST = ["pytest>=7", "pytest-timeout>=2", "scipy>=1.8", "torch>=2.4", "mypy>=1.10", "cmake>=3.20", "ninja", *CLI]
+
+needs_wheels = cuda_mode() != "0" and cuda_sources() and not installed_nvcc()
+
+setup(
+    name="lplb",
+    version=read_version(),
+    description="Exact, certified load balancing for Mixture-of-Experts training",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    setup_requires=[CUDA_WHEELS] if needs_wheels else [],
+    install_requires=["numpy>=1.22"],
+    extras_require={"cli": CLI, "test": TEST, "torch": ["torch>=2.4"]},
+    package_dir={"": "python"},
+    packages=find_packages("python"),
+    package_data={"lplb": ["py.typed", "data/*"]},
+    cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel, "develop": Develop},
+    distclass=BinaryDistribution,
+    zip_safe=False,
+)
