@@ -248,7 +248,7 @@ func sumInLanes(_ x: UnsafePointer<Float>, _ n: Int) -> Float {
     if n < 8 {
         var lanes = SIMD4<Float>(repeating: 0)
         let whole = n & ~3
-        if whole == 4 { lanes = SIMD4(x[0], x[1], x[2], x[3]) }
+        if whole == 4 { lanes += SIMD4(x[0], x[1], x[2], x[3]) }  // +=, so that -0 becomes +0
         for i in whole..<n { lanes[0] += x[i] }
         return lanes[0] + lanes[1] + lanes[2] + lanes[3]
     }
