@@ -1,0 +1,25 @@
+"""lplb: exact, certified load balancing for Mixture-of-Experts training.
+
+    from lplb import Planner, topology
+    planner = Planner(topology.CUBE_8P2E, n_routed_experts=80, n_logical_routed_experts=64, ep_size=8)
+    physical = planner.run(logical, counter)    # each token's replica, such that the busiest rank has as little as possible
+    planner.info().groups[0]                    # the load reached, the proven bound and its witness
+
+Importing needs numpy alone. The library is loaded and torch is used when the first call needs them.
+"""
+
+from . import eplb, topology
+from ._native import VERSION
+from .errors import (Busy, CudaError, InternalError, InvalidArgument, LibraryError, LplbError, NoCuda, OutOfMemory, PeerTimeout, Unsupported,
+                     WrongOrder)
+from .info import GroupInfo, Info, Locality
+from .planner import Planner
+from .solve import Solution, solve, witness_bound
+
+__version__ = ".".join(map(str, VERSION))
+
+__all__ = [
+    "Planner", "Info", "GroupInfo", "Locality", "solve", "Solution", "witness_bound", "eplb", "topology",
+    "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory", "NoCuda", "CudaError",
+    "PeerTimeout", "InternalError", "__version__",
+]

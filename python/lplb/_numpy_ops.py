@@ -1,0 +1,122 @@
+"""The operators of ops.py for numpy arrays on CPU planners: same names, same arguments, no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from ._arrays import address
+from ._handle import Handle, find
+from .errors import broken_rule
+
+IntArray = npt.NDArray[Any]
+
+_DTYPES = {np.dtype(np.int32): _native.INT32, np.dtype(np.int64): _native.INT64}
+
+
+def _checked(name: str, array: IntArray, handle: Handle) -> tuple[IntArray, int]:
+    dtype = _DTYPES.get(array.dtype)
+    if dtype is None:
+        raise broken_rule(name, "must be int32 or int64", array.dtype)
+    return (array if array.flags.c_contiguous else np.ascontiguousarray(array)), dtype
+
+
+def _ids(idx: IntArray, handle: Handle) -> tuple[IntArray, int]:
+    ids, dtype = _checked("idx", idx, handle)
+    if handle.debug:
+        bad = (ids < -1) | (ids >= handle.n_logical)
+        number = int(bad.sum())
+        if number:
+            rule = f"ids must be -1 .. {handle.n_logical - 1} ({number} of {ids.size} are not)"
+            raise broken_rule("idx", rule, int(ids[bad][0]))
+    return ids, dtype
+
+
+def _counter(counter: Any, handle: Handle) -> tuple[int | None, int]:
+    """counter: an array or a CPU tensor of one integer, or None."""
+    if counter is None:
+        return None, _native.INT64
+    if not isinstance(counter, np.ndarray):
+        if not (hasattr(counter, "data_ptr") and counter.device.type == "cpu"):
+            raise broken_rule("avail_counter", "must be an array or a CPU tensor, as idx is an array", type(counter).__name__)
+        counter = counter.detach().numpy()  # shares the memory, so the caller sees it grow
+    dtype = _DTYPES.get(counter.dtype)
+    if dtype is None:
+        raise broken_rule("avail_counter", "must be int32 or int64", counter.dtype)
+    if counter.size != 1:
+        raise broken_rule("avail_counter", "must have one element", f"shape {list(counter.shape)}")
+    if not counter.flags.writeable:
+        raise broken_rule("avail_counter", "must be writable", "a read-only array")
+    return address(counter), dtype
+
+
+def run(idx: IntArray, avail_counter: Any, planner: int, n_sms: int) -> IntArray:
+    handle = find(planner)
+    ids, dtype = _ids(idx, handle)
+    counter, counter_dtype = _counter(avail_counter, handle)
+    out = np.empty_like(ids, order="C")
+    handle.check(handle.library.planner_run(
+        handle.opened(), address(ids), dtype, ids.size, None, address(out), counter, counter_dtype, n_sms, None))
+    return out
+
+
+def count(idx: IntArray, planner: int, n_chunks: int, n_logical: int) -> tuple[IntArray, IntArray]:
+    handle = find(planner)
+    ids, dtype = _ids(idx, handle)
+    counts = np.empty(n_logical, dtype=np.int32)
+    cumulative = np.empty((n_chunks, n_logical), dtype=np.int32)
+    handle.check(handle.library.planner_count(
+        handle.opened(), address(ids), dtype, ids.size, address(counts), address(cumulative), n_chunks, None))
+    return counts, cumulative
+
+
+def solve(workload: IntArray, avail_counter: Any, planner: int, ratio_shape: list[int],
+          scaled_shape: list[int]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    handle = find(planner)
+    counts, dtype = _checked("workload", workload, handle)
+    counter, counter_dtype = _counter(avail_counter, handle)
+    if counts.size == handle.ep_size * handle.n_logical:
+        sources = handle.ep_size
+    elif counts.size == handle.n_logical:
+        sources = 1
+    else:
+        raise broken_rule("workload", f"must have n_logical = {handle.n_logical} elements", f"shape {list(workload.shape)}")
+    ratios = np.ones(ratio_shape, dtype=np.float32)
+    scaled = np.empty(scaled_shape, dtype=np.float32)
+    handle.check_sizes("scaled_shape", scaled.size, handle.n_logical)
+    if handle.n_ratios:
+        handle.check_sizes("ratio_shape", ratios.size, handle.n_ratios)
+    handle.check(handle.library.planner_solve(
+        handle.opened(), address(counts), dtype, sources, address(ratios) if handle.n_ratios else None, address(scaled), counter,
+        counter_dtype, None))
+    return ratios, scaled
+
+
+def redirect(idx: IntArray, planner: int, n_sms: int) -> IntArray:
+    handle = find(planner)
+    ids, dtype = _ids(idx, handle)
+    out = np.empty_like(ids, order="C")
+    handle.check(handle.library.planner_redirect(handle.opened(), address(ids), dtype, ids.size, address(out), n_sms, None))
+    return out
+
+
+def redirect_by_ratio(idx: IntArray, o_weight: npt.NDArray[Any], cumulative: IntArray, planner: int) -> IntArray:
+    handle = find(planner)
+    ids, dtype = _checked("idx", idx, handle)
+    arrays = []
+    for name, value, wanted in (("o_weight", o_weight, np.float32), ("local_workload_by_sm", cumulative, np.int32)):
+        array = np.asarray(value)
+        if array.dtype != wanted:
+            raise broken_rule(name, f"must be {np.dtype(wanted).name}", array.dtype)
+        arrays.append(np.ascontiguousarray(array))
+    ratios, rows = arrays
+    handle.check_sizes("o_weight", ratios.size, handle.n_ratios)
+    if rows.ndim != 2 or rows.shape[1] != handle.n_logical:
+        raise broken_rule("local_workload_by_sm", f"must be [n_sms, {handle.n_logical}]", f"shape {list(rows.shape)}")
+    out = np.empty_like(ids, order="C")
+    handle.check(handle.library.planner_redirect_by_ratio(
+        handle.opened(), address(ids), dtype, ids.size, address(ratios), address(rows), rows.shape[0], address(out), None))
+    return out

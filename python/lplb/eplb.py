@@ -1,0 +1,110 @@
+"""Expert placement from a history of loads: which expert each slot of each rank holds (EPLB).
+
+A pure function of its arguments, on the host: equal weights give equal placements on every rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from ._arrays import Array, Int64s, address, host_integers, host_numbers, integer, is_tensor, loaded_torch
+from .errors import broken_rule
+
+Triple = tuple[Array, Array, Array]
+
+
+def rebalance_experts(weight: Array, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> Triple:
+    """DeepSeek's EPLB for several layers: replicate the heaviest experts, pack the replicas evenly on the GPUs.
+
+    weight: tokens per logical expert [layers, n_logical], finite, >= 0. num_replicas: physical experts in all, a multiple of
+    num_gpus. num_groups: groups of experts that are selected together; num_nodes: hosts. Hierarchical (groups to nodes, replicas
+    inside their node) where num_groups % num_nodes == 0, global otherwise. Ties go to the lowest index.
+
+    Returns (phy2log [layers, num_replicas], log2phy [layers, n_logical, most replicas], -1 padded, logcnt [layers, n_logical]), all
+    int64: CPU tensors for a tensor, arrays for an array.
+    """
+    phy2log, log2phy, logcnt = _rebalance(weight, num_replicas, num_groups, num_nodes, num_gpus, "num_gpus")
+    if not is_tensor(weight):
+        return phy2log, log2phy, logcnt
+    torch = loaded_torch()
+    return torch.from_numpy(phy2log), torch.from_numpy(log2phy), torch.from_numpy(logcnt)
+
+
+def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int, ranks_name: str
+               ) -> tuple[Int64s, Int64s, Int64s]:
+    weights: npt.NDArray[np.float32] = host_numbers("weight", weight, np.float32)
+    if weights.ndim != 2:
+        raise broken_rule("weight", "must be [layers, n_logical]", f"shape {list(weights.shape)}")
+    layers, n_logical = weights.shape
+    if n_logical == 0:
+        raise broken_rule("weight", "must have at least one expert", f"shape {list(weights.shape)}")
+    replicas, groups = integer("num_replicas", num_replicas, 1), integer("num_groups", num_groups, 1)
+    nodes, ranks = integer("num_nodes", num_nodes, 1), integer(ranks_name, num_ranks, 1)
+    if replicas < n_logical:
+        raise broken_rule("num_replicas", f"must be at least the {n_logical} logical experts", replicas)
+    if replicas % ranks:
+        raise broken_rule("num_replicas", f"must be a multiple of {ranks_name} = {ranks}", replicas)
+    if ranks % nodes:
+        raise broken_rule(ranks_name, f"must be a multiple of num_nodes = {nodes}", ranks)
+    if n_logical % groups:
+        raise broken_rule("num_groups", f"must divide the {n_logical} logical experts", groups)
+    if groups % nodes == 0 and replicas % nodes:
+        raise broken_rule("num_replicas", f"must be a multiple of num_nodes = {nodes}", replicas)
+    phy2log = np.empty((layers, replicas), dtype=np.int64)
+    replica = np.empty((layers, replicas), dtype=np.int64)
+    logcnt = np.empty((layers, n_logical), dtype=np.int64)
+    message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
+    status = _native.load().eplb_rebalance(
+        address(weights), layers, n_logical, replicas, groups, nodes, ranks, address(phy2log), address(replica), address(logcnt),
+        message, len(message))
+    if status:
+        raise _native.failure(status, _native.text(message.value))
+    log2phy = np.full((layers, n_logical, int(logcnt.max()) if logcnt.size else 1), -1, dtype=np.int64)
+    log2phy[np.arange(layers)[:, None], phy2log, replica] = np.arange(replicas)
+    return phy2log, log2phy, logcnt
+
+
+class EplbPolicy:
+    """EPLB in the form of vLLM's policies."""
+
+    @classmethod
+    def rebalance_experts(cls, weight: Array, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int,
+                          old_global_expert_indices: Array | None = None) -> Array:
+        """phy2log int64 [layers, num_replicas]; arguments as for the function of this name.
+
+        old_global_expert_indices: the placement in force, [layers, num_replicas]. Experts that stay on a rank then keep their slots, so
+        that no weights move inside a rank. Which rank holds what does not depend on it.
+        """
+        phy2log = _rebalance(weight, num_replicas, num_groups, num_nodes, num_ranks, "num_ranks")[0]
+        if old_global_expert_indices is not None:
+            old = host_integers("old_global_expert_indices", old_global_expert_indices, 2, np.int64)
+            if old.shape == phy2log.shape:  # another number of slots: every slot is new
+                phy2log = keep_slots(phy2log, old, num_ranks)
+        return cast(Array, loaded_torch().from_numpy(phy2log)) if is_tensor(weight) else phy2log
+
+
+def keep_slots(phy2log: Int64s, old: Int64s, num_ranks: int) -> Int64s:
+    """phy2log [layers, slots] reordered inside each rank, so that an expert which the rank already held stays in its slot.
+
+    An expert that stands there several times keeps as many slots as both placements have of it. The others fill the free slots in
+    their order. O(slots per rank ** 2) vector operations over all ranks and layers at once.
+    """
+    rows = phy2log.reshape(-1, phy2log.shape[1] // num_ranks)
+    before = old.reshape(rows.shape)
+    row = np.arange(len(rows))
+    waiting = np.ones(rows.shape, dtype=bool)  # experts of the new placement without a slot yet
+    result = np.full(rows.shape, -1, dtype=np.int64)
+    for slot in range(rows.shape[1]):
+        stays = (rows == before[:, slot, None]) & waiting
+        found = stays.any(axis=1)
+        first = stays.argmax(axis=1)
+        result[found, slot] = before[found, slot]
+        waiting[row[found], first[found]] = False
+    # Row by row both masks have equally many elements, so row-major order pairs each newcomer with its free slot.
+    result[result < 0] = rows[waiting]
+    return result.reshape(phy2log.shape)

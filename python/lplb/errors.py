@@ -1,0 +1,66 @@
+"""Exceptions. Every one is an LplbError; where Python has a matching class of its own, the exception is that as well."""
+
+from __future__ import annotations
+
+
+class LplbError(RuntimeError):
+    """A call of the library failed. The text names the argument, the rule and the value, or the cause."""
+
+
+class LibraryError(LplbError, ImportError):
+    """The shared library is missing, cannot be loaded, or has another version than this package."""
+
+
+class InvalidArgument(LplbError, ValueError):
+    """An argument breaks a rule."""
+
+
+class Unsupported(LplbError, NotImplementedError):
+    """Valid, but beyond a limit of this library or of the planner's device."""
+
+
+class WrongOrder(LplbError):
+    """A call that needs another one before it, e.g. info() before the first plan, or any call after close()."""
+
+
+class Busy(LplbError):
+    """Another thread is inside a call on this planner."""
+
+
+class OutOfMemory(LplbError, MemoryError):
+    """The host or the device has no memory left for the planner."""
+
+
+class NoCuda(LplbError):
+    """Built without CUDA, or this machine has no usable GPU or driver."""
+
+
+class CudaError(LplbError):
+    """The CUDA runtime failed; the text holds its name for the error."""
+
+
+class PeerTimeout(LplbError, TimeoutError):
+    """A peer did not answer in time."""
+
+
+class InternalError(LplbError):
+    """A defect of the library: please report it with its text."""
+
+
+# LPLB_ERROR_* of lplb.h
+BY_STATUS: dict[int, type[LplbError]] = {
+    1: InvalidArgument,
+    2: Unsupported,
+    3: WrongOrder,
+    4: Busy,
+    5: OutOfMemory,
+    6: NoCuda,
+    7: CudaError,
+    8: PeerTimeout,
+    9: InternalError,
+}
+
+
+def broken_rule(argument: str, rule: str, value: object) -> InvalidArgument:
+    """The one wording of argument errors, the same as the library's: 'argument: rule, got value'."""
+    return InvalidArgument(f"{argument}: {rule}, got {value}")

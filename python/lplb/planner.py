@@ -1,0 +1,444 @@
+"""The planner: which replica each token of a micro-batch goes to, so that the busiest rank has as little as possible, provably."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import weakref
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _native, _numpy_ops
+from ._arrays import Array, Int32s, Int64s, address, host_integers, host_numbers, integer, is_tensor, loaded_torch
+from ._handle import Handle
+from .errors import NoCuda, Unsupported, broken_rule
+from .info import Info, Locality, group_info
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+EXCHANGES = ("auto", "torch", "nvlink")
+
+
+class Planner:
+    """Plans one MoE layer's tokens over the ranks of an expert-parallel group.
+
+    redundant_to_original: integers [group_size, num_redundants], on any device: slot d of rank r replicates slot d of rank
+        redundant_to_original[r, d] of the same group. Each column is a permutation of 0 .. group_size-1.
+    n_routed_experts, n_logical_routed_experts: physical experts with the redundant ones, and logical experts.
+    ep_size, group: ranks, or the torch.distributed group they form; one of the two is needed. With a group every plan is made from
+        the counts of all its ranks; without, from the given ids or counts alone.
+    device: "cpu", "cuda", "cuda:1", an ordinal or a torch.device. None: the device of a CUDA topology; else the current GPU if there
+        is one; else, and for a topology in a numpy array, the CPU.
+    n_nodes: hosts, whose ranks are consecutive. None: ep_size / visible GPUs on CUDA, else ep_size / 8, where that divides, else 1.
+    rank: which rank plans. None: the rank in group; without a group, the ids are those of all ranks together.
+    solver: "flow" (exact, certified) or "ipm" (CUDA: interior point method, near-optimal).
+    exchange: how the counts of all ranks are gathered: "torch" (torch.distributed), "nvlink" (peer memory), "auto" (the fastest there is).
+    debug: an id out of range raises at the call, which then waits for the GPU. Otherwise it becomes -1 and is counted in info().
+
+    Tensors in, tensors out, on the planner's device; numpy arrays in, numpy arrays out (CPU). A planner may be used by one thread at a
+    time: concurrent calls raise Busy. Errors are subclasses of LplbError.
+    """
+
+    r2o: Array  #: [group_size, num_redundants] int32
+    o2r: Array  #: its inverse: rank o2r[r, d] holds the copy of slot d of rank r
+    phy2log: Array  #: [n_routed_experts] int32, the logical expert of every slot
+
+    def __init__(self, redundant_to_original: Array, n_routed_experts: int, n_logical_routed_experts: int, ep_size: int | None = None,
+                 group: torch.distributed.ProcessGroup | None = None, *, device: Any = None, n_nodes: int | None = None,
+                 rank: int | None = None, solver: str = "flow", exchange: str = "auto", debug: bool = False) -> None:
+        r2o: Int32s = host_integers("redundant_to_original", redundant_to_original, 2, np.int32)
+        group_size, num_redundants = r2o.shape
+        if group_size == 0:
+            raise broken_rule("redundant_to_original", "must have at least one row", f"shape {list(r2o.shape)}")
+        if (np.sort(r2o, axis=0) != np.arange(group_size)[:, None]).any():
+            raise broken_rule("redundant_to_original", f"each column must be a permutation of 0 .. {group_size - 1}", r2o.T.tolist())
+        self._group(ep_size, group, rank)
+        n_logical = self.n_logical_routed_experts = integer("n_logical_routed_experts", n_logical_routed_experts, 1)
+        n_physical = self.n_routed_experts = integer("n_routed_experts", n_routed_experts, 1)
+        if self.ep_size % group_size:
+            raise broken_rule("ep_size", f"must be a multiple of the topology's {group_size} ranks", self.ep_size)
+        if n_logical % self.ep_size:
+            raise broken_rule("n_logical_routed_experts", f"must be a multiple of ep_size = {self.ep_size}", n_logical)
+        if n_physical < n_logical or (n_physical - n_logical) % (self.ep_size * max(1, num_redundants)):
+            rule = f"must be n_logical_routed_experts = {n_logical} plus a multiple of ep_size * num_redundants = "
+            raise broken_rule("n_routed_experts", f"{rule}{self.ep_size} * {num_redundants}", n_physical)
+        if n_physical > n_logical and not num_redundants:
+            raise broken_rule("redundant_to_original", "must have a column for each class of redundant slots", f"shape {list(r2o.shape)}")
+        used = r2o if n_physical > n_logical else np.empty((group_size, 0), dtype=np.int32)
+        self._create(redundant_to_original, used, group_size, device, n_nodes, solver, exchange, debug)
+        self.num_redundants: int = num_redundants
+        spare = self.n_local_routed_experts - self.n_local_logical_routed_experts
+        self.combined_redundant_experts = spare // num_redundants if num_redundants else 0
+        self.r2o = self._output(r2o)
+        self.o2r = self._output(np.argsort(r2o, axis=0, kind="stable").astype(np.int32))
+        self.phy2log = self.mapping()[0]
+
+    @classmethod
+    def from_placement(cls, phy2log: Array, *, ep_size: int | None = None, n_logical: int | None = None,
+                       group: torch.distributed.ProcessGroup | None = None, group_size: int | None = None, device: Any = None,
+                       n_nodes: int | None = None, rank: int | None = None, solver: str = "flow", exchange: str = "auto",
+                       debug: bool = False) -> Self:
+        """A planner for any placement, such as EPLB's: any number of replicas per expert, anywhere in the group.
+
+        phy2log: integers [n_physical], the logical expert of every slot; rank r owns n_physical / ep_size consecutive slots; every
+        logical expert stands at least once. n_logical: None takes max(phy2log) + 1. group_size: ranks that balance among themselves
+        and hold all replicas of an expert between them, None: ep_size. The rest as for Planner.
+        """
+        self = cls.__new__(cls)
+        slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32)
+        if not slots.size:
+            raise broken_rule("phy2log", "must have at least one slot", f"shape {list(slots.shape)}")
+        self._group(ep_size, group, rank)
+        self.n_routed_experts = slots.size
+        self.n_logical_routed_experts = integer("n_logical", int(slots.max()) + 1 if n_logical is None else n_logical, 1)
+        size = self.ep_size if group_size is None else integer("group_size", group_size, 1)
+        if self.ep_size % size:
+            raise broken_rule("group_size", f"must divide ep_size = {self.ep_size}", size)
+        if slots.size % self.ep_size:
+            raise broken_rule("phy2log", f"must have a multiple of ep_size = {self.ep_size} slots", slots.size)
+        self._create(phy2log, None, size, device, n_nodes, solver, exchange, debug)
+        self.num_redundants = self.combined_redundant_experts = 0
+        self.r2o = self.o2r = self._output(np.empty((size, 0), dtype=np.int32))
+        self._general = True
+        try:
+            self.update_placement(slots)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _group(self, ep_size: int | None, group: Any, rank: int | None) -> None:
+        """Sets ep_size, ep_group and rank."""
+        self.ep_group = group
+        if group is None:
+            if ep_size is None:
+                raise broken_rule("ep_size", "must be given where group is not", None)
+            self.ep_size = integer("ep_size", ep_size, 1)
+            self.rank: int | None = None if rank is None else integer("rank", rank, 0)
+        else:
+            import torch.distributed as dist
+
+            self.ep_size = group.size()
+            if ep_size is not None and ep_size != self.ep_size:
+                raise broken_rule("ep_size", f"must be the size of group, {self.ep_size}", ep_size)
+            self.rank = dist.get_rank(group)
+            if self.rank < 0:
+                raise broken_rule("group", "must contain this process", group)
+            if rank is not None and rank != self.rank:
+                raise broken_rule("rank", f"must be this process's rank in group, {self.rank}", rank)
+        if self.rank is not None and self.rank >= self.ep_size:
+            raise broken_rule("rank", f"must be below ep_size = {self.ep_size}", self.rank)
+
+    def _create(self, given: Any, r2o: Int32s | None, group_size: int, device: Any, n_nodes: int | None, solver: str, exchange: str,
+                debug: bool) -> None:
+        """Makes the native planner and the attributes that follow from the sizes."""
+        if solver not in _native.SOLVERS:
+            raise broken_rule("solver", f"must be one of {', '.join(_native.SOLVERS)}", repr(solver))
+        if exchange not in EXCHANGES:
+            raise broken_rule("exchange", f"must be one of {', '.join(EXCHANGES)}", repr(exchange))
+        ordinal = _device_ordinal(device, given)
+        if n_nodes is None:
+            self.n_nodes = _default_nodes(self.ep_size, ordinal)
+        else:
+            self.n_nodes = integer("n_nodes", n_nodes, 1)
+        if self.ep_size % self.n_nodes:
+            raise broken_rule("n_nodes", f"must divide ep_size = {self.ep_size}", self.n_nodes)
+        config = _native.Config(
+            struct_size=ctypes.sizeof(_native.Config), device=ordinal, solver=_native.SOLVERS[solver], ep_size=self.ep_size,
+            rank=_native.WHOLE_BATCH if self.rank is None else self.rank, n_nodes=self.n_nodes,
+            n_logical=self.n_logical_routed_experts, n_physical=self.n_routed_experts, group_size=group_size,
+            n_redundant=0 if r2o is None else r2o.shape[1], r2o=None if r2o is None else address(r2o))
+        handle = Handle(_native.load(), config)
+        self._finalizer = weakref.finalize(self, handle.close)
+        handle.group, handle.debug = self.ep_group, debug
+        self._handle = handle
+        self.number = handle.number  #: how the operators of lplb.ops name this planner
+        self._general = False
+        torch = loaded_torch()
+        self._as_tensors = torch is not None and (ordinal >= 0 or not isinstance(given, np.ndarray))
+        self.device: Any = torch.device("cuda", ordinal) if ordinal >= 0 else torch.device("cpu") if torch else "cpu"
+        self._ops: Any = importlib.import_module(".ops", __package__) if torch else None
+        self.group_size = group_size
+        self.n_group = self.ep_size // group_size
+        self.n_local_routed_experts = self.n_routed_experts // self.ep_size
+        self.n_local_logical_routed_experts = self.n_logical_routed_experts // self.ep_size
+        self.solver, self.exchange, self.debug = solver, exchange, debug
+        self.deep_ep_initialized = False
+        if exchange == "nvlink" or (exchange == "auto" and self.ep_group is not None and ordinal >= 0 and handle.has_replicas):
+            self._connect(None)
+
+    # ---- placement ----
+
+    def update_redundancy_mapping(self, workload: Array | None = None) -> tuple[Array, Array, Array]:
+        """Places the experts by the topology: in order, or, given a history of tokens per logical expert [n_logical], reordered by
+        EPLB and each rank's heaviest replicated. All ranks must give the same history.
+
+        Returns (phy2log int32 [n_routed_experts], log2phy int32 [n_logical, 2], -1 padded, original first, logcnt int32 [n_logical]).
+        Waits for the planner's device.
+        """
+        if self._general:
+            raise broken_rule("update_redundancy_mapping", "needs a topology; use update_placement", "a planner made by from_placement")
+        handle, history = self._handle, None
+        if workload is not None:
+            history = host_numbers("workload", workload, np.float64).reshape(-1)
+            if history.size != handle.n_logical:
+                raise broken_rule("workload", f"must have n_logical_routed_experts = {handle.n_logical} elements", history.size)
+        pointer = None if history is None else address(history)
+        handle.check(handle.library.planner_place(handle.opened(), pointer, self._stream()))
+        mapping = self.mapping()
+        self.phy2log = mapping[0]
+        return mapping
+
+    def update_placement(self, phy2log: Array) -> tuple[Array, Array, Array]:
+        """Sets another placement of the same sizes on a planner made by from_placement. Returns mapping(). Waits for the device."""
+        if not self._general:
+            raise broken_rule("update_placement", "needs a planner made by from_placement", "a planner with a topology")
+        slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32)
+        if slots.size != self.n_routed_experts:
+            raise broken_rule("phy2log", f"must have {self.n_routed_experts} slots as before", slots.size)
+        handle = self._handle
+        handle.check(handle.library.planner_set_placement(handle.opened(), address(slots), slots.size, self._stream()))
+        mapping = self.mapping()
+        self.phy2log = mapping[0]
+        return mapping
+
+    def mapping(self) -> tuple[Array, Array, Array]:
+        """The placement: (phy2log int32 [n_physical], log2phy int32 [n_logical, max(2, most replicas)], -1 padded, original first,
+        logcnt int32 [n_logical])."""
+        handle = self._handle
+        pointer, library = handle.opened(), handle.library
+        most = ctypes.c_int64()
+        handle.check(library.planner_max_replicas(pointer, ctypes.byref(most)))
+        phy2log = np.empty(handle.n_physical, dtype=np.int32)
+        log2phy = np.empty((handle.n_logical, most.value), dtype=np.int32)
+        logcnt = np.empty(handle.n_logical, dtype=np.int32)
+        handle.check(library.planner_phy2log(pointer, address(phy2log), phy2log.size))
+        handle.check(library.planner_log2phy(pointer, address(log2phy), handle.n_logical, most.value))
+        handle.check(library.planner_logcnt(pointer, address(logcnt), logcnt.size))
+        if most.value < 2:
+            log2phy = np.pad(log2phy, ((0, 0), (0, 2 - most.value)), constant_values=-1)
+        return self._output(phy2log), self._output(log2phy), self._output(logcnt)
+
+    # ---- plan ----
+
+    def run(self, idx: Array, avail_counter: Array | None, n_sms: int | None = None) -> Array:
+        """Physical ids for logical ids: count, exchange among the ranks of group, solve, redirect.
+
+        idx: int64 or int32, any shape, -1 (no expert, stays -1) .. n_logical-1. avail_counter: one int32 or int64 that grows by the
+        number of groups solved, or None. n_sms: at most so many multiprocessors are used, None: as many as measured best.
+        Returns ids of idx's shape and type. On CUDA works on the current stream and does not wait. Without redundant experts nothing
+        is exchanged or solved.
+        """
+        if n_sms is None:
+            n_sms = 0
+        elif n_sms < 1:
+            raise broken_rule("n_sms", "must be at least 1", n_sms)
+        if isinstance(idx, np.ndarray):
+            physical: Array = self._numpy("run", idx, avail_counter, self.number, n_sms)
+        elif self._ops is None or not is_tensor(idx):
+            raise self._not_an_array("idx", idx)
+        else:
+            physical = self._ops.run(idx, avail_counter, self.number, n_sms)
+        return physical
+
+    def count_workload(self, idx: Array, n_sms: int) -> tuple[Array, Array]:
+        """(tokens per logical expert int32 [n_logical], cumulative counts int32 [n_sms, n_logical] for weighted_select_target)."""
+        n_sms = integer("n_sms", n_sms, 1)
+        counts: tuple[Array, Array] = self._call("count", idx, self.number, n_sms, self.n_logical_routed_experts)
+        return counts
+
+    def solve_probs(self, workload: Array, avail_counter: Array | None) -> tuple[Array, Array]:
+        """Plans from counts and returns the plan as ratios.
+
+        workload: int32 or int64, n_logical elements: this rank's counts with a group, everybody's without. avail_counter: as in run.
+        Returns (probs float32 [n_group, group_size, num_redundants], the share of each slot class that stays at the original;
+        global workload float32 [n_group, group_size, n_local_logical], the sum over ranks by logical expert, scaled to maximum 1).
+        """
+        if self._general:
+            raise Unsupported("solve_probs: needs a topology, whose experts have one copy at most; use solve and redirect")
+        ratio_shape = [self.n_group, self.group_size, self.num_redundants]
+        scaled_shape = [self.n_group, self.group_size, self.n_local_logical_routed_experts]
+        probs: tuple[Array, Array] = self._call("solve", workload, avail_counter, self.number, ratio_shape, scaled_shape, name="workload")
+        return probs
+
+    def weighted_select_target(self, idx: Array, o_weight: Array, local_workload_by_sm: Array, n_sms: int) -> Array:
+        """Physical ids by ratios: of the c occurrences of an expert in idx the first round(ratio * c) go to the original.
+
+        o_weight: from solve_probs; local_workload_by_sm, n_sms: as count_workload returned and took it, for the same idx.
+        """
+        n_sms = integer("n_sms", n_sms, 1)
+        if self._general:
+            raise Unsupported("weighted_select_target: needs a topology, whose experts have one copy at most; use solve and redirect")
+        if len(local_workload_by_sm) != n_sms:
+            raise broken_rule("local_workload_by_sm", f"must have n_sms = {n_sms} rows", len(local_workload_by_sm))
+        if self._handle.has_replicas:
+            physical: Array = self._call("redirect_by_ratio", idx, o_weight, local_workload_by_sm, self.number)
+        else:  # there is nothing to weigh
+            physical = self._call("run", idx, None, self.number, 0)
+        return physical
+
+    def solve(self, workload: Array, avail_counter: Array | None = None) -> None:
+        """Plans from counts, for any placement; redirect then applies the plan, and info, split and assignment read it.
+
+        workload: as in solve_probs, or int [ep_size, n_logical], the counts of all ranks in rank order.
+        """
+        empty_shape = [self.n_group, self.group_size, self.num_redundants if self._handle.n_ratios else 0]
+        self._call("solve", workload, avail_counter, self.number, empty_shape, [self.n_logical_routed_experts], name="workload")
+
+    def redirect(self, idx: Array, n_sms: int | None = None) -> Array:
+        """Physical ids by the latest plan. The loads equal the plan exactly if idx are the ids that were counted."""
+        physical: Array = self._call("redirect", idx, self.number, 0 if n_sms is None else integer("n_sms", n_sms, 1))
+        return physical
+
+    def _call(self, operator: str, array: Any, *arguments: Any, name: str = "idx") -> Any:
+        if isinstance(array, np.ndarray):
+            return self._numpy(operator, array, *arguments, name=name)
+        if self._ops is None or not is_tensor(array):
+            raise self._not_an_array(name, array)
+        return getattr(self._ops, operator)(array, *arguments)
+
+    def _numpy(self, operator: str, array: Any, *arguments: Any, name: str = "idx") -> Any:
+        handle = self._handle
+        if handle.device >= 0:
+            raise broken_rule(name, f"must be a tensor on the planner's device cuda:{handle.device}", "a numpy array")
+        if handle.group is None:
+            return getattr(_numpy_ops, operator)(array, *arguments)
+        # The counts travel as tensors; from_numpy and numpy share memory, so a counter in an array still grows.
+        tensors = [_tensor(argument) for argument in (array, *arguments)]
+        results = getattr(self._ops, operator)(*tensors)
+        return tuple(result.numpy() for result in results) if isinstance(results, tuple) else results.numpy()
+
+    def _not_an_array(self, name: str, value: object) -> Exception:
+        wanted = "a torch tensor" if self._handle.device >= 0 else "a torch tensor or a numpy array"
+        return broken_rule(name, f"must be {wanted}", type(value).__name__)
+
+    # ---- results ----
+
+    def info(self) -> Info:
+        """What the latest plan achieved, and its certificate. Waits for the GPU. WrongOrder before the first plan."""
+        handle = self._handle
+        plan = _native.PlanInfoStruct(struct_size=ctypes.sizeof(_native.PlanInfoStruct))
+        groups = (_native.GroupInfoStruct * self.n_group)()
+        handle.check(handle.library.planner_info(handle.opened(), ctypes.byref(plan), groups, self.n_group, self._stream()))
+        return Info(
+            groups=[group_info(group, self.group_size, index * self.group_size) for index, group in enumerate(groups)],
+            invalid_ids=plan.invalid_ids,
+            locality=Locality(plan.own_rank, plan.own_node, plan.other_nodes),
+            overflow=plan.overflow)
+
+    def split(self) -> Array:
+        """Tokens per physical expert in the latest plan, from all ranks together: int64 [n_physical]. Waits for the GPU."""
+        return self._tokens(self._handle.library.planner_split)
+
+    def assignment(self) -> Array:
+        """The part of split() that comes from this planner's rank (all of it where the planner has none). Waits for the GPU."""
+        return self._tokens(self._handle.library.planner_assignment)
+
+    def _tokens(self, read: Callable[[int | None, int | None, int, int | None], int]) -> Array:
+        tokens: Int64s = np.empty(self.n_routed_experts, dtype=np.int64)
+        self._handle.check(read(self._handle.opened(), address(tokens), tokens.size, self._stream()))
+        return self._output(tokens)
+
+    # ---- exchange ----
+
+    def init_from_deep_ep(self, buffer: Any) -> None:
+        """Lets a deep_ep.Buffer (or its successor) tell the group, if none was given, and sets up the fast exchange where there is one.
+        Calling it again does nothing."""
+        if self.deep_ep_initialized:
+            return
+        if self._handle.group is None:
+            group = getattr(buffer, "group", None)
+            if group is not None:
+                raise broken_rule("group", "must be given to Planner for counts to be exchanged", None)
+        if self.exchange != "torch" and self._handle.group is not None:
+            self._connect(buffer)
+        self.deep_ep_initialized = True
+
+    def _connect(self, buffer: Any) -> None:
+        """Asks lplb.exchange, if this build has it, for something faster than torch.distributed.
+
+        lplb.exchange.connect(planner, buffer) returns None, or a function (own counts [n_logical], everybody's counts
+        [ep_size, n_logical] to fill) that works on the current stream. buffer is None where no deep_ep.Buffer was given.
+        """
+        name = f"{__package__}.exchange"
+        if importlib.util.find_spec(name) is not None:
+            module: ModuleType = importlib.import_module(name)
+            self._handle.gather = module.connect(self, buffer)
+        if self.exchange == "nvlink" and self._handle.gather is None:
+            raise Unsupported("exchange: 'nvlink' is not available here; use 'auto' or 'torch'")
+
+    # ---- life ----
+
+    def close(self) -> None:
+        """Frees the planner's memory; on CUDA waits for the device. Also done when the planner is garbage."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a Planner owns native memory and cannot be copied or pickled; make another one")
+
+    def __repr__(self) -> str:
+        what = "closed" if self._handle.pointer is None else str(self.device)
+        return (f"Planner(ep_size={self.ep_size}, n_logical={self.n_logical_routed_experts}, n_physical={self.n_routed_experts}, "
+                f"group_size={self.group_size}, num_redundants={self.num_redundants}, {what})")
+
+    def _stream(self) -> int | None:
+        return None if self._ops is None else self._ops._stream(self._handle)
+
+    def _output(self, array: Any) -> Array:
+        """A host array as the planner hands out arrays: a tensor on its device, or the array itself."""
+        if not self._as_tensors:
+            return array  # type: ignore[no-any-return]
+        return loaded_torch().from_numpy(array).to(self.device)  # type: ignore[no-any-return]
+
+
+def _tensor(value: Any) -> Any:
+    return loaded_torch().from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+
+
+def _device_ordinal(device: Any, given: Any) -> int:
+    """-1 for the CPU, else the CUDA ordinal. given: the topology or placement, whose device counts where none is named."""
+    torch = loaded_torch()
+    if device is None:
+        if is_tensor(given) and given.is_cuda:
+            return int(given.get_device())
+        if torch is None or isinstance(given, np.ndarray) or not torch.cuda.is_available():
+            return _native.DEVICE_CPU
+        return int(torch.cuda.current_device())
+    if str(device) == "cpu":
+        return _native.DEVICE_CPU
+    if torch is None:
+        if str(device).startswith("cuda"):
+            raise NoCuda("device: planners on a GPU work on torch tensors; import torch first")
+        raise broken_rule("device", "must be 'cpu' or a CUDA device", repr(device))
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise broken_rule("device", "must be 'cpu' or a CUDA device", repr(device)) from None
+    if wanted.type == "cpu":
+        return _native.DEVICE_CPU
+    if wanted.type != "cuda":
+        raise broken_rule("device", "must be 'cpu' or a CUDA device", repr(device))
+    if wanted.index is not None:
+        return int(wanted.index)
+    return int(torch.cuda.current_device()) if torch.cuda.is_available() else 0  # the library says why there is none
+
+
+def _default_nodes(ep_size: int, ordinal: int) -> int:
+    nodes = 0
+    if ordinal >= 0:
+        nodes = max(1, ep_size // max(1, loaded_torch().cuda.device_count()))
+    if not nodes or ep_size % nodes:
+        nodes = ep_size // 8 if ep_size % 8 == 0 else 1
+    return nodes

@@ -1,0 +1,59 @@
+"""One-off solve: the best split of loads over a placement, and the check of its proof in plain numpy."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from . import _native
+from ._arrays import Array, Int32s, Int64s, address, host_integers, integer, is_tensor, loaded_torch
+from .errors import broken_rule
+from .info import GroupInfo, group_info
+
+
+@dataclass(frozen=True)
+class Solution(GroupInfo):
+    """The result of solve: GroupInfo, and the tokens of every slot."""
+
+    tokens: Array  #: int64 [n_physical]
+
+
+def solve(loads: Array, phy2log: Array, ep_size: int) -> Solution:
+    """Splits the tokens of every expert over its replicas so that the busiest rank has as few as possible.
+
+    loads: integers [n_logical], 0 .. 2**40 tokens per logical expert. phy2log: integers [n_physical], the logical expert of every
+    slot; rank r owns n_physical / ep_size consecutive slots. All ranks balance among themselves. Host only; tokens are a CPU
+    tensor where loads are a tensor. For the same placement again and again make a Planner.
+    """
+    tokens_of: Int64s = host_integers("loads", loads, 1, np.int64)
+    slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32)
+    ranks = integer("ep_size", ep_size, 1)
+    tokens = np.empty(slots.size, dtype=np.int64)
+    info = _native.GroupInfoStruct()
+    message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
+    status = _native.load().solve(
+        address(tokens_of), tokens_of.size, address(slots), slots.size, ranks, address(tokens), ctypes.byref(info), message, len(message))
+    if status:
+        raise _native.failure(status, _native.text(message.value))
+    result = cast(Array, loaded_torch().from_numpy(tokens)) if is_tensor(loads) else tokens
+    return Solution(**vars(group_info(info, ranks)), tokens=result)
+
+
+def witness_bound(loads: Array, phy2log: Array, ep_size: int, witness: Iterable[int]) -> int:
+    """The lower bound that a set of ranks proves: the tokens of the experts whose replicas all stand on these ranks must stay there,
+    so one of the ranks has at least ceil(tokens / ranks). Recomputes GroupInfo.bound from the loads alone, without the library."""
+    tokens_of = host_integers("loads", loads, 1, np.int64)
+    slots = host_integers("phy2log", phy2log, 1, np.int64)
+    ranks = integer("ep_size", ep_size, 1)
+    inside = np.zeros(ranks, dtype=bool)
+    members = list(witness)
+    if not members or not all(0 <= rank < ranks for rank in members):
+        raise broken_rule("witness", f"must hold ranks 0 .. {ranks - 1}, one at least", members)
+    inside[members] = True
+    leaves = np.zeros(tokens_of.size, dtype=bool)
+    leaves[slots[~np.repeat(inside, slots.size // ranks)]] = True
+    return -(-int(tokens_of[~leaves].sum()) // int(inside.sum()))
