@@ -54,49 +54,91 @@ int32_t lplbk_wait(int32_t device, void *stream);
 
 /* ---- Planner on the device --------------------------------------------------------------------------------------------------- */
 
-/*
- * Where the tables of a planner stand in its blob of int32: offsets in words, fixed by the capacities, so that a new placement of the
- * same planner changes the contents only and captured graphs stay valid. Arrays and words are those of the solver's tables. The sizes
- * that a placement can change are in the header (word indices LPLBK_HEADER_*), at the start of the blob.
- */
-enum {
-    LPLBK_HEADER_PLACES = 0,      /* nPlaces */
-    LPLBK_HEADER_BUNDLES = 1,     /* nBundles */
-    LPLBK_HEADER_ARCS = 2,        /* nArcs */
-    LPLBK_HEADER_COLOURS = 3,     /* colour ranges of all groups */
-    LPLBK_HEADER_SWEEPS = 4,      /* sweeps before the loop */
-    LPLBK_HEADER_REPLICATED = 5,  /* experts with two or more places */
-    LPLBK_HEADER_WORDS = 16
-};
+enum { LPLBK_MAX_GROUP = 512, LPLBK_MAX_LOGICAL = 1024, LPLBK_MAX_PHYSICAL = 4096 }; /* LPLB_MAX_*_CUDA of lplb.h */
 
+/* The sizes that a planner keeps for its life. */
+typedef struct lplbk_shape {
+    int32_t ep_size, group_size, n_groups, n_nodes, n_logical, n_physical;
+    int32_t n_redundant;  /* columns of r2o; 0: general placement */
+    int32_t combined;     /* topology: experts in a slot class (m); 0 in general placements */
+    int32_t rank;         /* of the planner; -1: whole batch */
+    int32_t pair_slots;   /* topology of at most 32 ranks in a group whose colours are at most 8: their number rounded up to 2, 4 or 8; else 0 */
+    int32_t max_bundles, max_arcs; /* of one group, for every placement this planner can have */
+} lplbk_shape;
+
+/*
+ * The tables of a planner on the device: one blob of int32. Offsets in words, fixed by the shape, so that a new placement of the same
+ * planner changes contents only and captured graphs stay valid. "bundle", "arc", "colour", "place" as in the solver's tables; inside a
+ * group's image bundles and arcs are numbered from 0 in that group and ranks are those of the group.
+ */
 typedef struct lplbk_layout {
-    int32_t words;               /* of the whole blob */
-    /* places */
-    int32_t expert_start;        /* [n_logical + 1] */
-    int32_t place_slot;          /* [nPlaces] */
-    int32_t place_rank;          /* [nPlaces] rank in EP */
-    int32_t expert_bundle;       /* [n_logical] -1: single place */
-    /* bundles */
-    int32_t bundle_expert_start; /* [nBundles + 1] */
-    int32_t bundle_expert;       /* [..] */
-    int32_t bundle_start;        /* [nBundles + 1] first arc */
-    int32_t group_bundle_start;  /* [n_groups + 1] */
-    /* arcs */
-    int32_t arc_rank;            /* [nArcs] rank in EP */
-    int32_t arc_bundle;          /* [nArcs] */
-    int32_t rank_start;          /* [ep_size + 1] */
-    int32_t rank_arc;            /* [nArcs] */
-    /* colours: bundles [colour_bundle[i], colour_bundle[i + 1]) for i in [group_colour_start[g], group_colour_start[g + 1]) */
-    int32_t group_colour_start;  /* [n_groups + 1] */
-    int32_t colour_bundle;       /* [colours + 1] */
-    /* made for the device */
-    int32_t expert_home;         /* [n_logical] rank in EP and group of the original */
-    int32_t replicated;          /* [n_logical] index among the experts with two or more places, -1: single place */
-    int32_t replicated_expert;   /* [replicated] the inverse */
-    int32_t group_expert_start;  /* [n_groups + 1] */
-    int32_t group_expert;        /* [n_logical] experts by group */
-    int32_t lane;                /* topology, group_size <= 32: [n_groups][4 * n_redundant][32] see solve_flow_warp.cu */
+    int32_t expert;        /* [n_logical][4]: -1 - rank in group of a single place, or the bundle; first place; places; replicated index or -1 */
+    int32_t place;         /* [n_physical][2]: slot, rank in EP */
+    int32_t replicated;    /* [n_logical]: experts with two or more places, ascending */
+    int32_t bundle_expert_start; /* [n_groups * max_bundles + 1] of bundle group * max_bundles + b: its experts are .. */
+    int32_t bundle_expert; /* [n_logical] .. here, in bundle order */
+    int32_t expert_group;  /* [n_logical] */
+    int32_t home;          /* [n_logical] topology: expert by original slot, [ep_size][n_logical / ep_size]; else unused */
+    int32_t expert_class;  /* [n_logical] topology: EP rank * n_redundant + d, -1: not replicated; else -1 */
+    int32_t expert_copy;   /* [n_logical] topology: slot of the copy, -1: none; else -1 */
+    int32_t lanes;         /* [n_groups][pair_slots][32] see lplbk_lane */
+    int32_t image;         /* [n_groups][image_words] */
+    int32_t image_words;
+    /* offsets inside an image */
+    int32_t rank_start;    /* [group_size + 1] into rank_arc */
+    int32_t rank_arc;      /* [max_arcs] arc | bundle << 13 | flip << 31; flip: the bundle's ranks descend (a pair whose copy has the lower rank) */
+    int32_t arc_rank;      /* [max_arcs] */
+    int32_t bundle_start;  /* [max_bundles + 1] into the arcs */
+    int32_t mask;          /* [max_bundles][mask_words] group_size <= 64: bit r: the bundle has a place on rank r; else absent */
+    int32_t mask_words;    /* 1, 2 or 0 */
+    int32_t words;         /* of the whole blob */
 } lplbk_layout;
+
+/* Words of the blob's header. */
+enum { LPLBK_HEADER_REPLICATED = 0 /* experts with two or more places */, LPLBK_HEADER_WORDS = 16 };
+/* Words of an image's header; IMAGE_COLOUR + c: first bundle of colour c, one more than there are colours. */
+enum { LPLBK_IMAGE_BUNDLES = 0, LPLBK_IMAGE_ARCS = 1, LPLBK_IMAGE_COLOURS = 2, LPLBK_IMAGE_MAX_ROUNDS = 3, LPLBK_IMAGE_COLOUR = 16,
+       LPLBK_IMAGE_HEADER_WORDS = 32, LPLBK_MAX_COLOURS = 8 };
+
+/* One word of `lanes` for the arc of colour c on a rank: where its bundle's other place is. Ranks without that colour: lplbk_no_lane. */
+static inline int32_t lplbk_lane(int32_t partner, int32_t slot_class, int32_t is_copy) {
+    return partner | slot_class << 8 | is_copy << 24 | 1 << 25; /* slot_class: rank in group * n_redundant + d */
+}
+static inline int32_t lplbk_no_lane(int32_t rank) { return rank; }
+
+static inline int32_t lplbk_section(int32_t *end, int64_t words) {
+    const int32_t start = *end;
+    *end += (int32_t)((words + 3) / 4 * 4); /* sections start at 16 bytes */
+    return start;
+}
+
+static inline lplbk_layout lplbk_layout_of(const lplbk_shape *shape) {
+    lplbk_layout at;
+    int32_t end = 0;
+    at.mask_words = shape->group_size <= 32 ? 1 : shape->group_size <= 64 ? 2 : 0;
+    lplbk_section(&end, LPLBK_IMAGE_HEADER_WORDS);
+    at.rank_start = lplbk_section(&end, shape->group_size + 1);
+    at.rank_arc = lplbk_section(&end, shape->max_arcs);
+    at.arc_rank = lplbk_section(&end, shape->max_arcs);
+    at.bundle_start = lplbk_section(&end, shape->max_bundles + 1);
+    at.mask = lplbk_section(&end, (int64_t)shape->max_bundles * at.mask_words);
+    at.image_words = end;
+    end = 0;
+    lplbk_section(&end, LPLBK_HEADER_WORDS);
+    at.expert = lplbk_section(&end, (int64_t)shape->n_logical * 4);
+    at.place = lplbk_section(&end, (int64_t)shape->n_physical * 2);
+    at.replicated = lplbk_section(&end, shape->n_logical);
+    at.bundle_expert_start = lplbk_section(&end, (int64_t)shape->n_groups * shape->max_bundles + 1);
+    at.bundle_expert = lplbk_section(&end, shape->n_logical);
+    at.expert_group = lplbk_section(&end, shape->n_logical);
+    at.home = lplbk_section(&end, shape->n_logical);
+    at.expert_class = lplbk_section(&end, shape->n_logical);
+    at.expert_copy = lplbk_section(&end, shape->n_logical);
+    at.lanes = lplbk_section(&end, (int64_t)shape->n_groups * shape->pair_slots * 32);
+    at.image = lplbk_section(&end, (int64_t)shape->n_groups * at.image_words);
+    at.words = end;
+    return at;
+}
 
 /* Words of the information of one group on the device (int32). */
 enum {
@@ -113,29 +155,25 @@ enum { LPLBK_COUNTER_INVALID = 0, LPLBK_COUNTER_OVERFLOW = 1, LPLBK_COUNTER_WORD
 typedef struct lplbk_planner {
     int32_t device;
     int32_t solver;          /* LPLB_SOLVER_* */
-    int32_t ep_size, group_size, n_groups, n_nodes, n_logical, n_physical;
-    int32_t n_redundant;     /* 0: general placement */
-    int32_t combined;        /* experts in a bundle of a topology; 0 in general placements */
-    int32_t rank;            /* of the planner, -1: whole batch */
-    int32_t replicas;        /* 0: there are none, for any placement that this planner can have */
-    int32_t max_bundles, max_arcs, max_degree; /* capacities; max_degree: arcs of a bundle */
-    lplbk_device_info info;
+    int32_t has_replicas;    /* 0: no placement of this planner has any */
+    lplbk_shape shape;
     lplbk_layout layout;
-    /* device memory */
-    int32_t *tables;         /* layout.words */
-    int32_t *quota;          /* [n_physical] tokens of each slot, all sources */
+    lplbk_device_info info;
+    /* device memory, made with lplbk_alloc */
+    int32_t *tables;         /* [layout.words] */
+    int32_t *quota;          /* [n_physical] tokens of each slot, all sources; zeroed when the placement changes */
     int32_t *take;           /* [n_physical] the same from this planner's source */
     int32_t *group_info;     /* [n_groups][LPLBK_INFO_WORDS] */
     int64_t *counters;       /* [LPLBK_COUNTER_WORDS] */
-    int32_t *scratch;        /* lplbk_scratch_words() */
+    int32_t *scratch;        /* [lplbk_scratch_words()] */
 } lplbk_planner;
 
-/* Words of scratch memory that the planner needs; everything else in it but the device memory must be set. */
-int32_t lplbk_scratch_words(const lplbk_planner *planner, int64_t *words);
+/* Words of scratch memory; shape, layout, solver and info must be set. */
+int64_t lplbk_scratch_words(const lplbk_planner *planner);
 
-/* Whether the kernels can serve this planner on its device. 0, LPLBK_UNSUPPORTED, or a CUDA error. Prepares the kernels (opts in to their
-   shared memory), so it comes once before the first launch on a device. */
-int32_t lplbk_prepare(const lplbk_planner *planner);
+/* Whether the kernels can serve this planner on its device: 0, LPLBK_UNSUPPORTED or a CUDA error. Also opts in to the shared memory and
+   cluster sizes they need, and sets info.max_cluster. Comes once, before the first launch. */
+int32_t lplbk_prepare(lplbk_planner *planner);
 
 /* ---- Launches: nothing waits, nothing allocates, all can be captured --------------------------------------------------------- */
 /* `..64`: 0 for int32, 1 for int64. Shapes and rules are those of lplb.h. n_ids < 2^31. */

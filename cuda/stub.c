@@ -54,13 +54,12 @@ int32_t lplbk_wait(int32_t device, void *stream) {
     return LPLBK_NO_CUDA;
 }
 
-int32_t lplbk_scratch_words(const lplbk_planner *planner, int64_t *words) {
+int64_t lplbk_scratch_words(const lplbk_planner *planner) {
     UNUSED(planner);
-    *words = 0;
-    return LPLBK_NO_CUDA;
+    return 0;
 }
 
-int32_t lplbk_prepare(const lplbk_planner *planner) {
+int32_t lplbk_prepare(lplbk_planner *planner) {
     UNUSED(planner);
     return LPLBK_NO_CUDA;
 }
