@@ -6,7 +6,7 @@
  * proves it: with each plan comes a set of ranks (the witness) from which anybody can recompute a lower bound equal to the result.
  *
  * Reading order: 1. version and status  2. planner: create, place  3. planner: plan (count, solve, redirect, run)  4. reading results
- *                5. placement alone  6. one-off solve
+ *                5. placement alone  6. one-off solve  7. exchange: everybody's counts over NVLink
  *
  * Words
  *   rank              one GPU of the expert-parallel (EP) group; there are ep_size of them
@@ -249,8 +249,8 @@ lplb_status lplb_planner_assignment(lplb_planner *planner, int64_t *tokens, int6
  * finite, >= 0. If n_groups % n_nodes == 0 hierarchical (expert groups to nodes, replicas inside the node, slots to ranks), else global.
  * Ties go to the lowest index. phy2log [n_layers][n_physical], replica [n_layers][n_physical] (which replica of its expert a slot is,
  * from 0) and logcnt [n_layers][n_logical]; each may be NULL. log2phy follows: log2phy[layer][phy2log[p]][replica[p]] = p.
- * n_physical >= n_logical; n_ranks divides n_physical; n_nodes divides n_ranks; n_groups divides n_logical; if hierarchical n_nodes
- * divides n_physical. Host, synchronous, thread-safe.
+ * n_logical <= n_physical <= 2^20; n_ranks divides n_physical; if hierarchical, n_nodes divides n_ranks and n_groups divides n_logical.
+ * Host, synchronous, thread-safe.
  */
 lplb_status lplb_eplb_rebalance(const float *weight, int64_t n_layers, int64_t n_logical, int64_t n_physical, int64_t n_groups,
                                 int64_t n_nodes, int64_t n_ranks, int64_t *phy2log, int64_t *replica, int64_t *logcnt, char *message,
@@ -264,6 +264,134 @@ lplb_status lplb_eplb_rebalance(const float *weight, int64_t n_layers, int64_t n
  */
 lplb_status lplb_solve(const int64_t *loads, int64_t n_logical, const int32_t *phy2log, int64_t n_physical, int64_t ep_size,
                        int64_t *tokens, lplb_group_info *info, char *message, int64_t message_size);
+
+/* ---- 7. Exchange -------------------------------------------------------------------------------------------------------------- */
+
+/*
+ * Every rank's counts on every rank, in about one NVLink round trip: each rank stores its counts straight into a small buffer on every
+ * other GPU of its NVLink domain, and waits until everybody's have arrived in its own. No host, no collective library, no multicast.
+ *
+ *   1. create         with pointers that somebody else mapped, or begin -> gather the blobs -> finish with CUDA IPC
+ *   2. all_gather     or lplb_planner_attach_exchange, and lplb_planner_run does it inside
+ *   3. the end        wait for the streams, a barrier of the ranks, close, a barrier, destroy
+ *
+ * One exchange serves one stream order: its calls follow one another, in the same order and number on all ranks, eager or replayed from
+ * CUDA graphs in any mixture. Work on several streams at once needs an exchange for each. Calls on one exchange from two threads at once
+ * are refused with LPLB_ERROR_BUSY (abort and report may come from any thread at any time).
+ * With several nodes the ranks are numbered node by node, as many in each; the counts go along the rail first (the same local rank of the
+ * other nodes, by lplb_rail_ops), then over NVLink.
+ */
+#define LPLB_EXCHANGE_MAX_RANKS 72      /* of one NVLink domain */
+#define LPLB_EXCHANGE_MAX_NODES 1024
+#define LPLB_EXCHANGE_BLOB_BYTES 128
+
+typedef struct lplb_exchange lplb_exchange;
+
+enum {
+    LPLB_EXCHANGE_TRAP = 0,   /* a time-out ends the kernel with a trap: the CUDA context is lost, nothing goes on with wrong counts */
+    LPLB_EXCHANGE_REPORT = 1  /* it is only reported: the counts that are missing read as 0, later calls wait for nothing */
+};
+
+/* The other nodes' counts. Any library can stand behind it; it lives as long as the exchange. */
+typedef struct lplb_rail_ops {
+    int64_t struct_size;   /* sizeof(lplb_rail_ops) */
+    void *context;         /* handed to the functions */
+    /*
+     * Queues on `stream`: gathered[node][n_counts] = counts[n_counts] of this rank's local rank on every node, this one included; int32
+     * device pointers. 0, or any other number for a failure. Called by lplb_exchange_all_gather, in graph capture too.
+     */
+    int32_t (*all_gather)(void *context, const int32_t *counts, int32_t *gathered, int64_t n_counts, void *stream);
+    const char *(*error)(void *context); /* NULL, or words about the last failure */
+    void (*destroy)(void *context);      /* NULL, or called by lplb_exchange_destroy */
+} lplb_rail_ops;
+
+typedef struct lplb_exchange_config {
+    int64_t struct_size;   /* sizeof(lplb_exchange_config); LPLB_EXCHANGE_CONFIG_INIT sets it */
+    int32_t device;        /* CUDA ordinal */
+    int32_t policy;        /* LPLB_EXCHANGE_TRAP or LPLB_EXCHANGE_REPORT */
+    int64_t n_ranks;       /* ranks of this NVLink domain, 1 .. LPLB_EXCHANGE_MAX_RANKS */
+    int64_t rank;          /* this one's number among them */
+    int64_t n_counts;      /* int32 from each rank, 1 .. LPLB_MAX_LOGICAL */
+    int64_t n_nodes;       /* NVLink domains, 1 .. LPLB_EXCHANGE_MAX_NODES; above 1 needs a rail */
+    int64_t node;          /* this one's number among them */
+    int64_t timeout_ms;    /* longest wait for a peer on the device's clock; 0: no limit */
+    int64_t first_epoch;   /* number of the first call, 0 .. 2^32-1, the same on all ranks; any value works, tests use some near 2^32 */
+    const lplb_rail_ops *rail; /* NULL: one node. Copied; once the exchange exists it owns the context, after a failure it does not */
+} lplb_exchange_config;
+
+#define LPLB_EXCHANGE_CONFIG_INIT { (int64_t)sizeof(lplb_exchange_config), 0, LPLB_EXCHANGE_TRAP, 0, 0, 0, 1, 0, 30000, 1, 0 }
+
+/* Bytes of the buffer that every rank needs for this config (aligned to 16). */
+lplb_status lplb_exchange_buffer_bytes(const lplb_exchange_config *config, int64_t *bytes, char *message, int64_t message_size);
+
+/*
+ * From pointers: buffers[n_ranks] are addresses on this device of every rank's buffer of lplb_exchange_buffer_bytes, the own one among
+ * them, mapped for reading and writing over NVLink (by CUDA virtual memory, IPC, PyTorch symmetric memory, nvshmem_ptr). They stay the
+ * caller's and must outlive the exchange. This fills the own buffer and waits for that; no rank may call all_gather before all ranks have
+ * returned from create, so a barrier of the caller's comes in between. Allocates. message as in lplb_planner_create.
+ */
+lplb_status lplb_exchange_create(const lplb_exchange_config *config, void *const *buffers, lplb_exchange **exchange, char *message,
+                                 int64_t message_size);
+
+/*
+ * With CUDA IPC, for processes of one host: begin allocates the own buffer (2 MiB or more by cudaMalloc) and writes what the others must
+ * know to blob (LPLB_EXCHANGE_BLOB_BYTES). The caller gathers the blobs of all ranks, in rank order, and gives them to finish, which maps
+ * the peers' buffers; after it all_gather may be called at once. Ranks that are on another host, that disagree about the config, or whose
+ * GPUs cannot reach each other are refused in words; after a refusal only destroy is left.
+ */
+lplb_status lplb_exchange_begin(const lplb_exchange_config *config, lplb_exchange **exchange, void *blob, char *message,
+                                int64_t message_size);
+lplb_status lplb_exchange_finish(lplb_exchange *exchange, const void *blobs);
+
+/*
+ * gathered[n_nodes * n_ranks][n_counts] = the counts[n_counts] of every rank, in rank order; int32 device pointers. Queues one kernel of
+ * few blocks on the stream (after the rail's work where there are several nodes) and returns. Can be captured; allocates nothing.
+ * LPLB_ERROR_TIMEOUT once an earlier call has timed out or was aborted, with the words of lplb_exchange_report.
+ */
+lplb_status lplb_exchange_all_gather(lplb_exchange *exchange, const int32_t *counts, int32_t *gathered, void *stream);
+
+/* Policy and time limit of the calls (and captures) from now on. */
+lplb_status lplb_exchange_set_limits(lplb_exchange *exchange, int32_t policy, int64_t timeout_ms);
+
+/*
+ * Ends all waiting on this rank, now and in future, within a millisecond; never traps. For a host that knows that a peer is gone. What
+ * was queued behind goes on with zeros for the missing counts.
+ */
+void lplb_exchange_abort(lplb_exchange *exchange);
+
+enum { LPLB_EXCHANGE_FINE = 0, LPLB_EXCHANGE_TIMED_OUT = 1, LPLB_EXCHANGE_ABORTED = 2 };
+
+typedef struct lplb_exchange_report {
+    int64_t struct_size;   /* sizeof(lplb_exchange_report) */
+    int32_t code;          /* LPLB_EXCHANGE_FINE, _TIMED_OUT or _ABORTED */
+    int32_t rank;          /* that waited, numbered in its NVLink domain */
+    int32_t peer;          /* the first one found missing, likewise */
+    uint32_t epoch;        /* number of the call */
+    int64_t waited_ns;
+} lplb_exchange_report;
+
+/* What ended the exchange, if anything did. Reads host memory only: no CUDA call, no waiting, and it works after a trap too. */
+lplb_status lplb_exchange_get_report(const lplb_exchange *exchange, lplb_exchange_report *report);
+
+/*
+ * Unmaps the peers' buffers, after waiting for the device; no call can follow but report and destroy. The caller waits for its streams and
+ * for a barrier of the ranks before (nobody may still write to a buffer), and for another one after it, before destroy frees the own
+ * buffer. CUDA graphs that hold calls of this exchange must not be replayed any more. NULL is fine.
+ */
+void lplb_exchange_close(lplb_exchange *exchange);
+
+/* Ends the exchange; closes it if nobody did. Planners that it is attached to refuse to run until another is attached. NULL is fine. */
+void lplb_exchange_destroy(lplb_exchange *exchange);
+
+/* Words about the last failed call on this exchange, "" if none failed. As lplb_planner_error. */
+const char *lplb_exchange_error(const lplb_exchange *exchange);
+
+/*
+ * From now on lplb_planner_run of this CUDA planner, where `gathered` is NULL, exchanges the counts itself: all ranks must then call it in
+ * the same order. The planner was created with a rank, on the exchange's device; n_counts is its n_logical, n_nodes * n_ranks its
+ * ep_size, and its rank is node * n_ranks + rank. Several planners of one stream order may share an exchange. exchange NULL: as before.
+ */
+lplb_status lplb_planner_attach_exchange(lplb_planner *planner, lplb_exchange *exchange);
 
 #ifdef __cplusplus
 }

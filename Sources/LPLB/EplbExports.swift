@@ -11,17 +11,19 @@ public func lplb_eplb_rebalance(
     _ logcnt: UnsafeMutablePointer<Int64>?, _ message: UnsafeMutablePointer<CChar>?, _ message_size: Int64
 ) -> lplb_status {
     withMessage(message, message_size) { () throws(Failure) in
-        let layers = try Check.range(n_layers, "n_layers", 0...(1 << 20))
-        let logical = try Check.range(n_logical, "n_logical", 1...Int64(LPLB_MAX_LOGICAL))
-        let physical = try Check.range(n_physical, "n_physical", 1...Int64(LPLB_MAX_PHYSICAL))
+        let count = try translating { () throws(RuleViolation) in
+            try rebalanceWeightCount(
+                nLayers: Int(n_layers), nLogical: Int(n_logical), nPhysical: Int(n_physical), nGroups: Int(n_groups),
+                nNodes: Int(n_nodes), nRanks: Int(n_ranks))
+        }
         try Check.aligned(UnsafeRawPointer(phy2log), "phy2log", to: 8)
         try Check.aligned(UnsafeRawPointer(replica), "replica", to: 8)
         try Check.aligned(UnsafeRawPointer(logcnt), "logcnt", to: 8)
-        let weight = layers == 0 ? nil : try Check.pointer(weight, "weight")
+        let weight = count == 0 ? nil : try Check.pointer(weight, "weight")
         try translating { () throws(RuleViolation) in
             try rebalance(
-                weight: UnsafeBufferPointer(start: weight, count: layers * logical), nLayers: layers, nLogical: logical,
-                nPhysical: physical, nGroups: Int(n_groups), nNodes: Int(n_nodes), nRanks: Int(n_ranks), phy2log: phy2log,
+                weight: UnsafeBufferPointer(start: weight, count: count), nLayers: Int(n_layers), nLogical: Int(n_logical),
+                nPhysical: Int(n_physical), nGroups: Int(n_groups), nNodes: Int(n_nodes), nRanks: Int(n_ranks), phy2log: phy2log,
                 replica: replica, logcnt: logcnt)
         }
     }

@@ -12,6 +12,10 @@ final class Planner {
     /// The rank this planner plans for; nil: the ids are those of all ranks together.
     let rank: Int?
     let backend: any PlannerBackend
+    /// A CUDA ordinal, or LPLB_DEVICE_CPU.
+    let device: Int
+    /// Gathers everybody's counts inside `run`.
+    var exchange: Exchange?
 
     private(set) var placement: Placement?
     private(set) var tables: SolverTables?
@@ -26,6 +30,7 @@ final class Planner {
         shape = try Planner.shape(of: config)
         topology = try Planner.topology(of: config, shape: shape)
         rank = try Planner.rank(of: config, shape: shape)
+        device = Int(config.device)
         backend = try Planner.backend(of: config, shape: shape, topology: topology, rank: rank)
         words = .allocate(capacity: Planner.wordsSize)
         words[0] = 0
@@ -153,6 +158,8 @@ final class Planner {
         if gathered != nil && rank == nil {
             throw Failure("gathered", "needs a planner created with a rank, so that one row is known to be its own", value: "no rank")
         }
+        var gathered = gathered
+        if gathered == nil, hasReplicas, let exchange { gathered = try exchangedCounts(of: ids, by: exchange, stream: stream) }
         try backend.run(ids, gathered: gathered, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
         if hasReplicas { hasPlan = true }
     }

@@ -14,8 +14,8 @@ let maxSlots = 1 << 20
 ///   - phy2log: nil or [nLayers][nPhysical]: the expert of each slot.
 ///   - replica: nil or [nLayers][nPhysical]: which replica of its expert a slot is, from 0.
 ///   - logcnt: nil or [nLayers][nLogical]: replicas of each expert.
-/// - Throws: a `RuleViolation` if `nLogical <= nPhysical` fails, if `nRanks` does not divide `nPhysical`, `nNodes` not `nRanks`, `nGroups`
-///   not `nLogical`, or if a weight is no load. Nothing is written then.
+/// - Throws: a `RuleViolation` if `nLogical <= nPhysical` fails, if `nRanks` does not divide `nPhysical`, in the hierarchical case if
+///   `nNodes` does not divide `nRanks` or `nGroups` not `nLogical`, or if a weight is no load. Nothing is written then.
 public func rebalance(
     weight: UnsafeBufferPointer<Float>, nLayers: Int, nLogical: Int, nPhysical: Int, nGroups: Int, nNodes: Int, nRanks: Int,
     phy2log: UnsafeMutablePointer<Int64>?, replica: UnsafeMutablePointer<Int64>?, logcnt: UnsafeMutablePointer<Int64>?
@@ -52,9 +52,12 @@ public func rebalanceWeightCount(
     if nPhysical > maxSlots { throw RuleViolation(.unsupported, "n_physical", "must be at most \(maxSlots)", value: nPhysical) }
     if nPhysical < nLogical { throw RuleViolation("n_physical", "must be at least n_logical \(nLogical)", value: nPhysical) }
     if nPhysical % nRanks != 0 { throw RuleViolation("n_physical", "must be a multiple of n_ranks \(nRanks)", value: nPhysical) }
-    if nRanks % nNodes != 0 { throw RuleViolation("n_ranks", "must be a multiple of n_nodes \(nNodes)", value: nRanks) }
-    if nLogical % nGroups != 0 { throw RuleViolation("n_logical", "must be a multiple of n_groups \(nGroups)", value: nLogical) }
-    // Below, nNodes divides nRanks and so nPhysical; and in the hierarchical case nNodes divides nGroups and so nLogical.
+    // The global case knows neither groups nor nodes, and DeepSeek's program accepts any numbers of them there.
+    if nGroups % nNodes == 0 {
+        if nRanks % nNodes != 0 { throw RuleViolation("n_ranks", "must be a multiple of n_nodes \(nNodes)", value: nRanks) }
+        if nLogical % nGroups != 0 { throw RuleViolation("n_logical", "must be a multiple of n_groups \(nGroups)", value: nLogical) }
+    }
+    // In the hierarchical case nNodes divides nRanks and so nPhysical, and nGroups and so nLogical.
     if nLayers.multipliedReportingOverflow(by: nPhysical * 8).overflow {
         throw RuleViolation(.unsupported, "n_layers", "n_layers * n_physical must fit the memory", value: nLayers)
     }

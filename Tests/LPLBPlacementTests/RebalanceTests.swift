@@ -115,6 +115,14 @@ func groupSumsRoundLikePyTorch(n: Int, bits: UInt32) throws {
     #expect(try balanced([], 0, exampleSizes) == Result())
 }
 
+/// Numbers of groups and nodes that do not go together mean "global", whatever else they divide.
+@Test func globalNeedsNeitherGroupsNorNodes() throws {
+    let global = try balanced(exampleLoads, 2, Sizes(nLogical: 12, nPhysical: 16, nGroups: 1, nNodes: 1, nRanks: 8))
+    for (nGroups, nNodes) in [(5, 2), (1, 3), (4, 3), (4, .max)] {
+        #expect(try balanced(exampleLoads, 2, Sizes(nLogical: 12, nPhysical: 16, nGroups: nGroups, nNodes: nNodes, nRanks: 8)) == global)
+    }
+}
+
 @Test func refusalsInWords() throws {
     func refusal(_ s: Sizes, _ w: [Float]? = nil, layers: Int = 1) -> String? {
         let weight = w ?? [Float](repeating: 1, count: max(0, min(s.nLogical, 100)))
@@ -135,15 +143,15 @@ func groupSumsRoundLikePyTorch(n: Int, bits: UInt32) throws {
     #expect(refusal(exampleSizes) == nil)
     #expect(refusal(with { $0.nPhysical = 17 }) == "n_physical: must be a multiple of n_ranks 8, got 17")
     #expect(refusal(with { $0.nPhysical = 8 }) == "n_physical: must be at least n_logical 12, got 8")
-    #expect(refusal(with { $0.nGroups = 5 }) == "n_logical: must be a multiple of n_groups 5, got 12")
-    #expect(refusal(with { $0.nNodes = 3 }) == "n_ranks: must be a multiple of n_nodes 3, got 8")
+    #expect(refusal(with { $0.nGroups = 10 }) == "n_logical: must be a multiple of n_groups 10, got 12")
+    #expect(refusal(with { $0.nGroups = 12; $0.nNodes = 3 }) == "n_ranks: must be a multiple of n_nodes 3, got 8")
     #expect(refusal(with { $0.nRanks = 0 }) == "n_ranks: must be at least 1, got 0")
     #expect(refusal(with { $0.nRanks = .min }) == "n_ranks: must be at least 1, got \(Int.min)")
     #expect(refusal(with { $0.nLogical = -1 })?.hasPrefix("n_logical: must be at least 1") == true)
     #expect(refusal(with { $0.nPhysical = .max })?.hasPrefix("n_physical: must be at most 1048576") == true)
     #expect(refusal(with { $0.nLogical = .max })?.hasPrefix("n_physical: must be at least n_logical") == true)
-    #expect(refusal(with { $0.nGroups = .max })?.hasPrefix("n_logical: must be a multiple of n_groups") == true)
-    #expect(refusal(with { $0.nNodes = .max })?.hasPrefix("n_ranks: must be a multiple of n_nodes") == true)
+    #expect(refusal(with { $0.nGroups = .max - 1 })?.hasPrefix("n_logical: must be a multiple of n_groups") == true)
+    #expect(refusal(with { $0.nGroups = .max; $0.nNodes = .max })?.hasPrefix("n_ranks: must be a multiple of n_nodes") == true)
     #expect(refusal(exampleSizes, layers: -1) == "n_layers: must be at least 0, got -1")
     #expect(refusal(exampleSizes, layers: .max)?.hasPrefix("n_layers: ") == true)
     #expect(refusal(exampleSizes, [1, 2]) == "weight: must have n_layers * n_logical = 12 entries, got 2")
