@@ -1,0 +1,291 @@
+// The object behind an lplb_exchange handle: one rank's side of the exchange of counts. The protocol is in cuda/exchange_kernels.h.
+
+import CLPLB
+import CLPLBKernels
+import Synchronization
+
+/// A checked lplb_exchange_config.
+struct ExchangeSettings {
+    let device: Int32
+    let ranks: Int
+    let rank: Int
+    let counts: Int
+    let nodes: Int
+    let node: Int
+    let firstEpoch: UInt32
+    let rail: lplb_rail_ops?
+
+    /// 8-byte words of the buffer that the peers write.
+    var bufferWords: Int64 { lplbk_exchange_buffer_words(Int64(ranks), Int64(nodes), Int64(counts)) }
+
+    init(_ config: lplb_exchange_config) throws(Failure) {
+        try Check.size(config.struct_size, "struct_size", is: MemoryLayout<lplb_exchange_config>.size, "sizeof(lplb_exchange_config)")
+        device = Int32(try Check.range(Int64(config.device), "device", 0...Int64(Int32.max)))
+        ranks = try Check.range(config.n_ranks, "n_ranks", 1...Int64(LPLB_EXCHANGE_MAX_RANKS))
+        rank = try Check.range(config.rank, "rank", 0...Int64(ranks - 1))
+        counts = try Check.range(config.n_counts, "n_counts", 1...Int64(LPLB_MAX_LOGICAL))
+        nodes = try Check.range(config.n_nodes, "n_nodes", 1...Int64(LPLB_EXCHANGE_MAX_NODES))
+        node = try Check.range(config.node, "node", 0...Int64(nodes - 1))
+        firstEpoch = UInt32(try Check.range(config.first_epoch, "first_epoch", 0...Int64(UInt32.max)))
+        guard let given = config.rail else {
+            guard nodes == 1 else { throw Failure("rail", "must not be NULL when n_nodes is above 1", value: "NULL") }
+            rail = nil
+            return
+        }
+        try Check.aligned(given, "rail", to: 8)
+        let size = UnsafeRawPointer(given).load(as: Int64.self)
+        try Check.size(size, "rail.struct_size", is: MemoryLayout<lplb_rail_ops>.size, "sizeof(lplb_rail_ops)")
+        guard given.pointee.all_gather != nil else { throw Failure("rail.all_gather", "must not be NULL", value: "NULL") }
+        rail = given.pointee
+    }
+}
+
+final class Exchange {
+    private enum Stage { case begun, ready, closed }
+
+    let settings: ExchangeSettings
+    /// What the kernels get; its address stays, its limits may change.
+    let view: UnsafeMutablePointer<lplbk_exchange_view>
+    /// Shared with the device; nil once the exchange has ended.
+    private(set) var host: UnsafeMutablePointer<lplbk_exchange_host>?
+
+    private var stage = Stage.begun
+    /// The buffer that peers write, if it is ours to free.
+    private var ownBuffer: UnsafeMutableRawPointer?
+    private var imported: [UnsafeMutableRawPointer] = []
+    /// Device memory: counts of the planner that runs [counts], what the rail brings [nodes][counts], everybody's [nodes * ranks][counts].
+    private var scratch: UnsafeMutableRawPointer?
+    /// Entered in the settings' rail only once the exchange exists, since it then owns the context.
+    private var ownsRail = false
+
+    private let entered = Atomic<Bool>(false)
+    private let words: UnsafeMutablePointer<CChar>
+    private static let wordsSize = 1024
+
+    private init(_ settings: ExchangeSettings, policy: Int32, timeoutMs: Int64) throws(Failure) {
+        self.settings = settings
+        let (policy, timeout) = try Exchange.limits(policy: policy, timeoutMs: timeoutMs)
+        view = .allocate(capacity: 1)
+        view.initialize(to: lplbk_exchange_view())
+        words = .allocate(capacity: Exchange.wordsSize)
+        words[0] = 0
+        view.pointee.timeout_ns = timeout
+        view.pointee.policy = policy
+        view.pointee.rank = Int32(settings.rank)
+        view.pointee.n_ranks = Int32(settings.ranks)
+        view.pointee.n_nodes = Int32(settings.nodes)
+        view.pointee.n_counts = Int32(settings.counts)
+        view.pointee.n_words = Int32(settings.nodes * settings.counts)
+        view.pointee.n_packets = (view.pointee.n_words + 1) / 2
+        var info = lplbk_device_info()
+        try Exchange.cuda(lplbk_device_info_get(settings.device, &info), "device \(settings.device)")
+        try Exchange.cuda(lplbk_exchange_open(settings.device, settings.firstEpoch, view, &host), "lplb_exchange: state")
+        let words = settings.counts * (1 + settings.nodes + settings.nodes * settings.ranks)
+        try Exchange.cuda(lplbk_alloc(settings.device, Int64(words * 4), &scratch), "lplb_exchange: scratch memory")
+    }
+
+    deinit {
+        end()
+        view.deallocate()
+        words.deallocate()
+    }
+
+    /// From pointers to everybody's buffers, the own one among them.
+    convenience init(_ config: lplb_exchange_config, buffers: UnsafePointer<UnsafeMutableRawPointer?>) throws(Failure) {
+        let settings = try ExchangeSettings(config)
+        try self.init(settings, policy: config.policy, timeoutMs: config.timeout_ms)
+        for peer in 0..<settings.ranks {
+            guard let buffer = buffers[peer] else { throw Failure("buffers[\(peer)]", "must not be NULL", value: "NULL") }
+            try Check.aligned(buffer, "buffers[\(peer)]", to: 16)
+            setPeer(peer, buffer)
+        }
+        let filled = lplbk_exchange_fill(settings.device, buffers[settings.rank], settings.bufferWords, settings.firstEpoch)
+        try Exchange.cuda(filled, "buffers[\(settings.rank)]: cannot be filled")
+        stage = .ready
+        ownsRail = true
+    }
+
+    /// With a buffer of its own, to be mapped by the peers once they have its blob.
+    convenience init(_ config: lplb_exchange_config) throws(Failure) {
+        let settings = try ExchangeSettings(config)
+        try self.init(settings, policy: config.policy, timeoutMs: config.timeout_ms)
+        let made = lplbk_exchange_alloc(settings.device, settings.bufferWords, settings.firstEpoch, &ownBuffer)
+        try Exchange.cuda(made, "lplb_exchange_begin: buffer of \(settings.bufferWords * 8) bytes")
+        setPeer(settings.rank, ownBuffer)
+    }
+
+    /// The last step of lplb_exchange_begin, after which nothing can fail.
+    func adoptRail() { ownsRail = true }
+
+    // MARK: Peers
+
+    private func setPeer(_ peer: Int, _ buffer: UnsafeMutableRawPointer?) {
+        UnsafeMutableRawPointer(view).storeBytes(of: UInt64(UInt(bitPattern: buffer)), toByteOffset: 8 * peer, as: UInt64.self)
+    }
+
+    func blob() throws(Failure) -> ExchangeBlob {
+        var blob = ExchangeBlob(settings, buffer: ownBuffer)
+        try Exchange.cuda(blob.identify(settings.device), "lplb_exchange_begin: identity of device \(settings.device)")
+        try Exchange.cuda(blob.export(settings.device, ownBuffer), "lplb_exchange_begin: the buffer cannot be exported by CUDA IPC")
+        return blob
+    }
+
+    /// Maps the buffers behind everybody's blobs, in rank order.
+    func finish(_ blobs: UnsafeRawPointer) throws(Failure) {
+        guard stage == .begun, ownBuffer != nil, imported.isEmpty else {
+            throw Failure(LPLB_ERROR_WRONG_ORDER, "lplb_exchange_finish: comes once, after lplb_exchange_begin")
+        }
+        let own = try blob()
+        for peer in 0..<settings.ranks {
+            let theirs = ExchangeBlob(blobs + peer * Int(LPLB_EXCHANGE_BLOB_BYTES))
+            try theirs.check(entry: peer, against: own)
+            if peer != settings.rank { setPeer(peer, try map(theirs, of: peer, own: own)) }
+        }
+        stage = .ready
+    }
+
+    private func map(_ blob: ExchangeBlob, of peer: Int, own: ExchangeBlob) throws(Failure) -> UnsafeMutableRawPointer? {
+        let here = blob.isOfThisProcess
+        var reach: Int32 = 0
+        try Exchange.cuda(blob.reach(from: settings.device, enable: here, &reach), "lplb_exchange_finish: peer access to rank \(peer)")
+        guard reach != 0 else {
+            throw Failure(
+                LPLB_ERROR_UNSUPPORTED, "lplb_exchange_finish: the GPU of rank \(settings.rank) cannot write to that of rank \(peer)")
+        }
+        if here { return blob.buffer }
+        var mapped: UnsafeMutableRawPointer?
+        let error = blob.map(on: settings.device, &mapped)
+        try Exchange.cuda(error, "lplb_exchange_finish: the buffer of rank \(peer) cannot be mapped here by CUDA IPC")
+        if let mapped { imported.append(mapped) }
+        return mapped
+    }
+
+    // MARK: Calls
+
+    /// Whether calls are possible, and no earlier one has failed.
+    func requireReady() throws(Failure) {
+        guard stage == .ready else {
+            let reason = stage == .begun ? "lplb_exchange_finish has not succeeded" : "it is closed"
+            throw Failure(LPLB_ERROR_WRONG_ORDER, "exchange: cannot be used, since \(reason)")
+        }
+        if let fault { throw Failure(LPLB_ERROR_TIMEOUT, fault) }
+    }
+
+    func allGather(
+        _ counts: UnsafePointer<Int32>, _ gathered: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?
+    ) throws(Failure) {
+        try requireReady()
+        var brought = counts
+        if let rail = settings.rail, let gather = rail.all_gather, settings.nodes > 1 {
+            let target = scratchWords(at: settings.counts)
+            let failed = gather(rail.context, counts, target, Int64(settings.counts), stream)
+            guard failed == 0 else {
+                let words = rail.error.flatMap { $0(rail.context) }.map { String(cString: $0) } ?? "no words"
+                throw Failure(LPLB_ERROR_CUDA, "rail: the exchange with the other nodes failed (\(failed): \(words))")
+            }
+            brought = UnsafePointer(target)
+        }
+        try Exchange.cuda(
+            lplbk_exchange_launch(settings.device, view, brought, gathered, 0, stream), "lplb_exchange_all_gather: launch")
+    }
+
+    /// Where a planner's own counts go before they are exchanged, and everybody's after it.
+    var plannerCounts: UnsafeMutablePointer<Int32> { scratchWords(at: 0) }
+    var plannerGathered: UnsafeMutablePointer<Int32> { scratchWords(at: settings.counts * (1 + settings.nodes)) }
+
+    private func scratchWords(at word: Int) -> UnsafeMutablePointer<Int32> {
+        // Allocated by init, kept until end(); calls come in between only.
+        (scratch! + word * 4).assumingMemoryBound(to: Int32.self)
+    }
+
+    func setLimits(policy: Int32, timeoutMs: Int64) throws(Failure) {
+        let (policy, timeout) = try Exchange.limits(policy: policy, timeoutMs: timeoutMs)
+        view.pointee.policy = policy
+        view.pointee.timeout_ns = timeout
+    }
+
+    private static func limits(policy: Int32, timeoutMs: Int64) throws(Failure) -> (Int32, UInt64) {
+        let policy = try Check.range(Int64(policy), "policy", Int64(LPLB_EXCHANGE_TRAP)...Int64(LPLB_EXCHANGE_REPORT))
+        let ms = try Check.range(timeoutMs, "timeout_ms", 0...Int64(Int32.max))
+        return (Int32(policy), UInt64(ms) * 1_000_000)
+    }
+
+    // MARK: Faults
+
+    /// Words for what ended the exchange, nil while nothing did.
+    var fault: String? {
+        guard let host, host.pointee.code != Int32(LPLBK_EXCHANGE_FINE) else { return nil }
+        let report = host.pointee
+        let waited = "rank \(report.rank) waited \(report.waited_ns / 1_000_000) ms for the counts of rank \(report.peer) "
+            + "in call \(report.epoch)"
+        let aborted = report.code == Int32(LPLBK_EXCHANGE_ABORTED)
+        return aborted ? "exchange: \(waited), then the host aborted it" : "exchange: \(waited); that rank is late, stuck or gone"
+    }
+
+    func abort() { host?.pointee.abort = 1 }
+
+    // MARK: The end
+
+    func close() {
+        guard stage != .closed else { return }
+        stage = .closed
+        lplbk_exchange_settle(settings.device)
+        for buffer in imported { _ = lplbk_exchange_unimport(settings.device, buffer) }
+        imported = []
+    }
+
+    /// Also comes when an initialiser has thrown half-way, so everything is optional here.
+    func end() {
+        close()
+        if let rail = settings.rail, ownsRail { rail.destroy?(rail.context) }
+        ownsRail = false
+        _ = lplbk_free(settings.device, ownBuffer)
+        _ = lplbk_free(settings.device, scratch)
+        if let host { _ = lplbk_exchange_close(settings.device, view, host) }
+        (ownBuffer, scratch, host) = (nil, nil, nil)
+    }
+
+    // MARK: Entering and failing
+
+    var error: UnsafePointer<CChar> { UnsafePointer(words) }
+
+    /// Runs one call on this exchange alone; a second thread is turned away.
+    func alone(_ body: () throws(Failure) -> Void) throws(Failure) {
+        guard entered.compareExchange(expected: false, desired: true, ordering: .acquiring).exchanged else {
+            throw Failure(LPLB_ERROR_BUSY, "exchange: another thread is inside a call on it")
+        }
+        defer { entered.store(false, ordering: .releasing) }
+        try body()
+    }
+
+    /// One call of the C interface: as `alone`, and a failure of the call leaves its words (a refused thread does not own them).
+    func enter(_ body: () throws(Failure) -> Void) -> lplb_status {
+        do throws(Failure) {
+            try alone { () throws(Failure) in
+                do throws(Failure) {
+                    try body()
+                } catch {
+                    write(error.message, to: words, size: Exchange.wordsSize)
+                    throw error
+                }
+            }
+            return lplb_status(LPLB_OK)
+        } catch {
+            return error.status
+        }
+    }
+
+    /// Turns an error number of the kernels' side into a failure.
+    static func cuda(_ error: Int32, _ what: @autoclosure () -> String) throws(Failure) {
+        if error == 0 { return }
+        let name = String(cString: lplbk_error_name(error))
+        let status =
+            switch Int(lplbk_error_kind(error)) {
+            case LPLBK_KIND_NO_CUDA: LPLB_ERROR_NO_CUDA
+            case LPLBK_KIND_OUT_OF_MEMORY: LPLB_ERROR_OUT_OF_MEMORY
+            case LPLBK_KIND_UNSUPPORTED: LPLB_ERROR_UNSUPPORTED
+            default: LPLB_ERROR_CUDA
+            }
+        throw Failure(status, "\(what()): \(name)")
+    }
+}
