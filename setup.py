@@ -195,7 +195,8 @@ def build_native(package: Path) -> list[Path]:
         written.append(path)
 
     def fill(template: str) -> bytes:
-        return (ROOT / "include" / template).read_bytes().replace(b"@VERSION@", read_version().encode()).replace(b"@SONAME@", SONAME.encode())
+        text = (ROOT / "include" / template).read_text()
+        return text.replace("@VERSION@", read_version()).replace("@SONAME@", SONAME).encode()
 
     place(f"lib/{SONAME}", library.read_bytes(), 0o755)
     place("include/lplb.h", (ROOT / "include/lplb.h").read_bytes())
@@ -259,7 +260,8 @@ class BinaryDistribution(Distribution):
 
 
 CLI = ["matplotlib>=3.5", "tqdm>=4.60"]
-TEST = ["pytest>=7", "pytest-timeout>=2", "scipy>=1.8", "torch>=2.4", "mypy>=1.10", "cmake>=3.20", "ninja", *CLI]
+TEST = [*CLI, "torch>=2.4", "scipy>=1.8", "pytest>=7", "pytest-timeout>=2.3", "mypy>=1.10", "setuptools>=64"]
+TEST += ["cmake>=3.20", "ninja", "pkgconf"]  # for the tests of the installed CMake and pkg-config files
 
 needs_wheels = cuda_mode() != "0" and cuda_sources() and not installed_nvcc()
 

@@ -1,0 +1,150 @@
+/* fuzz.c, the calls without a planner: lplb_eplb_rebalance, lplb_solve, and every call on NULL. */
+#ifndef LPLB_TESTS_FUZZ_FREE_H
+#define LPLB_TESTS_FUZZ_FREE_H
+
+static void one_off(void) {
+    int64_t ranks = 1 + below(8), nodes = chance(2) ? 1 : ranks, groups = 1 + below(4), layers = 1 + below(3);
+    int64_t logical = groups * (1 + below(6));
+    int64_t physical = (logical + ranks - 1) / ranks * ranks + ranks * below(3);
+    const int bad = chance(2) ? 0 : 1 + (int)below(10);
+    int expected = ANY;
+    memset(message, 'x', sizeof message);
+    if (chance(2)) {
+        /* Hierarchical calls need more divisibility than is arranged here: they may be refused. */
+        expected = groups % nodes != 0 || nodes == 1 ? OK : ANY;
+        int64_t *sizes[] = {&layers, &logical, &physical, &groups, &nodes, &ranks};
+        if (bad >= 1 && bad <= 6) *sizes[bad - 1] = wrong(*sizes[bad - 1]), expected = ANY;
+        const int64_t rows = layers > 0 && layers < 100 ? layers : 1, l = logical > 0 && logical < 1000 ? logical : 1;
+        float *weight = make(rows * l, sizeof *weight);
+        for (int64_t i = 0; i < rows * l; i++) weight[i] = (float)below(1 + below(1000));
+        const uint32_t bits[] = {0x7FC00000, 0x7F800000, 0xFF800000, 0xBF800000}; /* NaN, both infinities, -1 */
+        if (bad == 7) memcpy(&weight[below(rows * l)], &bits[below(4)], 4), expected = FAILS;
+        if (bad == 8) weight = NULL, expected = FAILS;
+        if (bad == 9 && weight != NULL) weight[below(rows * l)] = 3.4e38F; /* valid; sums of it overflow float32 */
+        const int64_t p = physical > 0 && physical < 1000 ? physical : 1;
+        int64_t *phy2log = chance(4) ? NULL : make(rows * p, 8), *replica = chance(4) ? NULL : make(rows * p, 8);
+        int64_t *logcnt = chance(4) ? NULL : make(rows * l, 8);
+        lplb_status status = lplb_eplb_rebalance(weight, layers, logical, physical, groups, nodes, ranks, phy2log, replica, logcnt, message,
+                                                 sizeof message);
+        for (int64_t i = 0; status == LPLB_OK && phy2log != NULL && layers > 0 && i < rows * p; i++)
+            if (phy2log[i] < 0 || phy2log[i] >= logical) fail("lplb_eplb_rebalance put expert %" PRId64 " into a slot", phy2log[i]);
+        check("lplb_eplb_rebalance", status, expected, message);
+        drop("lplb_eplb_rebalance");
+        return;
+    }
+    int64_t *loads = make(logical, sizeof *loads), *tokens = make(physical, sizeof *tokens);
+    int32_t *phy2log = make(physical, sizeof *phy2log);
+    lplb_group_info *info = make(1, sizeof *info);
+    for (int64_t e = 0; e < logical; e++) loads[e] = chance(8) ? LPLB_MAX_LOAD : below(1 + below(100000));
+    for (int64_t p = 0; p < physical; p++) phy2log[p] = (int32_t)(p < logical ? p : below(logical));
+    expected = OK;
+    const int64_t size = physical;
+    switch (bad) {
+        case 1: logical = wrong(logical), expected = FAILS; break; /* fewer than phy2log names, or one that has no slot */
+        case 2: physical = wrong(physical), expected = FAILS; break;
+        case 3: ranks = wrong(ranks), expected = ranks > 0 && physical % ranks == 0 ? ANY : FAILS; break;
+        case 4: loads = NULL, expected = FAILS; break;
+        case 5: phy2log = NULL, expected = FAILS; break;
+        case 6: loads[below(logical)] = chance(2) ? LPLB_MAX_LOAD + 1 : INT64_MAX, expected = FAILS; break;
+        case 7: loads[below(logical)] = chance(2) ? -1 : INT64_MIN, expected = FAILS; break;
+        case 8: phy2log[below(size)] = (int32_t)wrong(0), expected = ANY; break;
+        case 9: tokens = NULL; break;
+        case 10: info = NULL; break;
+        default: break;
+    }
+    if (bad == 2) expected = physical > size || physical < logical ? FAILS : ANY;
+    /* phy2log and tokens of a size that is accepted must be there in full. */
+    if (physical > size && physical < 1000) {
+        int32_t *longer = make(physical, sizeof *longer);
+        for (int64_t p = 0; p < physical; p++) longer[p] = p < size ? phy2log[p] : 0;
+        phy2log = longer, tokens = make(physical, sizeof *tokens), expected = ANY;
+    }
+    if (logical > 0 && logical < 1000 && bad == 1) {
+        loads = make(logical, sizeof *loads);
+        for (int64_t e = 0; e < logical; e++) loads[e] = e;
+    }
+    lplb_status status = lplb_solve(loads, logical, phy2log, physical, ranks, tokens, info, message, sizeof message);
+    if (status == LPLB_OK && info != NULL && (!info->certified || info->max_load != info->bound)) fail("lplb_solve: not certified");
+    check("lplb_solve", status, expected, message);
+    drop("lplb_solve");
+}
+
+/* Exchanges need GPUs, so what can be tried everywhere is their configuration: it is refused, with or without CUDA. */
+static void exchange_config(void) {
+    static const lplb_rail_ops no_rail = {(int64_t)sizeof(lplb_rail_ops), NULL, NULL, NULL, NULL};
+    const lplb_exchange_config fresh = LPLB_EXCHANGE_CONFIG_INIT;
+    lplb_exchange_config *config = make(1, sizeof *config);
+    *config = fresh;
+    config->n_ranks = 1 + below(8);
+    config->rank = below(config->n_ranks);
+    config->n_counts = 1 + below(LPLB_MAX_LOGICAL);
+    int expected = OK;
+    switch (chance(3) ? 0 : 1 + below(11)) {
+        case 1: config->struct_size = wrong(fresh.struct_size), expected = FAILS; break;
+        case 2: config->n_ranks = wrong(config->n_ranks), expected = ANY; break;
+        case 3: config->rank = chance(2) ? config->n_ranks : -1 - below(9), expected = FAILS; break;
+        case 4: config->n_counts = wrong(config->n_counts), expected = ANY; break;
+        case 5: config->n_nodes = wrong(1), expected = ANY; break; /* several nodes without a rail */
+        case 6: config->node = wrong(0), expected = ANY; break;
+        case 7: config->timeout_ms = wrong(30000), expected = ANY; break;
+        case 8: config->first_epoch = wrong(1), expected = ANY; break;
+        case 9: config->policy = (int32_t)wrong(0), expected = ANY; break;
+        case 10: config->n_nodes = 2, config->rail = &no_rail, expected = FAILS; break; /* a rail that cannot gather */
+        case 11: config = NULL, expected = FAILS; break;
+        default: break;
+    }
+    int64_t *bytes = make(1, sizeof *bytes);
+    memset(message, 'x', sizeof message);
+    check("lplb_exchange_buffer_bytes", lplb_exchange_buffer_bytes(config, bytes, message, sizeof message), expected, message);
+    lplb_exchange *exchange = NULL;
+    memset(message, 'x', sizeof message);
+    check("lplb_exchange_create", lplb_exchange_create(config, NULL, &exchange, message, sizeof message), FAILS, message);
+    if (expected == FAILS) { /* a valid one would need a GPU */
+        void *blob = make(1, LPLB_EXCHANGE_BLOB_BYTES);
+        memset(message, 'x', sizeof message);
+        check("lplb_exchange_begin", lplb_exchange_begin(config, &exchange, blob, message, sizeof message), FAILS, message);
+    }
+    if (exchange != NULL) fail("a refused exchange was written");
+    drop("lplb_exchange_create");
+}
+
+static void refused_exchange(const char *call, lplb_status status) {
+    check(call, status, LPLB_ERROR_INVALID_ARGUMENT, lplb_exchange_error(NULL));
+}
+
+static void refused(const char *call, lplb_status status) { check(call, status, LPLB_ERROR_INVALID_ARGUMENT, lplb_planner_error(NULL)); }
+
+static void null_handles(void) {
+    int32_t i32[1] = {0};
+    int64_t i64[1] = {0};
+    float f32[1] = {0};
+    double f64[1] = {0};
+    refused("place", lplb_planner_place(NULL, f64, NULL));
+    refused("set_placement", lplb_planner_set_placement(NULL, i32, 1, NULL));
+    refused("max_replicas", lplb_planner_max_replicas(NULL, i64));
+    refused("phy2log", lplb_planner_phy2log(NULL, i32, 1));
+    refused("log2phy", lplb_planner_log2phy(NULL, i32, 1, 1));
+    refused("logcnt", lplb_planner_logcnt(NULL, i32, 1));
+    refused("count", lplb_planner_count(NULL, i64, LPLB_INT64, 1, i32, NULL, 1, NULL));
+    refused("solve", lplb_planner_solve(NULL, i64, LPLB_INT64, 1, NULL, NULL, NULL, LPLB_INT64, NULL));
+    refused("redirect", lplb_planner_redirect(NULL, i64, LPLB_INT64, 1, i64, 0, NULL));
+    refused("redirect_by_ratio", lplb_planner_redirect_by_ratio(NULL, i64, LPLB_INT64, 1, f32, i32, 1, i64, NULL));
+    refused("run", lplb_planner_run(NULL, i64, LPLB_INT64, 1, NULL, i64, NULL, LPLB_INT64, 0, NULL));
+    refused("info", lplb_planner_info(NULL, NULL, NULL, 0, NULL));
+    refused("split", lplb_planner_split(NULL, i64, 1, NULL));
+    refused("assignment", lplb_planner_assignment(NULL, i64, 1, NULL));
+    refused("attach_exchange", lplb_planner_attach_exchange(NULL, NULL));
+    refused_exchange("finish", lplb_exchange_finish(NULL, i64));
+    refused_exchange("all_gather", lplb_exchange_all_gather(NULL, i32, i32, NULL));
+    refused_exchange("set_limits", lplb_exchange_set_limits(NULL, LPLB_EXCHANGE_TRAP, 1));
+    refused_exchange("get_report", lplb_exchange_get_report(NULL, NULL));
+    lplb_exchange_abort(NULL);
+    lplb_exchange_close(NULL);
+    lplb_exchange_destroy(NULL);
+    lplb_planner_destroy(NULL);
+    for (int32_t status = -2; status < 12; status++)
+        if (lplb_status_string(status)[0] == 0) fail("status %d has no text", status);
+    if (lplb_version() != LPLB_VERSION) fail("header %d, library %d", LPLB_VERSION, lplb_version());
+}
+
+#endif

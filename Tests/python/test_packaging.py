@@ -1,0 +1,142 @@
+"""What pip installs and what an sdist holds; building from it; importing with nothing but numpy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import Distribution, distribution
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, Installed, Run
+
+needs_swift = pytest.mark.skipif(shutil.which("swift") is None, reason="needs swift on PATH")
+
+
+def header_version() -> str:
+    header = (ROOT / "include/lplb.h").read_text()
+    return ".".join(re.search(rf"LPLB_VERSION_{part} (\d+)", header)[1] for part in ("MAJOR", "MINOR", "PATCH"))  # type: ignore[index]
+
+
+@pytest.fixture(scope="module")
+def package() -> Distribution:
+    try:
+        return distribution("lplb")
+    except ModuleNotFoundError:
+        pytest.skip("lplb runs from the source tree, it is not installed")
+
+
+def test_one_version(package: Distribution, installed: Installed) -> None:
+    library = ctypes.CDLL(str(installed.library))
+    major, minor, patch = map(int, package.version.split("."))
+    assert package.version == header_version()
+    assert library.lplb_version() == 10000 * major + 100 * minor + patch
+
+
+def test_installed_files(installed: Installed) -> None:
+    package = installed.include.parent
+    assert installed.library == package / "lib/liblplb.so.0"
+    assert installed.cmake == package / "lib/cmake/lplb"
+    for path in ("include/lplb.h", "lib/liblplb.so.0", "lib/pkgconfig/lplb.pc", "lib/cmake/lplb/lplb-config.cmake",
+                 "lib/cmake/lplb/lplb-config-version.cmake", "py.typed"):
+        assert (package / path).is_file() and not (package / path).is_symlink(), path
+    for path in ("lib/pkgconfig/lplb.pc", "lib/cmake/lplb/lplb-config.cmake", "lib/cmake/lplb/lplb-config-version.cmake"):
+        assert not re.search(r"@[A-Z]+@", (package / path).read_text()), f"{path}: a placeholder is left"
+
+
+def test_requirements(package: Distribution) -> None:
+    hard = [requirement for requirement in package.requires or [] if "extra ==" not in requirement]
+    assert [re.split(r"[^\w-]", requirement)[0] for requirement in hard] == ["numpy"]
+    assert package.metadata["Requires-Python"] == ">=3.10"
+
+
+def test_import_needs_only_numpy(tmp_path: Path) -> None:
+    code = """
+import sys
+for name in ("torch", "matplotlib", "tqdm", "scipy"):
+    sys.modules[name] = None  # to import it is an error now
+import lplb
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- The sdist, and what is built from it ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, made as pip's front ends make it, in a copy of the tree (a build leaves files beside its sources)."""
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout to compare with")
+    pytest.importorskip("setuptools")
+    copy = tmp_path_factory.mktemp("tree")
+    for name in tracked_files():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    out = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "LPLB_CUDA": "0"})
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.tar.gz"))
+
+
+def tracked_files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
+    return listed.split()
+
+
+def test_sdist_is_complete(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert set(tracked_files()) - held <= {".gitignore"}
+    ours = {name for name in held if not name.startswith("python/lplb.egg-info") and name not in ("PKG-INFO", "setup.cfg")}
+    assert {name for name in ours if "." in Path(name).name} <= set(tracked_files())
+
+
+@needs_swift
+@pytest.mark.timeout(1200)
+def test_sdist_builds(sdist: Path, run: Run, tmp_path: Path) -> None:
+    """From the sdist alone, without CUDA: an editable installation, then a wheel."""
+    with tarfile.open(sdist) as archive:
+        if hasattr(tarfile, "data_filter"):
+            archive.extractall(tmp_path, filter="data")
+        else:
+            archive.extractall(tmp_path)
+    tree = tmp_path / f"lplb-{header_version()}"
+    run([sys.executable, "-m", "venv", tmp_path / "venv"])
+    python = tmp_path / "venv/bin/python"
+    run([python, "-m", "pip", "install", "--no-deps", "-e", tree], timeout=900, LPLB_CUDA="0")
+    origin = run([python, "-c", "import importlib.util; print(importlib.util.find_spec('lplb').origin)"], cwd=tmp_path).strip()
+    assert Path(origin) == tree / "python/lplb/__init__.py"
+    library = ctypes.CDLL(str(tree / "python/lplb/lib/liblplb.so.0"))
+    library.lplb_build_info.restype = ctypes.c_char_p
+    assert b"without CUDA" in library.lplb_build_info()
+
+    run([python, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path / "wheel", tree], timeout=900, LPLB_CUDA="0")
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    assert re.fullmatch(rf"lplb-{re.escape(header_version())}-py3-none-linux_\w+\.whl", wheel.name)
+    check_wheel(wheel)
+
+
+def check_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        assert not any(stat.S_ISLNK(info.external_attr >> 16) for info in archive.infolist())
+        metadata = archive.read(next(name for name in names if name.endswith(".dist-info/WHEEL"))).decode()
+    assert "Root-Is-Purelib: false" in metadata
+    ours = {name for name in tracked_files() if name.startswith("python/lplb/")}
+    packaged = {f"python/{name}" for name in names if ".dist-info/" not in name}
+    made = {"python/lplb/" + name for name in ("include/lplb.h", "lib/liblplb.so.0", "lib/pkgconfig/lplb.pc",
+                                               "lib/cmake/lplb/lplb-config.cmake", "lib/cmake/lplb/lplb-config-version.cmake")}
+    assert packaged == ours | made, packaged ^ (ours | made)

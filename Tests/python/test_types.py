@@ -1,0 +1,17 @@
+"""The public Python code is fully typed: `mypy --strict` finds nothing."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from conftest import ROOT, Run
+
+
+@pytest.mark.timeout(600)
+def test_mypy_strict(run: Run) -> None:
+    pytest.importorskip("mypy")
+    pytest.importorskip("torch")  # its types are part of the check
+    output = run([sys.executable, "-m", "mypy", "--strict", "python/lplb"], cwd=ROOT, timeout=600)
+    assert "Success" in output
