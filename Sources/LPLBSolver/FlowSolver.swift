@@ -1,0 +1,130 @@
+// FlowSolver: splits the tokens of replicated experts so that the busiest rank of each group has as few as possible, and proves it.
+//
+// The algorithm, in full. The CUDA kernels do the same with the same integers, so that CPU and GPU agree bit for bit; a change here is a
+// change there. Everything below is per group; "parallel" means that the order does not matter. x[a] are the tokens on arc a, load[r] those
+// of rank r.
+//
+// Start    b[r] = tokens of the experts whose only place is on r. C[u] = tokens of the bundle's experts, split evenly: arc j gets
+//          C / degree, the first C % degree arcs one more. T = max(ceil(total / ranks), max b) is a lower bound of every split's maximum;
+//          its witness is the set of all ranks, or the first rank with the largest b. Done if max load <= T.
+// Sweeps   Only in groups that have colours (every bundle has two places, at most 8 colours). Twice: for each colour, in parallel for its
+//          bundles with ranks r, s: move (load[r] - load[s]) / 2, rounded toward zero, from r to s as far as x allows. Done if, after a
+//          whole sweep, max load <= T.
+// Cut      Only in groups that sweep and have at most 64 ranks, once: with the ranks sorted by load (descending, then by number) let P(n) be
+//          the tokens that cannot leave the first n ranks. If the largest ceil(P(n) / n) is above T it becomes T; witness: those n ranks,
+//          for the smallest such n.
+// Loop     Until no rank is above T:
+//          - Search: level 0 are the ranks below T. A rank without level gets level k + 1 if one of its arcs has x > 0 and the bundle has
+//            another arc on a rank of level k. Stop when every rank above T has a level, or no rank gets one.
+//          - If a rank above T has none: the tokens of the ranks without level, S, cannot leave S. T = ceil(load(S) / |S|), witness S; next
+//            pass (a Newton step on the cuts).
+//          - Else a wave, level by level from the farthest rank above T to level 1: in parallel, each rank r of level k with
+//            excess = load[r] - T > 0 takes its arcs with x > 0 ascending and, for each, the bundle's other arcs on ranks of level k - 1
+//            ascending, and moves min(excess, x). For k = 1 the receiver q takes at most what it lacks to T at the beginning of this step
+//            less what r has given it in this step; several givers may still overfill it. Tokens received in one step travel on in the next.
+//
+// Every wave empties a rank's excess or uses up all its arcs to the nearer level, so while T stands still exact distances can only grow; and
+// T takes Newton steps over cuts. Both are strongly polynomial. In practice there are few passes: about 1 to 10.
+
+import LPLBTopology
+
+/// The outcome of one group.
+public struct GroupResult: Sendable, Equatable, BitwiseCopyable {
+    /// Tokens of the busiest rank.
+    public var maxLoad: Int64 = 0
+    /// T: no split has a smaller maximum.
+    public var bound: Int64 = 0
+    /// Tokens of all ranks.
+    public var total: Int64 = 0
+    /// Tokens that do not go to the first place of their expert.
+    public var moved: Int64 = 0
+    /// Passes of the loop.
+    public var rounds: Int64 = 0
+    /// Ranks in the witness.
+    public var witnessSize: Int = 0
+
+    /// The split is optimal, and the witness proves it.
+    public var certified: Bool { maxLoad == bound }
+}
+
+/// Solves one placement's groups for one set of loads after another. Not for use by two threads at once. `solve` allocates nothing.
+public final class FlowSolver {
+    /// Words of one group's witness.
+    public static let witnessWords = Limits.maxRanks / 32
+
+    public let tables: SolverTables
+    /// [nArcs]: tokens on each arc, of the latest solve.
+    public let split: UnsafePointer<Int64>
+    /// [nPlaces]: tokens of each place, of the latest solve.
+    public let quotas: UnsafePointer<Int64>
+    /// [nGroups]
+    public let results: UnsafePointer<GroupResult>
+
+    let work: Workspace
+
+    public init(_ tables: SolverTables) {
+        self.tables = tables
+        work = Workspace(tables)
+        split = UnsafePointer(work.x)
+        quotas = UnsafePointer(work.quota)
+        results = UnsafePointer(work.results)
+    }
+
+    deinit {
+        work.deallocate()
+    }
+
+    /// Bit r of the words: rank r of the group is in the witness. `witnessWords` words.
+    public func witness(ofGroup group: Int) -> UnsafePointer<UInt32> {
+        UnsafePointer(work.witness + group * FlowSolver.witnessWords)
+    }
+
+    /// Solves every group.
+    /// - Parameter loads: [nLogical], each 0 ... 2^40.
+    public func solve(loads: UnsafePointer<Int64>) {
+        work.place(loads)
+        for index in 0..<tables.shape.nGroups {
+            let group = Group(work, index)
+            var state = group.start()
+            if group.max() > state.bound { group.balance(&state) }
+            work.results[index] = group.result(state)
+        }
+        work.writeQuotas(loads)
+    }
+}
+
+extension Group {
+    /// From the start to the end of the algorithm, for a group whose maximum is above T.
+    func balance(_ state: inout GroupState) {
+        if firstColour < endColour {
+            for _ in 0..<2 {
+                sweep()
+                if max() <= state.bound { return }
+            }
+            if size <= Group.maskRanks {
+                cutPrefix(&state)
+                if max() <= state.bound { return }
+            }
+        }
+        if size <= Group.maskRanks {
+            MaskSearch(self).run(&state)
+        } else {
+            ListSearch(self).run(&state)
+        }
+    }
+
+    func result(_ state: GroupState) -> GroupResult {
+        var result = GroupResult()
+        result.maxLoad = max()
+        result.bound = state.bound
+        result.total = state.total
+        result.rounds = Int64(state.rounds)
+        var size = 0
+        for i in 0..<FlowSolver.witnessWords { size &+= witness[i].nonzeroBitCount }
+        result.witnessSize = size
+        var moved: Int64 = 0
+        for u in firstBundle..<endBundle { moved &+= demand[u] &- x[Int(bundleStart[u])] }
+        result.moved = moved
+        return result
+    }
+}

@@ -1,0 +1,179 @@
+// ListSearch: the solver's loop for groups of any size, with queues of ranks. O(ranks + arcs) a search.
+
+struct ListSearch {
+    private let group: Group
+    private let load: UnsafeMutablePointer<Int64>
+    private let x: UnsafeMutablePointer<Int64>
+    private let arcRank: UnsafePointer<Int32>
+    private let arcBundle: UnsafePointer<Int32>
+    private let bundleStart: UnsafePointer<Int32>
+    private let rankStart: UnsafePointer<Int32>
+    private let rankArc: UnsafePointer<Int32>
+    /// [size] level of a rank, -1: none.
+    private let level: UnsafeMutablePointer<Int32>
+    /// Ranks in the order of their levels; level k is `queue[levelStart[k] ..< levelStart[k + 1]]`.
+    private let queue: UnsafeMutablePointer<Int32>
+    private let levelStart: UnsafeMutablePointer<Int32>
+    /// The smallest level of a bundle's ranks, -1: none.
+    private let bundleLevel: UnsafeMutablePointer<Int32>
+    private let incoming: UnsafeMutablePointer<Int64>
+    private let given: UnsafeMutablePointer<Int64>
+
+    init(_ group: Group) {
+        self.group = group
+        load = group.load
+        x = group.x
+        arcRank = group.arcRank
+        arcBundle = group.arcBundle
+        bundleStart = group.bundleStart
+        rankStart = group.rankStart
+        rankArc = group.rankArc
+        level = group.work.level
+        queue = group.work.queue
+        levelStart = group.work.levelStart
+        bundleLevel = group.work.bundleLevel
+        incoming = group.work.incoming
+        given = group.work.given
+    }
+
+    func run(_ state: inout GroupState) {
+        let maxRounds = group.work.tables.maxRounds
+        while state.rounds < maxRounds {
+            var wanted = 0, found = 0
+            for r in 0..<group.size {
+                let tokens = load[r]
+                level[r] = -1
+                if tokens > state.bound {
+                    wanted &+= 1
+                } else if tokens < state.bound {
+                    level[r] = 0
+                    queue[found] = Int32(truncatingIfNeeded: r)
+                    found &+= 1
+                }
+            }
+            if wanted == 0 { return }
+            state.rounds &+= 1
+            for u in group.firstBundle..<group.endBundle { bundleLevel[u] = -1 }
+            let farthest = search(&wanted, found, state.bound)
+            if wanted > 0 {
+                state.bound = raise()
+            } else {
+                var k = farthest
+                while k >= 1 {
+                    push(k, state.bound)
+                    k &-= 1
+                }
+            }
+        }
+    }
+
+    /// Levels of the ranks, from those with room (level 0, already queued) on, until no rank above the bound is without.
+    /// `wanted`: ranks above the bound without level. Returns the last level.
+    private func search(_ wanted: inout Int, _ roots: Int, _ bound: Int64) -> Int {
+        var k: Int32 = 0
+        var first = 0, end = roots
+        levelStart[0] = 0
+        levelStart[1] = Int32(truncatingIfNeeded: end)
+        while wanted > 0 && first < end {
+            var tail = end
+            for i in first..<end {
+                let q = Int(queue[i])
+                for entry in Int(rankStart[q])..<Int(rankStart[q &+ 1]) {
+                    let bundle = Int(arcBundle[Int(rankArc[entry])])
+                    // The first rank that meets a bundle gives a level to all its others with tokens in it.
+                    if bundleLevel[bundle] >= 0 { continue }
+                    bundleLevel[bundle] = k
+                    for arc in Int(bundleStart[bundle])..<Int(bundleStart[bundle &+ 1]) where x[arc] > 0 {
+                        let r = Int(arcRank[arc])
+                        if level[r] >= 0 { continue }
+                        level[r] = k &+ 1
+                        queue[tail] = Int32(truncatingIfNeeded: r)
+                        tail &+= 1
+                        if load[r] > bound { wanted &-= 1 }
+                    }
+                }
+            }
+            first = end
+            end = tail
+            k &+= 1
+            levelStart[Int(k) &+ 1] = Int32(truncatingIfNeeded: end)
+        }
+        return Int(k)
+    }
+
+    /// The bound from the ranks without level, whose tokens cannot leave them; they become the witness.
+    private func raise() -> Int64 {
+        var sum: Int64 = 0, count = 0
+        for i in 0..<FlowSolver.witnessWords { group.witness[i] = 0 }
+        for r in 0..<group.size where level[r] < 0 {
+            sum &+= load[r]
+            count &+= 1
+            group.witness[r >> 5] |= 1 << UInt32(r & 31)
+        }
+        return ceiling(sum, count)
+    }
+
+    /// One step of the wave: the ranks of level k that are above the bound give to those of level k - 1.
+    private func push(_ k: Int, _ bound: Int64) {
+        let target = Int32(truncatingIfNeeded: k &- 1)
+        for i in Int(levelStart[k])..<Int(levelStart[k &+ 1]) {
+            let r = Int(queue[i])
+            if load[r] > bound { give(r, target, bound) }
+        }
+        if k > 1 { return }
+        for i in 0..<Int(levelStart[1]) {
+            let q = Int(queue[i])
+            load[q] &+= incoming[q]
+            incoming[q] = 0
+        }
+    }
+
+    private func give(_ r: Int, _ target: Int32, _ bound: Int64) {
+        var excess = load[r] &- bound
+        let first = Int(rankStart[r])
+        var i = first
+        let end = Int(rankStart[r &+ 1])
+        while i < end && excess > 0 {
+            let arc = Int(rankArc[i])
+            i &+= 1
+            let bundle = Int(arcBundle[arc])
+            guard x[arc] > 0, bundleLevel[bundle] == target else { continue }
+            var other = Int(bundleStart[bundle])
+            let endArc = Int(bundleStart[bundle &+ 1])
+            while other < endArc {
+                let q = Int(arcRank[other])
+                if other != arc && level[q] == target {
+                    var tokens = Swift.min(excess, x[arc])
+                    if target == 0 { tokens = Swift.min(tokens, bound &- load[q] &- given[q]) }
+                    if tokens > 0 {
+                        x[arc] &-= tokens
+                        x[other] &+= tokens
+                        excess &-= tokens
+                        if target == 0 {
+                            given[q] &+= tokens
+                        } else {
+                            load[q] &+= tokens
+                        }
+                        if excess == 0 || x[arc] == 0 { break }
+                    }
+                }
+                other &+= 1
+            }
+        }
+        load[r] = bound &+ excess
+        if target > 0 { return }
+        // `given` is of this rank alone: two ranks that fill the same one do not see each other.
+        let done = i
+        i = first
+        while i < done {
+            let bundle = Int(arcBundle[Int(rankArc[i])])
+            i &+= 1
+            guard bundleLevel[bundle] == 0 else { continue }
+            for other in Int(bundleStart[bundle])..<Int(bundleStart[bundle &+ 1]) {
+                let q = Int(arcRank[other])
+                incoming[q] &+= given[q]
+                given[q] = 0
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+// TokenAssigner: which tokens of one source rank go to which place, so that over all sources every place gets its quota.
+
+import LPLBTopology
+
+/// Assigns the tokens of one source. c[s][e] are the tokens of expert e on rank s, q the quota of each place (`FlowSolver.quotas`).
+///
+/// Every source follows the same rule, so all ranks agree without talking. Per expert:
+///  1. A place on rank s gets min(c[s][e], q) from s.
+///  2. Within each node, what is left on its ranks, in rank order, against what is left of the quotas of its places, in place order: the
+///     tokens of a rank go where their interval overlaps that of a place.
+///  3. The same over all ranks and places with what is left then.
+///
+/// Not for use by two threads at once. Nothing allocates after `init`.
+public final class TokenAssigner {
+    public let tables: SolverTables
+    /// The rank whose tokens are assigned; nil: all tokens of the batch.
+    public let source: Int?
+    /// [nLogical]: sums over the sources of the latest `sum`.
+    public let loads: UnsafePointer<Int64>
+    /// [nPlaces]: tokens of the source for each place, of the latest `assign`.
+    public let take: UnsafePointer<Int64>
+    /// Tokens of the source that stay on its rank, go to another rank of its node, and go to other nodes. Zero if `source` is nil.
+    public private(set) var ownRank: Int64 = 0
+    public private(set) var ownNode: Int64 = 0
+    public private(set) var otherNodes: Int64 = 0
+
+    private let sums: UnsafeMutablePointer<Int64>
+    private let taken: UnsafeMutablePointer<Int64>
+    /// [nLogical]: sums over the ranks before the source's node, and over those before the source.
+    private let beforeNode: UnsafeMutablePointer<Int64>
+    private let beforeSource: UnsafeMutablePointer<Int64>
+    /// [nNodes], zero between experts: of one expert, quotas left of a node's places after step 1, tokens kept in step 1, and tokens that
+    /// step 2 still has to find a place for.
+    private let nodeQuota: UnsafeMutablePointer<Int64>
+    private let nodeKept: UnsafeMutablePointer<Int64>
+    private let nodeMatched: UnsafeMutablePointer<Int64>
+
+    /// - Parameter source: 0 ..< epSize, or nil.
+    public init(_ tables: SolverTables, source: Int?) {
+        func zeros(_ count: Int) -> UnsafeMutablePointer<Int64> {
+            let memory = UnsafeMutablePointer<Int64>.allocate(capacity: max(count, 1))
+            memory.initialize(repeating: 0, count: max(count, 1))
+            return memory
+        }
+        self.tables = tables
+        self.source = source
+        sums = zeros(tables.shape.nLogical)
+        taken = zeros(tables.nPlaces)
+        beforeNode = zeros(tables.shape.nLogical)
+        beforeSource = zeros(tables.shape.nLogical)
+        nodeQuota = zeros(tables.shape.nNodes)
+        nodeKept = zeros(tables.shape.nNodes)
+        nodeMatched = zeros(tables.shape.nNodes)
+        loads = UnsafePointer(sums)
+        take = UnsafePointer(taken)
+    }
+
+    deinit {
+        sums.deallocate()
+        taken.deallocate()
+        beforeNode.deallocate()
+        beforeSource.deallocate()
+        nodeQuota.deallocate()
+        nodeKept.deallocate()
+        nodeMatched.deallocate()
+    }
+
+    /// The largest load of an expert, LPLB_MAX_LOAD.
+    public static let maxLoad: Int64 = 1 << 40
+
+    /// Adds up the counts of all sources into `loads`. False, with `loads` undefined, if a count is negative or a sum above `maxLoad`.
+    /// - Parameter counts: [sources][nLogical]; sources 1 or epSize.
+    public func sum(_ counts: UnsafePointer<Int32>, sources: Int) -> Bool { add(counts, sources) }
+    public func sum(_ counts: UnsafePointer<Int64>, sources: Int) -> Bool { add(counts, sources) }
+
+    /// Assigns the tokens. With one source, or no `source`, `take` is the whole quota.
+    /// - Parameters:
+    ///   - counts: what was given to the latest `sum`.
+    ///   - quotas: [nPlaces], the quotas of `loads`.
+    public func assign(_ counts: UnsafePointer<Int32>, sources: Int, quotas: UnsafePointer<Int64>) { share(counts, sources, quotas) }
+    public func assign(_ counts: UnsafePointer<Int64>, sources: Int, quotas: UnsafePointer<Int64>) { share(counts, sources, quotas) }
+
+    @inline(__always)
+    private func add<T: FixedWidthInteger>(_ counts: UnsafePointer<T>, _ sources: Int) -> Bool {
+        let count = tables.shape.nLogical, sums = sums
+        let perNode = tables.shape.ranksPerNode
+        // The or of all values shows a negative one and, with 41 bits, keeps the sums of 8192 rows far from overflow.
+        var bits: Int64 = 0
+        sums.update(repeating: 0, count: count)
+        for row in 0..<sources {
+            if let source, sources > 1 {
+                if row == source &- source % perNode { beforeNode.update(from: sums, count: count) }
+                if row == source { beforeSource.update(from: sums, count: count) }
+            }
+            let values = counts + row &* count
+            for e in 0..<count {
+                let value = Int64(truncatingIfNeeded: values[e])
+                bits |= value
+                sums[e] &+= value
+            }
+            if bits &>> 41 != 0 { return false }
+        }
+        var most: Int64 = 0
+        for e in 0..<count { most = max(most, sums[e]) }
+        return most <= TokenAssigner.maxLoad
+    }
+
+    @inline(__always)
+    private func share<T: FixedWidthInteger>(_ counts: UnsafePointer<T>, _ sources: Int, _ quotas: UnsafePointer<Int64>) {
+        if let source, sources > 1 {
+            let start = tables.expertStart
+            let row = counts + source &* tables.shape.nLogical
+            for expert in 0..<tables.shape.nLogical {
+                let first = Int(start[expert]), end = Int(start[expert &+ 1])
+                let tokens = Int64(truncatingIfNeeded: row[expert])
+                if end &- first == 1 {
+                    taken[first] = tokens
+                } else {
+                    shareExpert(counts, expert, first, end, tokens, quotas, source)
+                }
+            }
+        } else {
+            taken.update(from: quotas, count: tables.nPlaces)
+        }
+        measure()
+    }
+
+    /// One expert with several places `first ..< end`, `tokens` of it on the source.
+    @inline(__always)
+    private func shareExpert<T: FixedWidthInteger>(
+        _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ quotas: UnsafePointer<Int64>, _ source: Int
+    ) {
+        let rankOf = tables.placeRank, width = tables.shape.nLogical, perNode = tables.shape.ranksPerNode
+        for place in first..<end { taken[place] = 0 }
+        if tokens == 0 { return }
+
+        // Step 1. Positions of the source among the supplies of step 2 and 3 shrink by what ranks before it keep.
+        let home = source / perNode, homeStart = home &* perNode
+        var left = tokens, position = beforeSource[expert] &- beforeNode[expert], positionOfNode = beforeNode[expert]
+        for place in first..<end {
+            let rank = Int(rankOf[place]), node = rank / perNode
+            let kept = min(Int64(truncatingIfNeeded: counts[rank &* width &+ expert]), quotas[place])
+            nodeQuota[node] &+= quotas[place] &- kept
+            nodeKept[node] &+= kept
+            if rank == source {
+                taken[place] = kept
+                left &-= kept
+            } else if rank < source {
+                if rank >= homeStart { position &-= kept } else { positionOfNode &-= kept }
+            }
+        }
+        if left > 0 {
+            // Step 2: the places of this node, laid end to end, against [position, position + left).
+            var offset: Int64 = 0
+            var remaining = left
+            for place in first..<end where Int(rankOf[place]) / perNode == home {
+                let rank = Int(rankOf[place])
+                let quota = quotas[place] &- min(Int64(truncatingIfNeeded: counts[rank &* width &+ expert]), quotas[place])
+                let part = overlap(position, left, offset, quota)
+                taken[place] &+= part
+                remaining &-= part
+                offset &+= quota
+            }
+            if remaining > 0 {
+                let before = max(0, position &- offset)
+                shareRest(counts, expert, first, end, remaining, positionOfNode &+ before, quotas, home)
+            }
+        }
+        for place in first..<end {
+            let node = Int(rankOf[place]) / perNode
+            nodeQuota[node] = 0
+            nodeKept[node] = 0
+            nodeMatched[node] = 0
+        }
+    }
+
+    /// Step 3 for a source with tokens left, hence with no quota left on its node. `position` counts the tokens of step 3 on ranks before the
+    /// source, except that those which nodes before it placed in step 2 are still to be taken off.
+    @inline(__always)
+    private func shareRest<T: FixedWidthInteger>(
+        _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ position: Int64,
+        _ quotas: UnsafePointer<Int64>, _ home: Int
+    ) {
+        let rankOf = tables.placeRank, width = tables.shape.nLogical, perNode = tables.shape.ranksPerNode
+        var position = position
+        for place in first..<end {
+            let node = Int(rankOf[place]) / perNode
+            // The first place of each other node with quota left counts the node's supply; a node is done when its quota is set to 0.
+            if node == home || nodeQuota[node] == 0 { continue }
+            var supply = 0 &- nodeKept[node]
+            for rank in (node &* perNode)..<((node &+ 1) &* perNode) {
+                supply &+= Int64(truncatingIfNeeded: counts[rank &* width &+ expert])
+            }
+            let matched = min(supply, nodeQuota[node])
+            nodeMatched[node] = matched
+            nodeQuota[node] = 0
+            if node < home { position &-= matched }
+        }
+        var offset: Int64 = 0
+        for place in first..<end {
+            let rank = Int(rankOf[place]), node = rank / perNode
+            if node == home { continue }
+            var quota = quotas[place] &- min(Int64(truncatingIfNeeded: counts[rank &* width &+ expert]), quotas[place])
+            let used = min(quota, nodeMatched[node])
+            nodeMatched[node] &-= used
+            quota &-= used
+            taken[place] &+= overlap(position, tokens, offset, quota)
+            offset &+= quota
+        }
+    }
+
+    /// The length of [a, a + n) within [b, b + m).
+    @inline(__always)
+    private func overlap(_ a: Int64, _ n: Int64, _ b: Int64, _ m: Int64) -> Int64 {
+        max(0, min(a &+ n, b &+ m) &- max(a, b))
+    }
+
+    private func measure() {
+        ownRank = 0
+        ownNode = 0
+        otherNodes = 0
+        guard let source else { return }
+        let rankOf = tables.placeRank, perNode = tables.shape.ranksPerNode
+        let first = source &- source % perNode
+        var rank: Int64 = 0, node: Int64 = 0, all: Int64 = 0
+        for place in 0..<tables.nPlaces {
+            let r = Int(rankOf[place])
+            all &+= taken[place]
+            if r == source { rank &+= taken[place] }
+            if r >= first && r < first &+ perNode { node &+= taken[place] }
+        }
+        ownRank = rank
+        ownNode = node &- rank
+        otherNodes = all &- node
+    }
+}
