@@ -1,0 +1,165 @@
+"""Timing, the row of a result, and what machine it was measured on."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _native
+from .._cli import table
+
+Float64Array = NDArray[np.float64]
+
+
+@dataclass
+class Row:
+    """One line of the tables. Times in microseconds; targets, certified and peer where there are any."""
+
+    suite: str
+    case: str
+    instances: int
+    p50_us: float
+    p99_us: float
+    target_p50_us: float | None = None
+    target_p99_us: float | None = None
+    certified_fraction: float | None = None
+    peer: str = ""
+    peer_us: float | None = None
+    note: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool | None:
+        """None without a target."""
+        if self.target_p50_us is None:
+            return None
+        return self.p50_us <= self.target_p50_us and (self.target_p99_us is None or self.p99_us <= self.target_p99_us)
+
+    def as_json(self) -> dict[str, Any]:
+        row = {name: getattr(self, name) for name in ("suite", "case", "instances", "p50_us", "p99_us", "target_p50_us", "target_p99_us")}
+        row |= {"met": self.met, "certified_fraction": self.certified_fraction, "peer": self.peer or None, "peer_us": self.peer_us}
+        return row | {"note": self.note or None} | self.extra
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No garbage collection in between."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def time_calls(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], rounds: int) -> Float64Array:
+    """
+    [len(calls)] microseconds of function(*call), the median over the rounds. All calls take turns in every round, so that none finds the
+    caches and branch predictors as it left them.
+    """
+    clock = perf_counter_ns
+    times = np.empty((rounds, len(calls)))
+    with undisturbed():
+        for call in calls[:16]:
+            function(*call)
+        for row in times:
+            for i, call in enumerate(calls):
+                start = clock()
+                function(*call)
+                row[i] = clock() - start
+    return np.asarray(np.median(times, axis=0) / 1000, dtype=np.float64)
+
+
+def time_one(function: Callable[[], Any], rounds: int) -> Float64Array:
+    """[rounds] microseconds of function()."""
+    times = np.empty(rounds)
+    with undisturbed():
+        function()
+        for i in range(rounds):
+            start = perf_counter_ns()
+            function()
+            times[i] = (perf_counter_ns() - start) / 1000
+    return times
+
+
+def refused_call_us() -> float:
+    """
+    What a call through ctypes costs before the library does anything: lplb_planner_solve, refused at once because the planner is NULL.
+    The clock's own cost is in it too.
+    """
+    library = _native.load()
+    call = (None, None, _native.INT64, 1, None, None, None, _native.INT64, None)
+    return float(np.median(time_calls(library.planner_solve, [call] * 2000, 5)))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """CPU, GPU, driver and versions."""
+    info: dict[str, Any] = {"cpu": cpu_model(), "system": platform.platform(), "python": platform.python_version(),
+                            "numpy": np.__version__, "library": _native.text(_native.load().build_info())}
+    if device == "cuda":
+        import torch
+
+        info |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "driver": driver()}
+    return info
+
+
+def machine_line(info: dict[str, Any]) -> str:
+    """In one line, as each row carries it."""
+    if "gpu" in info:
+        return f"{info['gpu']}, driver {info['driver']}, CUDA {info['cuda']}, torch {info['torch']}"
+    return f"{info['cpu']}, one core, Python {info['python']}"
+
+
+def cpu_model() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def driver() -> str:
+    try:
+        match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
+    except OSError:
+        match = None
+    return match[1] if match else "unknown"
+
+
+def today() -> str:
+    return datetime.now(timezone.utc).date().isoformat()
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands with a comma."""
+    if value is None:
+        return ""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    header = ["case", "n", "p50 us", "p99 us", "target", "", "certified", "beside it, same run", "us", "ratio"]
+    lines = []
+    for row in rows:
+        target = number(row.target_p50_us) + (f" / {number(row.target_p99_us)}" if row.target_p99_us is not None else "")
+        mark = {True: "met", False: "MISSED", None: ""}[row.met]
+        certified = "" if row.certified_fraction is None else f"{row.certified_fraction:.4g}"
+        ratio = "" if row.peer_us is None or row.p50_us <= 0 else f"{row.peer_us / row.p50_us:,.3g}"
+        lines.append([row.case, str(row.instances), number(row.p50_us), number(row.p99_us), target, mark, certified, row.peer,
+                      number(row.peer_us), ratio])
+    return table(header, lines)

@@ -1,0 +1,153 @@
+"""`python -m lplb`: what is installed here, whether it fits together, and whether it computes what it promises."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+from . import _native
+from .errors import LplbError
+
+State = Literal["ok", "off", "note"]
+PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Finding:
+    """state: ok; off (something must be mended, the command ends with 1); note (fine, but worth knowing)."""
+
+    name: str
+    state: State
+    text: str
+
+
+def include_dir() -> str:
+    """The directory of lplb.h. LibraryError where the package was not installed with it."""
+    return _existing(PACKAGE / "include", "lplb.h", "the header")
+
+
+def library() -> str:
+    return _native.find()
+
+
+def cmake_dir() -> str:
+    """For CMAKE_PREFIX_PATH or lplb_DIR."""
+    return _existing(PACKAGE / "lib" / "cmake" / "lplb", "lplb-config.cmake", "the CMake configuration")
+
+
+def _existing(directory: Path, file: str, what: str) -> str:
+    from .errors import LibraryError
+    if not any((directory / name).is_file() for name in (file, "lplbConfig.cmake")):
+        raise LibraryError(f"lplb: {what} was not found at {directory / file}. Install the package with 'pip install .'")
+    return str(directory)
+
+
+def findings() -> Iterator[Finding]:
+    yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield from _package()
+    try:
+        loaded = _native.load()
+    except LplbError as error:
+        yield Finding("library", "off", str(error).removeprefix("lplb: "))
+        return
+    yield Finding("library", "ok", loaded.path)
+    yield Finding("build", "ok", _native.text(loaded.build_info()))
+    yield _header(loaded.version())
+    yield from _python_packages()
+    yield from _cuda()
+    from . import selfcheck
+    for name, run in selfcheck.CHECKS:
+        start = perf_counter()
+        try:
+            words = run()
+        except (selfcheck.Failed, LplbError) as error:
+            yield Finding(name, "off", str(error))
+        else:
+            yield Finding(name, "ok", f"{words} ({perf_counter() - start:.2f} s)")
+
+
+def _package() -> Iterator[Finding]:
+    try:
+        version = metadata.version("lplb")
+    except metadata.PackageNotFoundError:
+        yield Finding("package", "note", f"used from {PACKAGE}, not installed")
+        return
+    expected = ".".join(map(str, _native.VERSION))
+    state: State = "ok" if version.startswith(expected) else "off"
+    yield Finding("package", state, f"lplb {version} at {PACKAGE}" + ("" if state == "ok" else f", but its code is {expected}"))
+
+
+def _header(library_version: int) -> Finding:
+    try:
+        header = Path(include_dir(), "lplb.h").read_text(encoding="utf-8")
+    except (LplbError, OSError):
+        return Finding("header", "note", "lplb.h is not beside the package: C programs cannot be built against it")
+    match = re.search(r"#define LPLB_VERSION (\d+)", header)
+    stated = int(match[1]) if match else -1
+    if stated != library_version:
+        return Finding("header", "off", f"lplb.h is of version {stated}, the library of version {library_version}")
+    return Finding("header", "ok", f"{include_dir()}/lplb.h, the library's version")
+
+
+def _python_packages() -> Iterator[Finding]:
+    import numpy
+    yield Finding("numpy", "ok", numpy.__version__)
+    for name, without in (("torch", "numpy arrays only"), ("matplotlib", "no --plot"), ("tqdm", "no progress bar"),
+                          ("scipy", "bench has no LP solver to compare with")):
+        try:
+            yield Finding(name, "ok", metadata.version(name))
+        except metadata.PackageNotFoundError:
+            yield Finding(name, "note", f"not installed: {without}")
+
+
+def _cuda() -> Iterator[Finding]:
+    built = "without CUDA" not in _native.text(_native.load().build_info())
+    try:
+        import torch
+    except ImportError:
+        if built:
+            yield Finding("CUDA", "note", "the library has CUDA kernels; without torch they can be used from C only")
+        return
+    except OSError as error:
+        yield Finding("torch", "off", f"cannot be imported: {error}")
+        return
+    if not torch.cuda.is_available():
+        words = "the library has CUDA kernels, but torch sees no GPU here" if built else "none in the library, and torch sees no GPU here"
+        yield Finding("CUDA", "note", f"{words}: plans are made on the CPU")
+        return
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    if not built:
+        yield Finding("CUDA", "note", f"torch sees {names}, but the library was built without CUDA")
+        return
+    yield Finding("CUDA", "ok", f"torch CUDA {torch.version.cuda}: {names}")
+    from . import selfcheck
+    try:
+        yield Finding("CUDA plans", "ok", selfcheck.check_cuda())
+    except (selfcheck.Failed, LplbError) as error:
+        yield Finding("CUDA plans", "off", str(error))
+
+
+def main(as_json: bool = False) -> int:
+    found: list[Finding] = []
+    for finding in findings():
+        found.append(finding)
+        if not as_json:
+            mark = {"ok": "ok  ", "off": "OFF ", "note": "note"}[finding.state]
+            print(f"{mark}  {finding.name:<30}{finding.text}", flush=True)
+    off = [finding for finding in found if finding.state == "off"]
+    if as_json:
+        json.dump({"ok": not off, "findings": [asdict(finding) for finding in found]}, sys.stdout, indent=1)
+        print()
+    elif off:
+        print(f"\n{len(off)} of {len(found)} things are off: {', '.join(finding.name for finding in off)}.")
+    else:
+        print("\nEverything is in order. Next: python -m lplb simulate")
+    return 1 if off else 0

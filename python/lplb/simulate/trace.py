@@ -1,0 +1,207 @@
+"""
+Reading recorded routing, and cutting it into a history and micro-batches.
+
+    .npz   topk_ids [tokens, layers, k], integers, -1 = no expert; order is kept, so real drift is in it. Optional: n_experts, source
+    .npy   counts [steps, layers, experts]: each step is one micro-batch
+    .json  {"logical_count": [layers][experts]}: one snapshot without order, micro-batches are drawn from it at random;
+           or {name: {"counts": [layers][experts]}, ...}: each entry is one step, in file order
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._cli import UsageError
+
+Int64Array = NDArray[np.int64]
+Kind = Literal["ids", "steps", "snapshot"]
+
+SAMPLE = "deepseek_v2_lite_summary_sample.npz"
+DRAWS = 32          # micro-batches drawn from a snapshot
+DRAWN_TOP_K = 8     # selections per token in them; a snapshot does not tell
+MAX_EXPERTS = 4096  # LPLB_MAX_LOGICAL
+
+
+@dataclass(frozen=True)
+class Trace:
+    """data: ids [tokens, layers, k], steps [steps, layers, experts] or a snapshot [layers, experts]."""
+
+    name: str
+    kind: Kind
+    data: NDArray[Any]
+    n_experts: int
+    source: str = ""
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.data.shape[0 if self.kind == "snapshot" else 1])
+
+    def describe(self) -> str:
+        shape = self.data.shape
+        if self.kind == "ids":
+            return f"{self.name}: {shape[0]} tokens, {shape[1]} layers, top-{shape[2]} of {self.n_experts} experts"
+        if self.kind == "steps":
+            return f"{self.name}: counts of {shape[0]} steps, {shape[1]} layers, {self.n_experts} experts"
+        return f"{self.name}: one snapshot of counts, {shape[0]} layers, {self.n_experts} experts"
+
+
+def load_sample(n_experts: int | None = None) -> Trace:
+    """The trace that ships with the package."""
+    with resources.as_file(resources.files("lplb").joinpath("data", SAMPLE)) as path:
+        return load(str(path), n_experts)
+
+
+def load(path: str, n_experts: int | None = None) -> Trace:
+    """n_experts: what the file does not say; None: the largest id + 1 (or the width of the counts). Raises UsageError."""
+    readers = {".npz": _read_npz, ".npy": _read_npy, ".json": _read_json}
+    reader = readers.get(Path(path).suffix.lower())
+    if reader is None:
+        raise UsageError(f"{path}: a trace is a .npz with topk_ids, a .npy with counts or a .json with logical_count")
+    try:
+        return reader(path, n_experts)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: not a readable {Path(path).suffix} file: {str(error).splitlines()[0] or type(error).__name__}") from None
+
+
+def _read_npz(path: str, n_experts: int | None) -> Trace:
+    with np.load(path, allow_pickle=False) as archive:
+        if "topk_ids" not in archive.files:
+            raise UsageError(f"{path}: needs an array topk_ids [tokens, layers, k], has {', '.join(archive.files) or 'none'}")
+        ids = archive["topk_ids"]
+        stated = int(archive["n_experts"]) if "n_experts" in archive.files else None
+        source = str(archive["source"]) if "source" in archive.files else ""
+    if ids.ndim != 3 or ids.dtype.kind not in "iu" or 0 in ids.shape:
+        raise UsageError(f"{path}: topk_ids must be integers of shape [tokens, layers, k], none of them 0, got {ids.dtype} {ids.shape}")
+    if ids.dtype.kind == "u" and int(ids.max()) > np.iinfo(np.int64).max:
+        raise UsageError(f"{path}: topk_ids holds an id of {int(ids.max())}")
+    low, high = int(ids.min()), int(ids.max())
+    n = n_experts or stated or high + 1
+    if low < -1 or high >= n:
+        raise UsageError(f"{path}: topk_ids must lie in -1 .. {n - 1}, got {low if low < -1 else high}")
+    if high < 0:
+        raise UsageError(f"{path}: topk_ids selects no expert at all")
+    _check_experts(path, n)
+    return Trace(Path(path).name, "ids", ids, n, source)
+
+
+def _read_npy(path: str, n_experts: int | None) -> Trace:
+    counts = np.load(path, allow_pickle=False)
+    if not isinstance(counts, np.ndarray) or counts.ndim != 3 or 0 in counts.shape:
+        raise UsageError(f"{path}: counts must have the shape [steps, layers, experts], got {getattr(counts, 'shape', 'an archive')}")
+    return _counted(path, "steps", counts, n_experts)
+
+
+def _read_json(path: str, n_experts: int | None) -> Trace:
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if isinstance(content, dict) and "logical_count" in content:
+        return _counted(path, "snapshot", _rectangle(path, "logical_count", content["logical_count"]), n_experts)
+    if isinstance(content, dict) and content and all(isinstance(item, dict) and "counts" in item for item in content.values()):
+        steps = [_rectangle(path, f"{name}.counts", item["counts"]) for name, item in content.items()]
+        if len({step.shape for step in steps}) > 1:
+            raise UsageError(f"{path}: all counts must have one shape [layers][experts]")
+        return _counted(path, "steps", np.stack(steps), n_experts)
+    raise UsageError(f"{path}: needs logical_count [layers][experts], or counts [layers][experts] per entry")
+
+
+def _rectangle(path: str, what: str, rows: Any) -> NDArray[np.float64]:
+    try:
+        array = np.asarray(rows, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.ndim != 2 or 0 in array.shape:
+        raise UsageError(f"{path}: {what} must be numbers [layers][experts] with rows of one length")
+    return array
+
+
+def _counted(path: str, kind: Kind, counts: NDArray[Any], n_experts: int | None) -> Trace:
+    if counts.dtype.kind not in "iuf" or not np.isfinite(counts).all() or (counts < 0).any() or (counts != np.floor(counts)).any():
+        raise UsageError(f"{path}: counts must be whole numbers of at least 0")
+    if float(counts.max()) >= 2.0**31 or float(counts.sum(axis=-1, dtype=np.float64).max()) >= 2.0**31:
+        raise UsageError(f"{path}: the counts of one layer and step must stay below 2^31 tokens")
+    if not counts.any():
+        raise UsageError(f"{path}: all counts are 0")
+    if n_experts is not None and n_experts != counts.shape[-1]:
+        raise UsageError(f"{path}: the counts are of {counts.shape[-1]} experts, --experts says {n_experts}")
+    _check_experts(path, counts.shape[-1])
+    return Trace(Path(path).name, kind, counts.astype(np.int64), int(counts.shape[-1]))
+
+
+def _check_experts(path: str, n: int) -> None:
+    if n > MAX_EXPERTS:
+        raise UsageError(f"{path}: at most {MAX_EXPERTS} experts are supported, got {n}")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A history and the micro-batches after it, for `ranks` source ranks. Layers are indices of the trace."""
+
+    trace: Trace
+    ranks: int
+    tokens_per_rank: int
+    n_history: int      # tokens or steps that went into the history
+    n_batches: int
+    history: Int64Array  # [layers, experts]
+    drawn: Int64Array | None = None  # snapshot only: [n_batches, layers, experts]
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether the trace tells which rank a token is on (counts do not: there every rank gets an equal share)."""
+        return self.trace.kind == "ids"
+
+    def ids(self, layer: int, batch: int) -> Int64Array | None:
+        """[ranks, tokens_per_rank * k], or None where only counts are known."""
+        if self.trace.kind != "ids":
+            return None
+        size = self.ranks * self.tokens_per_rank
+        first = self.n_history + batch * size
+        return self.trace.data[first : first + size, layer].astype(np.int64).reshape(self.ranks, -1)
+
+    def counts(self, layer: int, batch: int) -> Int64Array:
+        """[ranks, experts] tokens of every source rank."""
+        ids = self.ids(layer, batch)
+        n = self.trace.n_experts
+        if ids is not None:
+            keyed = (ids + 1 + np.arange(self.ranks)[:, None] * (n + 1)).ravel()
+            return np.bincount(keyed, minlength=self.ranks * (n + 1)).reshape(self.ranks, n + 1)[:, 1:].astype(np.int64)
+        total = (self.drawn[batch, layer] if self.drawn is not None else self.trace.data[self.n_history + batch, layer])
+        # Each rank gets total // ranks; the remainders go to the ranks in turn, starting elsewhere for every expert.
+        turn = (np.arange(self.ranks)[:, None] - np.arange(n)[None, :]) % self.ranks
+        return np.asarray(total // self.ranks + (turn < total % self.ranks), dtype=np.int64)
+
+
+def cut(trace: Trace, ranks: int, tokens_per_rank: int, history: float, seed: int) -> Cut:
+    """history: the fraction of the trace, from its start, that is known when the experts are placed. Raises UsageError."""
+    size = ranks * tokens_per_rank
+    if trace.kind == "snapshot":
+        rng = np.random.default_rng(seed)
+        share = trace.data / np.maximum(trace.data.sum(axis=1, keepdims=True), 1)
+        if not trace.data.any(axis=1).all():
+            raise UsageError(f"{trace.name}: the counts of layer {int(np.argmin(trace.data.any(axis=1)))} are all 0")
+        drawn = rng.multinomial(size * DRAWN_TOP_K, share, size=(DRAWS, trace.n_layers)).astype(np.int64)
+        return Cut(trace, ranks, tokens_per_rank, 0, DRAWS, trace.data, drawn)
+    length = int(trace.data.shape[0])
+    n_history = int(length * history)
+    unit, per_batch = ("tokens", size) if trace.kind == "ids" else ("steps", 1)
+    n_batches = (length - n_history) // per_batch
+    if n_batches == 0:
+        raise UsageError(f"{trace.name}: {length - n_history} {unit} are left after a history of {n_history}, fewer than one micro-batch of "
+                         f"{per_batch} ({ranks} ranks with {tokens_per_rank} tokens each)")
+    past = trace.data[:n_history]
+    if trace.kind == "steps":
+        total = past.sum(axis=0, dtype=np.int64)
+    else:
+        total = np.stack([np.bincount(past[:, layer].astype(np.int64).ravel() + 1, minlength=trace.n_experts + 1)[1:]
+                          for layer in range(trace.n_layers)]).astype(np.int64)
+    return Cut(trace, ranks, tokens_per_rank, n_history, n_batches, total)
