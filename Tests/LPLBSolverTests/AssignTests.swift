@@ -1,0 +1,151 @@
+import LPLBTopology
+import Testing
+
+@testable import LPLBSolver
+
+/// The rule of TokenAssigner for all sources at once, step by step on whole matrices. [source][place]
+private func plainAssign(_ tables: SolverTables, _ counts: [[Int64]], _ quotas: [Int64]) -> [[Int64]] {
+    let shape = tables.shape
+    var take = [[Int64]](repeating: [Int64](repeating: 0, count: tables.nPlaces), count: shape.epSize)
+    for expert in 0..<shape.nLogical {
+        let places = Array(Int(tables.expertStart[expert])..<Int(tables.expertStart[expert + 1]))
+        var supply = counts.map { $0[expert] }
+        var quota = quotas
+        func give(_ s: Int, _ place: Int, _ tokens: Int64) {
+            take[s][place] += tokens
+            supply[s] -= tokens
+            quota[place] -= tokens
+        }
+        func match(_ ranks: [Int], _ places: [Int]) {
+            for s in ranks { for place in places { give(s, place, min(supply[s], quota[place])) } }
+        }
+        for place in places {
+            let rank = Int(tables.placeRank[place])
+            give(rank, place, min(supply[rank], quota[place]))
+        }
+        for node in 0..<shape.nNodes {
+            let ranks = Array(node * shape.ranksPerNode..<(node + 1) * shape.ranksPerNode)
+            match(ranks, places.filter { ranks.contains(Int(tables.placeRank[$0])) })
+        }
+        match(Array(0..<shape.epSize), places)
+    }
+    return take
+}
+
+private func check(_ placement: Placement, _ random: inout Random) {
+    let tables = SolverTables(placement), shape = placement.shape
+    let solver = FlowSolver(tables)
+    let assigners = (0..<shape.epSize).map { TokenAssigner(tables, source: $0) }
+    for family in LoadFamily.allCases where family != .huge {
+        let rows = (0..<shape.epSize).map { _ in family.loads(placement, &random) }
+        let wide = rows.flatMap { $0 }, narrow = wide.map { Int32($0) }
+        var sums = [Int64](repeating: 0, count: tables.nPlaces)
+        var expected: [[Int64]] = []
+        for (s, assigner) in assigners.enumerated() {
+            let fits = assigner.sum(wide, sources: shape.epSize)
+            #expect(fits)
+            let loads = (0..<shape.nLogical).map { assigner.loads[$0] }
+            #expect(loads == (0..<shape.nLogical).map { e in rows.reduce(0) { $0 + $1[e] } })
+            if s == 0 {
+                solver.solve(loads: loads)
+                expected = plainAssign(tables, rows, (0..<tables.nPlaces).map { solver.quotas[$0] })
+            }
+            assigner.assign(wide, sources: shape.epSize, quotas: solver.quotas)
+            let take = (0..<tables.nPlaces).map { assigner.take[$0] }
+            #expect(take == expected[s])
+            for place in 0..<tables.nPlaces { sums[place] += take[place] }
+
+            for expert in 0..<shape.nLogical {
+                let places = Int(tables.expertStart[expert])..<Int(tables.expertStart[expert + 1])
+                #expect(places.reduce(0) { $0 + take[$1] } == rows[s][expert])
+                // No source could keep more on its own rank.
+                for place in places where Int(tables.placeRank[place]) == s {
+                    #expect(take[place] == min(rows[s][expert], solver.quotas[place]))
+                }
+            }
+            let own = (0..<tables.nPlaces).filter { Int(tables.placeRank[$0]) == s }.reduce(0) { $0 + take[$1] }
+            let node = (0..<tables.nPlaces).filter { Int(tables.placeRank[$0]) / shape.ranksPerNode == s / shape.ranksPerNode }
+                .reduce(0) { $0 + take[$1] }
+            #expect(assigner.ownRank == own)
+            #expect(assigner.ownNode == node - own)
+            #expect(assigner.otherNodes == rows[s].reduce(0, +) - node)
+
+            let again = assigner.sum(narrow, sources: shape.epSize)
+            #expect(again)
+            assigner.assign(narrow, sources: shape.epSize, quotas: solver.quotas)
+            #expect((0..<tables.nPlaces).allSatisfy { assigner.take[$0] == take[$0] })
+        }
+        #expect(sums == (0..<tables.nPlaces).map { solver.quotas[$0] })
+    }
+}
+
+@Suite struct AssignTests {
+    @Test func topologies() throws {
+        var random = Random(1)
+        check(try topologyPlacement(.ring8, ownExperts: 3), &random)
+        check(try topologyPlacement(.cube8x2, groups: 2, ownExperts: 4, shuffled: Random(2)), &random)
+        check(try topologyPlacement(.square4x2, ownExperts: 6, combined: 2), &random)
+    }
+
+    @Test func generalPlacements() throws {
+        var random = Random(2)
+        for (ranks, nodes) in [(8, 1), (8, 2), (8, 8), (12, 3), (12, 4), (16, 2)] {
+            check(try randomPlacement(ranks: ranks, localSlots: 3, maxReplicas: 8, replicated: 0.8, nodes: nodes, &random), &random)
+        }
+        check(try randomPlacement(ranks: 4, groups: 3, localSlots: 3, maxReplicas: 4, replicated: 0.8, nodes: 2, &random), &random)
+    }
+
+    /// One expert with a replica on every rank and all tokens on one source: they must spread over own rank, own node, other nodes.
+    @Test func localityByHand() throws {
+        let shape = try ExpertShape(epSize: 4, nNodes: 2, groupSize: 0, nLogical: 1, nPhysical: 4)
+        let tables = SolverTables(try Placement(shape: shape, phy2log: [0, 0, 0, 0]))
+        let solver = FlowSolver(tables), assigner = TokenAssigner(tables, source: 1)
+        let counts: [Int32] = [0, 40, 0, 0]
+        #expect(assigner.sum(counts, sources: 4))
+        solver.solve(loads: assigner.loads)
+        assigner.assign(counts, sources: 4, quotas: solver.quotas)
+        #expect((0..<4).map { assigner.take[$0] } == [10, 10, 10, 10])
+        #expect([assigner.ownRank, assigner.ownNode, assigner.otherNodes] == [10, 10, 20])
+    }
+
+    @Test func oneSourceTakesEverything() throws {
+        var random = Random(3)
+        let placement = try randomPlacement(ranks: 8, localSlots: 3, maxReplicas: 4, nodes: 2, &random)
+        let tables = SolverTables(placement), solver = FlowSolver(tables)
+        let counts = LoadFamily.normal.loads(placement, &random)
+        for source in [nil, 5] as [Int?] {
+            let assigner = TokenAssigner(tables, source: source)
+            #expect(assigner.sum(counts, sources: 1))
+            solver.solve(loads: assigner.loads)
+            assigner.assign(counts, sources: 1, quotas: solver.quotas)
+            #expect((0..<tables.nPlaces).allSatisfy { assigner.take[$0] == solver.quotas[$0] })
+            let total = counts.reduce(0, +)
+            #expect(assigner.ownRank + assigner.ownNode + assigner.otherNodes == (source == nil ? 0 : total))
+        }
+        // All sources, but a planner for the whole batch.
+        let assigner = TokenAssigner(tables, source: nil)
+        let rows = (0..<8).flatMap { _ in counts }
+        #expect(assigner.sum(rows, sources: 8))
+        solver.solve(loads: assigner.loads)
+        assigner.assign(rows, sources: 8, quotas: solver.quotas)
+        #expect((0..<tables.nPlaces).allSatisfy { assigner.take[$0] == solver.quotas[$0] })
+        #expect(assigner.ownRank == 0 && assigner.ownNode == 0 && assigner.otherNodes == 0)
+    }
+
+    @Test func refusesBadCounts() throws {
+        let tables = SolverTables(try topologyPlacement(.ring8, ownExperts: 1))
+        let assigner = TokenAssigner(tables, source: 2)
+        var counts = [Int64](repeating: 1, count: 64)
+        #expect(assigner.sum(counts, sources: 8))
+        for (value, good) in [
+            (-1, false), (Int64.min, false), (Int64.max, false), (1 << 40, false), ((1 << 40) - 7, true), ((1 << 40) - 6, false),
+        ] as [(Int64, Bool)] {
+            counts[9] = value
+            #expect(assigner.sum(counts, sources: 8) == good)
+        }
+        var narrow = [Int32](repeating: 3, count: 64)
+        narrow[63] = -3
+        #expect(!assigner.sum(narrow, sources: 8))
+        #expect(assigner.sum([1 << 40, 0, 0, 0, 0, 0, 0, 0] as [Int64], sources: 1))
+    }
+}

@@ -1,0 +1,198 @@
+// PlainFlow: the algorithm in the head comment of FlowSolver.swift, written down once more as directly as possible: sets, whole copies of
+// the loads at each step, no tables. The oracle of the fast solvers; slow on purpose.
+
+import LPLBTopology
+
+@testable import LPLBSolver
+
+struct PlainFlow {
+    struct Bundle {
+        var experts: [Int]
+        /// Ranks in EP of its places.
+        var ranks: [Int]
+        var colour = 0
+    }
+
+    let placement: Placement
+    /// By group, in the solver's order.
+    var bundles: [[Bundle]] = []
+    var sweeps: [Bool] = []
+
+    private func places(_ expert: Int) -> [(rank: Int, slot: Int)] {
+        var found: [(rank: Int, slot: Int)] = []
+        for k in Int(placement.replicaStart[expert])..<Int(placement.replicaStart[expert + 1]) {
+            let slot = Int(placement.replicaSlot[k]), rank = slot / placement.shape.nLocal
+            if !found.contains(where: { $0.rank == rank }) { found.append((rank, slot)) }
+        }
+        return found
+    }
+
+    init(_ placement: Placement) {
+        self.placement = placement
+        let shape = placement.shape
+        for group in 0..<shape.nGroups {
+            var list: [Bundle] = []
+            for rank in group * shape.groupSize..<(group + 1) * shape.groupSize {
+                for offset in 0..<shape.nLocal {
+                    let slot = rank * shape.nLocal + offset
+                    let expert = Int(placement.phy2log[slot])
+                    let places = places(expert)
+                    guard places.count > 1, places[0].slot == slot else { continue }
+                    if let topology = placement.topology {
+                        if offset >= topology.nRedundant { continue }
+                        let members = (0..<placement.combined).map { Int(placement.phy2log[slot + $0 * topology.nRedundant]) }
+                        list.append(Bundle(experts: members, ranks: places.map(\.rank)))
+                    } else {
+                        list.append(Bundle(experts: [expert], ranks: places.map(\.rank)))
+                    }
+                }
+            }
+            for u in list.indices {
+                var colour = 0
+                while list[..<u].contains(where: { $0.colour == colour && !Set($0.ranks).isDisjoint(with: list[u].ranks) }) { colour += 1 }
+                list[u].colour = colour
+            }
+            let sweeps = !list.isEmpty && list.allSatisfy { $0.ranks.count == 2 && $0.colour < 8 }
+            self.sweeps.append(sweeps)
+            if sweeps { list = (0..<8).flatMap { colour in list.filter { $0.colour == colour } } }
+            bundles.append(list)
+        }
+    }
+
+    func solve(_ loads: [Int64]) -> Solved {
+        var solved = Solved()
+        solved.tokens = [Int64](repeating: 0, count: placement.shape.nPhysical)
+        for group in 0..<placement.shape.nGroups { solve(group, loads, &solved) }
+        return solved
+    }
+
+    private func ceiling(_ a: Int64, _ b: Int) -> Int64 { a / Int64(b) + (a % Int64(b) > 0 ? 1 : 0) }
+
+    private func solve(_ group: Int, _ loads: [Int64], _ solved: inout Solved) {
+        let size = placement.shape.groupSize, first = group * size
+        let list = bundles[group].map { Bundle(experts: $0.experts, ranks: $0.ranks.map { $0 - first }, colour: $0.colour) }
+        var base = [Int64](repeating: 0, count: size)
+        for expert in 0..<placement.shape.nLogical {
+            let places = places(expert)
+            if places.count == 1 && places[0].rank / size == group {
+                base[places[0].rank - first] += loads[expert]
+                solved.tokens[places[0].slot] = loads[expert]
+            }
+        }
+        let demand = list.map { $0.experts.reduce(0) { $0 + loads[$1] } }
+        var x = zip(list, demand).map { bundle, tokens in
+            bundle.ranks.indices.map { tokens / Int64(bundle.ranks.count) + ($0 < Int(tokens % Int64(bundle.ranks.count)) ? 1 : 0) }
+        }
+        func currentLoads() -> [Int64] {
+            var load = base
+            for (u, bundle) in list.enumerated() { for (j, r) in bundle.ranks.enumerated() { load[r] += x[u][j] } }
+            return load
+        }
+        var load = currentLoads()
+        let total = load.reduce(0, +)
+        var bound = ceiling(total, size)
+        var witness = Set(0..<size)
+        if base.max()! > bound {
+            bound = base.max()!
+            witness = [base.firstIndex(of: bound)!]
+        }
+        var rounds = 0
+        if load.max()! > bound && sweeps[group] {
+            var left = 2
+            while left > 0 && load.max()! > bound {
+                left -= 1
+                for colour in 0..<8 {
+                    for (u, bundle) in list.enumerated() where bundle.colour == colour {
+                        let (r, s) = (bundle.ranks[0], bundle.ranks[1])
+                        let move = max(-x[u][1], min(x[u][0], (load[r] - load[s]) / 2))
+                        x[u][0] -= move
+                        x[u][1] += move
+                    }
+                    load = currentLoads()
+                }
+            }
+            if load.max()! > bound && size <= 64 {
+                let order = (0..<size).sorted { (-load[$0], $0) < (-load[$1], $1) }
+                let old = bound
+                for n in 1...size {
+                    let set = Set(order[..<n])
+                    var inside = set.reduce(0) { $0 + base[$1] }
+                    for (u, bundle) in list.enumerated() where set.isSuperset(of: bundle.ranks) { inside += demand[u] }
+                    if ceiling(inside, n) > max(bound, old) {
+                        bound = ceiling(inside, n)
+                        witness = set
+                    }
+                }
+            }
+        }
+        while load.max()! > bound {
+            rounds += 1
+            let over = (0..<size).filter { load[$0] > bound }
+            var level: [Int: Int] = [:]
+            for r in 0..<size where load[r] < bound { level[r] = 0 }
+            var k = 0
+            while over.contains(where: { level[$0] == nil }) {
+                var next: Set<Int> = []
+                for (u, bundle) in list.enumerated() {
+                    for (j, r) in bundle.ranks.enumerated() where level[r] == nil && x[u][j] > 0 {
+                        if bundle.ranks.indices.contains(where: { $0 != j && level[bundle.ranks[$0]] == k }) { next.insert(r) }
+                    }
+                }
+                if next.isEmpty { break }
+                for r in next { level[r] = k + 1 }
+                k += 1
+            }
+            if over.contains(where: { level[$0] == nil }) {
+                witness = Set((0..<size).filter { level[$0] == nil })
+                bound = ceiling(witness.reduce(0) { $0 + load[$1] }, witness.count)
+                continue
+            }
+            k = over.map { level[$0]! }.max()!
+            while k >= 1 {
+                let before = load
+                for r in 0..<size where level[r] == k && before[r] > bound {
+                    var excess = before[r] - bound
+                    var given = [Int64](repeating: 0, count: size)
+                    for (u, bundle) in list.enumerated() {
+                        guard let j = bundle.ranks.firstIndex(of: r) else { continue }
+                        for (i, q) in bundle.ranks.enumerated() where i != j && level[q] == k - 1 {
+                            var move = min(excess, x[u][j])
+                            if k == 1 { move = min(move, max(0, bound - before[q] - given[q])) }
+                            x[u][j] -= move
+                            x[u][i] += move
+                            given[q] += move
+                            excess -= move
+                        }
+                    }
+                }
+                load = currentLoads()
+                k -= 1
+            }
+        }
+
+        var result = GroupResult()
+        result.maxLoad = load.max()!
+        result.bound = bound
+        result.total = total
+        result.rounds = Int64(rounds)
+        result.witnessSize = witness.count
+        for (u, bundle) in list.enumerated() {
+            result.moved += demand[u] - x[u][0]
+            if bundle.experts.count == 1 {
+                for (j, place) in places(bundle.experts[0]).enumerated() { solved.tokens[place.slot] = x[u][j] }
+                continue
+            }
+            var sum: Int64 = 0, before: Int64 = 0
+            for expert in bundle.experts {
+                sum += loads[expert]
+                let upTo = demand[u] == 0 ? 0 : Int64(Int128(x[u][1]) * Int128(sum) / Int128(demand[u]))
+                let places = places(expert)
+                solved.tokens[places[1].slot] = upTo - before
+                solved.tokens[places[0].slot] = loads[expert] - (upTo - before)
+                before = upTo
+            }
+        }
+        solved.results.append(result)
+        solved.witnesses.append(witness)
+    }
+}
