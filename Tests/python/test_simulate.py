@@ -78,6 +78,20 @@ def test_a_snapshot_is_drawn_from_and_repeats_with_its_seed(tmp_path):
     assert np.abs(share - snapshot / snapshot.sum(axis=1, keepdims=True)).max() < 0.01
 
 
+def test_history_of_another_trace(ids_file, tmp_path, capsys):
+    other = routed(np.random.default_rng(6), 200, 3, 4, 32)
+    np.savez(tmp_path / "other.npz", topk_ids=other, n_experts=32)
+    cut = trace.cut(trace.load(str(ids_file)), 4, 100, trace.load(str(tmp_path / "other.npz")), 0)
+    assert (cut.n_history, cut.n_batches) == (0, 3)
+    assert cut.history[1].tolist() == [(other[:, 1] == expert).sum() for expert in range(32)]
+    code, said = simulate(capsys, ids_file, "--history", tmp_path / "other.npz", "--json", tmp_path / "out.json")
+    assert code == 0 and "all of other.npz" in said.out
+    assert json.loads((tmp_path / "out.json").read_text())["config"]["history"] == "other.npz"
+    np.savez(tmp_path / "other.npz", topk_ids=other[:, :2], n_experts=32)
+    code, said = simulate(capsys, ids_file, "--history", tmp_path / "other.npz")
+    assert code == 2 and "has 2 layers of 32 experts" in said.err
+
+
 def test_named_counts_are_steps_in_file_order(tmp_path):
     path = tmp_path / "named.json"
     path.write_text(json.dumps({"b": {"counts": [[1, 2], [3, 4.0]]}, "a": {"counts": [[5, 6], [7, 8]]}}))
@@ -137,6 +151,8 @@ def test_proportional_rounds_down_per_source():
     replicas = policies.Replicas(np.array([[0, 1]], dtype=np.int32), 2, 2, 1)
     counts = np.array([[3], [3]])
     assert policies.proportional(counts, replicas, np.array([3, 3])).tolist() == [[1, 2], [1, 2]]
+    three = policies.Replicas(np.array([[0, 1, 2]], dtype=np.int32), 3, 3, 1)
+    assert policies.proportional(np.array([[4], [3], [2]]), three, np.array([3, 3, 3])).tolist() == [[1, 1, 2], [1, 1, 1], [0, 1, 1]]
 
 
 def test_locality_counts_ranks_and_nodes():
@@ -186,6 +202,19 @@ def test_every_play_is_at_the_optimum_of_all_rank_sets(ids_file, capsys):
         originals = phy2log.reshape(8, -1)[:, :4]  # 4 experts a rank, their copies behind them
         assert without.tolist() == counts[originals].sum(axis=1).tolist()
     maker.close()
+
+
+def test_counts_without_tokens_are_played_too(tmp_path, capsys):
+    rng = np.random.default_rng(7)
+    np.save(tmp_path / "steps.npy", rng.zipf(1.5, (8, 2, 32)).clip(0, 500))
+    (tmp_path / "snapshot.json").write_text(json.dumps({"logical_count": rng.integers(1, 900, (2, 32)).tolist()}))
+    for name, plays, says in (("steps.npy", 12, "equal share"), ("snapshot.json", 64, "drawn from it at random")):
+        for words in ([], ["--placement", "eplb", "--nodes", "2"]):
+            code, said = simulate(capsys, tmp_path / name, *words, "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+            result = json.loads((tmp_path / "out.json").read_text())
+            assert code == 0 and says in said.out and result["config"]["plays"] == plays
+            exact = result["rows"][-1]
+            assert exact["gap_solver_max"] == 0 and exact["certified_fraction"] == 1 and exact["own_rank_share"] is None
 
 
 def parsed(*words):
@@ -311,6 +340,8 @@ def damaged(tmp_path):
     (["--tokens-per-rank", "100000"], "fewer than one micro-batch"),
     (["--history", "1"], "below 1"),
     (["--history", "nan"], "below 1"),
+    (["--history", "all"], "below 1"),
+    (["--history", "gone.npz"], "no such file"),
     (["--layers", "0,7"], "layers 0 .. 6"),
     (["--layers", "3-"], "such as 0,3,5-7"),
     (["--experts", "32"], "must lie in"),

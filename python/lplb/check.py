@@ -1,6 +1,6 @@
 """
-Results recomputed in plain numpy from nothing but loads and placement; no code is shared with the solver. Beside `lplb.witness_bound`, which
-evaluates the proof that a plan gives, `exhaustive_optimum` looks at every set of ranks and so needs no witness at all.
+Results recomputed in plain numpy from nothing but loads and placement; no code is shared with the solver. Beside `lplb.witness_bound`,
+which evaluates the proof that a plan gives, `exhaustive_optimum` looks at every set of ranks and so needs no witness at all.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def main(as_json: bool = False) -> int:
         found.append(finding)
         if not as_json:
             mark = {"ok": "ok  ", "off": "OFF ", "note": "note"}[finding.state]
-            print(f"{mark}  {finding.name:<30}{finding.text}", flush=True)
+            print(f"{mark}  {finding.name:<33}{finding.text}", flush=True)
     off = [finding for finding in found if finding.state == "off"]
     if as_json:
         json.dump({"ok": not off, "findings": [asdict(finding) for finding in found]}, sys.stdout, indent=1)

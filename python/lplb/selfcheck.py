@@ -67,7 +67,8 @@ def verify(tokens: Int64Array, loads: Int64Array, phy2log: NDArray[np.int32], gr
         busiest = int(by_rank[i].max())
         bound = witness_bound(loads, phy2log, ep_size, group.witness)
         require(group.certified and busiest == group.max_load, f"{what}: the plan says {group.max_load} tokens, its slots hold {busiest}")
-        require(busiest == bound == group.bound, f"{what}: busiest rank {busiest}, bound of the witness {bound}, stated bound {group.bound}")
+        require(busiest == bound == group.bound,
+                f"{what}: busiest rank {busiest}, bound of the witness {bound}, stated bound {group.bound}")
         if ep_size <= 8:
             best = check.exhaustive_optimum(loads, check.hosts(phy2log, loads.size, ep_size))
             require(busiest == best, f"{what}: busiest rank {busiest}, best over all rank sets {best}")
@@ -146,7 +147,7 @@ def check_tokens() -> str:
         wrong = np.asarray(planner.run(np.array([0, -1, n_logical, -2, 2**40], dtype=np.int64), None))
         require(bool((wrong[1:] == -1).all() and phy2log[wrong[0]] == 0), "run: ids out of range must come back as -1")
         require(planner.info().invalid_ids == 3, "run: ids out of range must be counted")
-    return f"{seen} of 8 ranks: every one at a replica of its expert, loads equal to the plan"
+    return f"{seen:,} tokens of 8 ranks: every one at a replica of its expert, loads equal to the plan"
 
 
 def check_eplb() -> str:

@@ -95,7 +95,8 @@ def _run(arguments: argparse.Namespace, suites: dict[str, Any]) -> int:
         print(flush=True)
     judged = [row for row in rows if row.met is not None]
     missed = [row for row in judged if not row.met]
-    print(f"{len(judged) - len(missed)} of {len(judged)} targets met" + "".join(f"; missed: {row.case} ({row.suite})" for row in missed) + ".")
+    listed = "".join(f"; missed: {row.suite}, {row.case}" for row in missed)
+    print(f"{len(judged) - len(missed)} of {len(judged)} targets met{listed}.")
     plans = [row for row in rows if row.certified_fraction is not None]
     unproven = sum(1 for row in plans if row.certified_fraction != 1)
     if unproven:

@@ -26,7 +26,10 @@ DRIFT = 0.25    # sigma of the log-normal factor between the loads that EPLB saw
 
 @dataclass(frozen=True)
 class Case:
-    """layout: a topology's name, or None: EPLB. Targets in microseconds: CPU p50; CUDA p50 and p99 (normal loads; others may have `zipf`)."""
+    """
+    layout: a topology's name, or None: EPLB. Targets in microseconds: on the CPU p50; on CUDA p50 and p99, cuda_zipf being those of all
+    but normal loads where these differ.
+    """
 
     name: str
     layout: str | None
@@ -97,7 +100,8 @@ def instances(case: Case, family: str, device: str, n: int = INSTANCES) -> Itera
                 planners.append(Planner.from_placement(row, ep_size=case.ranks, n_logical=case.n_logical, device=device))
             which = np.arange(n) % PLACEMENTS
             relative = seen[which] * rng.lognormal(0, DRIFT, (n, case.n_logical))
-        yield Instances(case, family, planners, which, np.rint(relative * TOKENS_PER_EXPERT).astype(np.int64))
+        loads = np.rint(relative * TOKENS_PER_EXPERT).astype(np.int64)
+        yield Instances(case, family, planners, which, np.ascontiguousarray(loads))  # rows are handed over as addresses
     finally:
         for planner in planners:
             planner.close()

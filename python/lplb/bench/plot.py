@@ -29,8 +29,8 @@ def draw(rows: Sequence[Row], device: str, machine: str, path: str) -> None:
     with plt.rc_context(style):
         figure, axes = plt.subplots(figsize=(11.5, 1.6 + 0.29 * len(rows)), layout="constrained")
         _fill(axes, rows, device)
-        axes.set_title(f"lplb bench on the {'GPU' if device == 'cuda' else 'CPU'}: time per call", loc="left", fontweight="bold", fontsize=12)
-        figure.text(0.995, 0.004, machine, ha="right", va="bottom", fontsize=8, color="#6b7178")
+        where = "GPU" if device == "cuda" else "CPU"
+        figure.suptitle(f"lplb bench on the {where}, time per call  |  {machine}", x=0.008, ha="left", fontsize=10, color="#6b7178")
         try:
             figure.savefig(path, dpi=150)
         except OSError as error:
@@ -54,10 +54,11 @@ def _fill(axes: Any, rows: Sequence[Row], device: str) -> None:
         peer = _peer(row, device)
         if peer is not None:
             kind = "peer" + ("" if device == "cpu" else peer[0])
-            label = None if kind in names else (peer[0] if device == "cuda" else "beside it, same run: HiGHS, numpy or plain Python")
+            label = None if kind in names else (peer[0] if device == "cuda" else "another program in the same run")
             names[kind] = ""
             axes.plot([peer[1]], [y], "D", color=OTHER, markersize=5, zorder=3, label=label)
-            axes.annotate(number(peer[1]), (peer[1], y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=OTHER)
+            beside = max(peer[1], row.p99_us) if peer[1] < 2 * row.p99_us else peer[1]
+            axes.annotate(number(peer[1]), (beside, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=OTHER)
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [f"{row.suite}: {row.case}" for row in rows])
     axes.tick_params(axis="y", length=0)
@@ -66,10 +67,12 @@ def _fill(axes: Any, rows: Sequence[Row], device: str) -> None:
     axes.set_xlim(low / 1.6, high * 1.6)
     axes.grid(axis="x", color="#e6e8eb", zorder=0)
     axes.set_axisbelow(True)
-    axes.set_xlabel("microseconds (logarithmic)")
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda us, _: f"{us / 1000:g} ms" if us >= 1000 else f"{us:g} us"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     previous = ""
     for y, row in enumerate(rows):
         if previous and row.suite != previous:
             axes.axhline(y - 0.5, color="#b8bcc2", linewidth=0.8)
         previous = row.suite
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.55 / (1 + 0.29 * len(rows)) - 0.02), ncols=4, frameon=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, borderaxespad=0.2)

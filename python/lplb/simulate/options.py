@@ -44,7 +44,7 @@ class Options:
     layout: Layout
     cut: Cut
     layers: list[int]
-    history: float
+    history: float | Trace
     seed: int
     json: str | None
     plot: str | None
@@ -55,7 +55,8 @@ class Options:
             "trace": self.trace.name, "source": self.trace.source, "ranks": self.layout.ranks, "nodes": self.layout.nodes,
             "placement": self.layout.name, "group_size": self.layout.group_size,
             "n_logical": self.layout.n_logical, "n_physical": self.layout.n_physical,
-            "tokens_per_rank": self.cut.tokens_per_rank, "history": self.history, "history_length": self.cut.n_history,
+            "tokens_per_rank": self.cut.tokens_per_rank, "history_length": self.cut.n_history,
+            "history": self.history.name if isinstance(self.history, Trace) else self.history,
             "micro_batches": self.cut.n_batches, "layers": self.layers, "seed": self.seed,
         }
 
@@ -72,10 +73,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--nodes", type=positive, help="hosts (default: 8 ranks a host where that divides, else 1)")
     parser.add_argument("--tokens-per-rank", type=positive, default=DEFAULT_TOKENS_PER_RANK, metavar="N",
                         help=f"tokens of a micro-batch on each rank (default {DEFAULT_TOKENS_PER_RANK})")
-    parser.add_argument("--history", type=float, default=DEFAULT_HISTORY, metavar="FRACTION",
-                        help=f"first part of the trace, known when the experts are placed (default {DEFAULT_HISTORY})")
+    parser.add_argument("--history", default=str(DEFAULT_HISTORY), metavar="FRACTION",
+                        help=f"first part of the trace, known when the experts are placed (default {DEFAULT_HISTORY}), or another trace: "
+                             "placed for one workload, another arrives")
     parser.add_argument("--layers", metavar="LIST", help="e.g. 0,3,5-7 (default: all)")
-    parser.add_argument("--experts", type=positive, metavar="N", help="logical experts (default: n_experts of the file, else largest id + 1)")
+    parser.add_argument("--experts", type=positive, metavar="N",
+                        help="logical experts (default: n_experts of the file, else the largest id + 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random policy and of micro-batches drawn from a snapshot (default 0)")
     parser.add_argument("--json", metavar="FILE", help="write configuration and rows")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the loads before and after")
@@ -87,16 +90,26 @@ def check(arguments: argparse.Namespace) -> Options:
     check_writable(arguments.plot, "--plot")
     if arguments.plot is not None and Path(arguments.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot: the file must end in .png, .svg or .pdf, got {arguments.plot}")
-    if not 0 <= arguments.history < 1:
-        raise UsageError(f"--history: must be at least 0 and below 1, got {arguments.history}")
     if arguments.seed < 0:
         raise UsageError(f"--seed: must be at least 0, got {arguments.seed}")
     trace = load(arguments.trace, arguments.experts) if arguments.trace else load_sample(arguments.experts)
     layout = _layout(arguments, trace.n_experts)
+    history = _history(arguments.history, trace.n_experts)
     return Options(
-        trace=trace, layout=layout, layers=_layers(arguments.layers, trace.n_layers), history=arguments.history, seed=arguments.seed,
-        cut=cut(trace, layout.ranks, arguments.tokens_per_rank, arguments.history, arguments.seed),
-        json=arguments.json, plot=arguments.plot)
+        trace=trace, layout=layout, layers=_layers(arguments.layers, trace.n_layers), history=history, seed=arguments.seed,
+        cut=cut(trace, layout.ranks, arguments.tokens_per_rank, history, arguments.seed), json=arguments.json, plot=arguments.plot)
+
+
+def _history(text: str, n_experts: int) -> float | Trace:
+    if text.lower().endswith((".npz", ".npy", ".json")):
+        return load(text, n_experts)
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = -1
+    if not 0 <= fraction < 1:
+        raise UsageError(f"--history: must be a fraction of at least 0 and below 1, or another trace, got {text}")
+    return fraction
 
 
 def _layout(arguments: argparse.Namespace, n_logical: int) -> Layout:

@@ -17,7 +17,8 @@ from .options import Options
 
 Int64Array = NDArray[np.int64]
 
-NO_REPLICAS, EVEN, RANDOM, FIXED, PROPORTIONAL, LPLB = "no replicas", "even split", "random replica", "fixed replica", "proportional", "lplb"
+NO_REPLICAS, EVEN, RANDOM, FIXED = "no replicas", "even split", "random replica", "fixed replica"
+PROPORTIONAL, LPLB = "proportional", "lplb"
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Played:
 
 
 def proven_bounds(groups: list[GroupInfo], loads: Int64Array, phy2log: NDArray[np.int32], ranks: int) -> Int64Array:
-    """[n_groups] lower bounds, recomputed from each group's witness, the loads [n_logical] and the placement; never the plan's own figure."""
+    """[n_groups] lower bounds, recomputed from each group's witness, the loads [n_logical] and the placement."""
     return np.array([witness_bound(loads, phy2log, ranks, group.witness) for group in groups], dtype=np.int64)
 
 

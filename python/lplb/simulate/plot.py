@@ -26,8 +26,9 @@ def draw(played: Played, path: str) -> None:
         _typical(left, played)
         _distribution(right, played)
         options = played.options
-        figure.suptitle(f"{options.trace.name}   |   {options.layout.ranks} ranks, {options.layout.name}, {options.layout.n_physical} slots for "
-                        f"{options.layout.n_logical} experts", x=0.008, ha="left", fontsize=10, color="#6b7178")
+        layout = options.layout
+        figure.suptitle(f"{options.trace.name}   |   {layout.ranks} ranks, {layout.name}, {layout.n_physical} slots for {layout.n_logical} "
+                        "experts", x=0.008, ha="left", fontsize=10, color="#6b7178")
         try:
             figure.savefig(path, dpi=150)
         except OSError as error:

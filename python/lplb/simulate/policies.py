@@ -96,16 +96,13 @@ def fixed(counts: Int64Array, replicas: Replicas, choice: Int64Array) -> Int64Ar
 
 def proportional(counts: Int64Array, replicas: Replicas, split: Int64Array) -> Int64Array:
     """
-    How LPLB turns a split into tokens: every source sends the same share of its tokens to each replica, rounded down, and what rounding
-    leaves goes to the last replica. split: [n_physical] tokens of the exact plan, so that only the dispatch differs from lplb's.
+    How LPLB turns a split into tokens: every source sends the same share of its tokens to each replica. What the first j replicas get
+    together is rounded down; with one copy that is floor(share * tokens) for the original and the rest for the copy.
+    split: [n_physical] tokens of the exact plan, so that only the dispatch differs from lplb's.
     """
-    quota = np.where(replicas.log2phy >= 0, split[replicas.log2phy], 0)[None]
+    quota = np.where(replicas.log2phy >= 0, split[replicas.log2phy], 0).cumsum(axis=1)[None]
     total = np.maximum(counts.sum(axis=0), 1)[None, :, None]
-    shares = counts[:, :, None] * quota // total
-    last = replicas.n - 1
-    rest = counts - shares.sum(axis=2) + np.take_along_axis(shares, last[None, :, None], axis=2)[:, :, 0]
-    np.put_along_axis(shares, np.broadcast_to(last[None, :, None], (*counts.shape, 1)), rest[:, :, None], axis=2)
-    return replicas.scatter(shares)
+    return replicas.scatter(np.diff(counts[:, :, None] * quota // total, axis=2, prepend=0))
 
 
 def locality(taken: Int64Array, nodes: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .._cli import table
 from .play import EVEN, LPLB, NO_REPLICAS, PROPORTIONAL, Played, Series
+from .trace import Trace
 
 Float64Array = NDArray[np.float64]
 
@@ -67,17 +68,22 @@ def as_text(played: Played) -> str:
 
 def as_table(played: Played) -> str:
     """The Markdown table, one line a policy."""
-    nodes = played.options.layout.nodes > 1 and played.options.cut.has_sources
     sources = played.options.cut.has_sources
+    nodes = sources and played.options.layout.nodes > 1
     header = ["policy", "max/mean: mean", "p50", "p99", "max", "solver gap (max)", "placement gap", "at optimum"]
-    header += ["own rank"] * sources + ["own node"] * nodes + ["plan us"]
+    header += ["own rank"] if sources else []
+    header += ["own node"] if nodes else []
+    header.append("plan us")
     lines = []
     for row in rows(played):
         alone = row["policy"] == NO_REPLICAS
         cells = [row["policy"], *(f"{row['imbalance_' + what]:.3f}" for what in ("mean", "p50", "p99", "max"))]
         cells += ["-" if alone else percent(row["gap_solver_max"]), percent(row["gap_placement_mean"])]
         cells += ["-" if alone else percent(row["certified_fraction"], 0)]
-        cells += [percent(row["own_rank_share"])] * sources + [percent(row["own_node_share"])] * nodes
+        if sources:
+            cells.append(percent(row["own_rank_share"]))
+        if nodes:
+            cells.append(percent(row["own_node_share"]))
         lines.append([*cells, "-" if row["plan_us_p50"] is None else f"{row['plan_us_p50']:.1f}"])
     return table(header, lines)
 
@@ -103,23 +109,29 @@ def _heading(played: Played) -> list[str]:
     lines = [options.trace.describe()]
     if options.trace.source:
         lines.append(f"source: {options.trace.source}")
-    lines.append(f"{layout.ranks} ranks on {layout.nodes} node{'s' * (layout.nodes > 1)}, {layout.name} placement, {layout.n_physical} slots "
-                 f"({extra:.3g} redundant a rank), {layout.ranks // layout.group_size} x {layout.group_size} ranks balance among themselves")
-    history = f"the first {cut.n_history} {unit}" if unit else "the whole snapshot"
-    lines.append(f"history: {history if cut.n_history or not unit else 'none'}; played: {batch}")
+    groups = "" if layout.group_size == layout.ranks else f", {layout.ranks // layout.group_size} groups of {layout.group_size} ranks"
+    lines.append(f"{layout.ranks} ranks on {layout.nodes} node{'s' * (layout.nodes > 1)}, {layout.name} placement{groups}, "
+                 f"{layout.n_physical} slots ({extra:.3g} redundant a rank)")
+    if isinstance(options.history, Trace):
+        history = f"all of {options.history.name}"
+    elif not unit:
+        history = "the whole snapshot"
+    else:
+        history = f"the first {cut.n_history} {unit}" if cut.n_history else "none"
+    lines.append(f"history: {history}; played: {batch}")
     return lines
 
 
 def _footnotes(played: Played) -> list[str]:
     trace, layout = played.options.trace, played.options.layout
-    lines = ["solver gap: busiest rank over the proven optimum of the same placement; placement gap: that optimum over the mean load, mean.",
-             f"'{NO_REPLICAS}' has the same EPLB reordering by the same history; '{PROPORTIONAL}' is lplb's split with shares rounded per rank."]
+    lines = ["solver gap: busiest rank over the proven optimum of its placement; placement gap: that optimum over the mean load (mean).",
+             f"'{NO_REPLICAS}' has the same EPLB reordering by the same history, without copies." if played.of(NO_REPLICAS) else
+             f"'{NO_REPLICAS}' is left out: {layout.n_logical} experts cannot be dealt out evenly to {layout.ranks} ranks.",
+             f"'{PROPORTIONAL}' is lplb's split dispatched as LPLB does: every source rank sends the same share to each replica, rounded."]
     if trace.kind == "steps":
         lines.append("The counts name no source ranks: every rank was given an equal share of each expert's tokens.")
     if trace.kind == "snapshot":
         lines.append("The snapshot has no order: its micro-batches were drawn from it at random, so real drift is not in them.")
-    if played.of(NO_REPLICAS) is None:
-        lines.append(f"'{NO_REPLICAS}' is left out: {layout.n_logical} experts cannot be dealt out evenly to {layout.ranks} ranks.")
     if played.skipped:
         lines.append(f"{played.skipped} empty micro-batches were left out.")
     return lines
@@ -135,7 +147,7 @@ def sentence(played: Played) -> str:
     for policy, words in ((NO_REPLICAS, "without replicas"), (EVEN, "with an even split"), (LPLB, "with lplb")):
         series = played.of(policy)
         if series:
-            waits.append(f"{idle(series):.1%} {words}")
+            waits.append(f"{percent(idle(series))} {words}")
     exact = played.of(LPLB)
     assert exact is not None
     proven = sum(exact.at_optimum)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -181,8 +181,16 @@ class Cut:
         return np.asarray(total // self.ranks + (turn < total % self.ranks), dtype=np.int64)
 
 
-def cut(trace: Trace, ranks: int, tokens_per_rank: int, history: float, seed: int) -> Cut:
-    """history: the fraction of the trace, from its start, that is known when the experts are placed. Raises UsageError."""
+def cut(trace: Trace, ranks: int, tokens_per_rank: int, history: float | Trace, seed: int) -> Cut:
+    """
+    history: what is known when the experts are placed, the fraction of the trace from its start, or another trace of the same layers and
+    experts. Raises UsageError.
+    """
+    if isinstance(history, Trace):
+        if (history.n_layers, history.n_experts) != (trace.n_layers, trace.n_experts):
+            raise UsageError(f"--history: {history.name} has {history.n_layers} layers of {history.n_experts} experts, {trace.name} "
+                             f"{trace.n_layers} of {trace.n_experts}")
+        return replace(cut(trace, ranks, tokens_per_rank, 0.0, seed), history=total_counts(history, len(history.data)))
     size = ranks * tokens_per_rank
     if trace.kind == "snapshot":
         rng = np.random.default_rng(seed)
@@ -196,12 +204,17 @@ def cut(trace: Trace, ranks: int, tokens_per_rank: int, history: float, seed: in
     unit, per_batch = ("tokens", size) if trace.kind == "ids" else ("steps", 1)
     n_batches = (length - n_history) // per_batch
     if n_batches == 0:
-        raise UsageError(f"{trace.name}: {length - n_history} {unit} are left after a history of {n_history}, fewer than one micro-batch of "
-                         f"{per_batch} ({ranks} ranks with {tokens_per_rank} tokens each)")
-    past = trace.data[:n_history]
-    if trace.kind == "steps":
-        total = past.sum(axis=0, dtype=np.int64)
-    else:
-        total = np.stack([np.bincount(past[:, layer].astype(np.int64).ravel() + 1, minlength=trace.n_experts + 1)[1:]
-                          for layer in range(trace.n_layers)]).astype(np.int64)
-    return Cut(trace, ranks, tokens_per_rank, n_history, n_batches, total)
+        each = f" ({ranks} ranks with {tokens_per_rank} tokens each)" if unit == "tokens" else ""
+        raise UsageError(f"{trace.name}: {length - n_history} {unit} are left after a history of {n_history}, fewer than one micro-batch "
+                         f"of {per_batch}{each}")
+    return Cut(trace, ranks, tokens_per_rank, n_history, n_batches, total_counts(trace, n_history))
+
+
+def total_counts(trace: Trace, n: int) -> Int64Array:
+    """[layers, experts] over the first n tokens or steps; all of a snapshot."""
+    past = trace.data[:n]
+    if trace.kind == "ids":
+        return np.stack([np.bincount(past[:, layer].astype(np.int64).ravel() + 1, minlength=trace.n_experts + 1)[1:]
+                         for layer in range(trace.n_layers)]).astype(np.int64)
+    counts: Int64Array = trace.data if trace.kind == "snapshot" else past.sum(axis=0, dtype=np.int64)
+    return counts
