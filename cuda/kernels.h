@@ -1,5 +1,5 @@
 /*
- * kernels.h: the private seam between the Swift core and the CUDA kernels. Plain C; no CUDA header, no Swift word. Nothing of it is exported.
+ * kernels.h: the private seam between the Swift core and the CUDA kernels. Plain C without any CUDA header. Nothing of it is exported.
  *
  * Every function returns an error number: 0 is success, LPLBK_NO_CUDA and LPLBK_UNSUPPORTED are ours, the others are the CUDA runtime's.
  * stub.c implements the same functions without CUDA: every call there returns LPLBK_NO_CUDA.
@@ -62,7 +62,7 @@ typedef struct lplbk_shape {
     int32_t n_redundant;  /* columns of r2o; 0: general placement */
     int32_t combined;     /* topology: experts in a slot class (m); 0 in general placements */
     int32_t rank;         /* of the planner; -1: whole batch */
-    int32_t pair_slots;   /* topology of at most 32 ranks in a group whose colours are at most 8: their number rounded up to 2, 4 or 8; else 0 */
+    int32_t pair_slots;   /* topology, at most 32 ranks in a group and at most 8 colours: the colours rounded up to 2, 4 or 8; else 0 */
     int32_t max_bundles, max_arcs; /* of one group, for every placement this planner can have */
 } lplbk_shape;
 
@@ -72,7 +72,7 @@ typedef struct lplbk_shape {
  * group's image bundles and arcs are numbered from 0 in that group and ranks are those of the group.
  */
 typedef struct lplbk_layout {
-    int32_t expert;        /* [n_logical][4]: -1 - rank in group of a single place, or the bundle; first place; places; replicated index or -1 */
+    int32_t expert;        /* [n_logical][4]: bundle, or -1 - rank in group of the single place; first place; places; replicated or -1 */
     int32_t place;         /* [n_physical][2]: slot, rank in EP */
     int32_t replicated;    /* [n_logical]: experts with two or more places, ascending */
     int32_t bundle_expert_start; /* [n_groups * max_bundles + 1] of bundle group * max_bundles + b: its experts are .. */
@@ -86,7 +86,7 @@ typedef struct lplbk_layout {
     int32_t image_words;
     /* offsets inside an image */
     int32_t rank_start;    /* [group_size + 1] into rank_arc */
-    int32_t rank_arc;      /* [max_arcs] arc | bundle << 13 | flip << 31; flip: the bundle's ranks descend (a pair whose copy has the lower rank) */
+    int32_t rank_arc;      /* [max_arcs] arc | bundle << 13 | flip << 31; flip: a pair whose second place has the lower rank */
     int32_t arc_rank;      /* [max_arcs] */
     int32_t bundle_start;  /* [max_bundles + 1] into the arcs */
     int32_t mask;          /* [max_bundles][mask_words] group_size <= 64: bit r: the bundle has a place on rank r; else absent */

@@ -1,0 +1,201 @@
+// The flow algorithm for groups of at most 32 ranks in which every bundle has two places and the colours are at most 8: one warp, one lane
+// a rank, everything in registers.
+//
+// Slot c of a lane is its arc of colour c. A colour is a matching, so slot c of a rank and slot c of its partner are the two arcs of one
+// bundle, and one shuffle a slot carries what one of them gives to the other. Arcs stand in colour order on every rank, as in the tables.
+// The rule itself is that of Sources/LPLBSolver/FlowSolver.swift; every step here has its counterpart there.
+#pragma once
+
+#include "common.cuh"
+
+namespace lplb {
+
+// What a solve of a group leaves behind, the same in all threads.
+struct FlowEnd {
+    int bound;
+    int rounds;
+    int certified;
+    int witness_size;
+};
+
+template <int kSlots>
+struct PairFlow {
+    int partner[kSlots];
+    unsigned bit[kSlots];  // of the partner; 0: no arc in this slot
+    int slot_class[kSlots];
+    bool is_copy[kSlots];
+    int sum[kSlots];  // tokens of the bundle
+    int x[kSlots];    // of them on this rank
+    int load;         // of this rank
+    unsigned witness;
+    FlowEnd end;
+
+    // words: the lane's column of the table `lanes`.
+    __device__ __forceinline__ void open(const int (&words)[kSlots]) {
+#pragma unroll
+        for (int c = 0; c < kSlots; ++c) {
+            partner[c] = words[c] & 31;
+            slot_class[c] = words[c] >> 8 & 0xffff;
+            is_copy[c] = (words[c] >> 24 & 1) != 0;
+            bit[c] = (words[c] >> 25 & 1) != 0 ? 1u << partner[c] : 0u;
+        }
+    }
+
+    // base: tokens of this rank's single places; class_sum: tokens of each slot class; shared: 32 words.
+    __device__ __forceinline__ void solve(int n_ranks, int n_colours, int max_rounds, int base, const int *class_sum, int *shared) {
+        const bool valid = lane_id() < n_ranks;
+        load = base;
+#pragma unroll
+        for (int c = 0; c < kSlots; ++c) {
+            sum[c] = bit[c] != 0 ? class_sum[slot_class[c]] : 0;
+            x[c] = is_copy[c] ? sum[c] >> 1 : (sum[c] + 1) >> 1;
+            load += x[c];
+        }
+        const int total = warp_sum(load);
+        const int highest_base = warp_max(base);
+        end.bound = ceil_share(total, n_ranks);
+        witness = n_ranks == 32 ? kFullWarp : (1u << n_ranks) - 1;
+        if (highest_base > end.bound) {
+            end.bound = highest_base;
+            witness = 1u << (__ffs(__ballot_sync(kFullWarp, valid && base == highest_base)) - 1);
+        }
+        end.rounds = 0;
+        end.certified = 1;
+        for (int sweep = 0; sweep < 2; ++sweep) {
+            if (__ballot_sync(kFullWarp, load > end.bound) == 0) return;
+#pragma unroll
+            for (int c = 0; c < kSlots; ++c) {
+                if (c < n_colours) even_out(c);
+            }
+        }
+        if (__ballot_sync(kFullWarp, load > end.bound) == 0) return;
+        cut_prefixes(n_ranks, base, shared);
+        rounds(valid, max_rounds);
+    }
+
+private:
+    // Both ends see the same numbers with opposite signs, and rounding toward zero and clipping are odd.
+    __device__ __forceinline__ void even_out(int c) {
+        const int difference = load - __shfl_sync(kFullWarp, load, partner[c]);
+        const int moved = max(min(difference / 2, x[c]), x[c] - sum[c]);
+        x[c] -= moved;
+        load -= moved;
+    }
+
+    // The best lower bound among the sets of the n busiest ranks.
+    __device__ __forceinline__ void cut_prefixes(int n_ranks, int base, int *shared) {
+        int position = 0;
+#pragma unroll 8
+        for (int q = 0; q < n_ranks; ++q) {
+            const int other = __shfl_sync(kFullWarp, load, q);
+            position += other > load || (other == load && q < lane_id());
+        }
+        if (lane_id() >= n_ranks) position = lane_id();  // keeps the places of the others free
+        shared[position] = base;
+        __syncwarp();
+#pragma unroll
+        for (int c = 0; c < kSlots; ++c) {
+            const int other = __shfl_sync(kFullWarp, position, partner[c]);
+            if (bit[c] != 0 && !is_copy[c]) atomicAdd(&shared[max(position, other)], sum[c]);
+        }
+        __syncwarp();
+        const int inside = warp_prefix(shared[lane_id()]);
+        const int candidate = lane_id() < n_ranks ? ceil_share(inside, lane_id() + 1) : 0;
+        const int best = warp_max(candidate);
+        if (best > end.bound) {
+            const int n = __ffs(__ballot_sync(kFullWarp, candidate == best));
+            end.bound = best;
+            witness = __ballot_sync(kFullWarp, position < n);
+        }
+    }
+
+    __device__ __forceinline__ void rounds(bool valid, int max_rounds) {
+        bool twice = false;  // two arcs to the same partner
+#pragma unroll
+        for (int c = 1; c < kSlots; ++c) {
+#pragma unroll
+            for (int d = 0; d < c; ++d) twice |= bit[c] == bit[d] && bit[c] != 0;
+        }
+        const bool some_twice = __any_sync(kFullWarp, twice) != 0;
+        for (;;) {
+            const int bound = end.bound;
+            const unsigned over = __ballot_sync(kFullWarp, valid && load > bound);
+            if (over == 0) return;
+            if (end.rounds == max_rounds) break;
+            ++end.rounds;
+
+            int room[kSlots];
+            unsigned adjacent = 0;
+#pragma unroll
+            for (int c = 0; c < kSlots; ++c) {
+                room[c] = bound - __shfl_sync(kFullWarp, load, partner[c]);
+                if (x[c] > 0) adjacent |= bit[c];
+            }
+            unsigned front = __ballot_sync(kFullWarp, valid && load < bound);
+            unsigned reached = front;
+            unsigned toward = 0;  // the ranks one level nearer
+            int level = load < bound ? 0 : -1;
+            int levels = 0;
+            bool cut = false;
+            while ((over & ~reached) != 0) {
+                const bool joins = level < 0 && (adjacent & front) != 0;
+                const unsigned joined = __ballot_sync(kFullWarp, joins);
+                if (joined == 0) {
+                    cut = true;
+                    break;
+                }
+                ++levels;
+                if (joins) {
+                    level = levels;
+                    toward = front;
+                }
+                front = joined;
+                reached |= joined;
+            }
+            if (cut) {
+                const bool inside = valid && level < 0;
+                const int tokens = warp_sum(inside ? load : 0);
+                witness = __ballot_sync(kFullWarp, inside);
+                end.bound = ceil_share(tokens, __popc(witness));
+                continue;
+            }
+
+            // Arcs towards the next level do not change before their rank's own step, so what they can carry is known now.
+            int available[kSlots], before[kSlots];
+            int so_far = 0;
+#pragma unroll
+            for (int c = 0; c < kSlots; ++c) {
+                available[c] = (bit[c] & toward) != 0 ? x[c] : 0;
+                if (level == 1) {
+                    int free = room[c];
+                    if (some_twice) {
+#pragma unroll
+                        for (int d = 0; d < c; ++d) {
+                            if (bit[c] == bit[d]) free -= available[d];
+                        }
+                    }
+                    available[c] = min(available[c], max(free, 0));
+                }
+                before[c] = so_far;
+                so_far += available[c];
+            }
+            for (int step = levels; step >= 1; --step) {
+                const int excess = level == step ? load - bound : 0;
+                int given[kSlots];
+#pragma unroll
+                for (int c = 0; c < kSlots; ++c) {
+                    given[c] = min(max(excess - before[c], 0), available[c]);
+                }
+#pragma unroll
+                for (int c = 0; c < kSlots; ++c) {
+                    const int change = __shfl_sync(kFullWarp, given[c], partner[c]) - given[c];
+                    x[c] += change;
+                    load += change;
+                }
+            }
+        }
+        end.certified = 0;
+    }
+};
+
+}  // namespace lplb

@@ -1,0 +1,182 @@
+// The flow algorithm for groups of more than 64 ranks: the whole block, one thread a rank, levels and tokens in shared memory. Built for
+// reach, not for the last microsecond. The rule is that of Sources/LPLBSolver/FlowSolver.swift.
+#pragma once
+
+#include "flow_pair.cuh"
+#include "flow_space.cuh"
+
+namespace lplb {
+
+class ScanFlow {
+public:
+    FlowEnd end;
+    bool in_witness;  // this thread's rank
+    int load;         // of this thread's rank
+
+    // given: [ranks][ranks] pairs {stamp, tokens} in global memory, what a rank gave another in the step with that stamp. stamp: the last one
+    // used with this memory, kept from solve to solve, so that it never has to be cleared.
+    __device__ ScanFlow(const FlowTables &tables, const FlowSpace &space, const lplbk_shape &shape, uint2 *given, unsigned *stamp)
+        : t_(tables), s_(space), n_ranks_(shape.group_size), rank_(threadIdx.x), valid_(threadIdx.x < shape.group_size),
+          level_of_(space.extra), bundle_level_(space.extra + FlowSpace::ranks(shape.group_size)),
+          given_(given), stamp_memory_(stamp) {}
+
+    // By all threads of the block, at least one a rank, after split_evenly() and a barrier.
+    __device__ void solve() {
+        const int base = valid_ ? s_.base[rank_] : 0;
+        load = valid_ ? base + s_.load[rank_] : 0;
+        const int total = across(load, false);
+        const int highest_base = across(base, true);
+        end.bound = ceil_share(total, n_ranks_);
+        in_witness = valid_;
+        end.witness_size = n_ranks_;
+        if (highest_base > end.bound) {
+            end.bound = highest_base;
+            in_witness = rank_ == n_ranks_ - across(valid_ && base == highest_base ? n_ranks_ - rank_ : 0, true);
+            end.witness_size = 1;
+        }
+        end.rounds = 0;
+        end.certified = 1;
+        const int n_colours = t_.n_colours();
+        if (n_colours > 0) {
+            for (int sweep = 0; sweep < 2; ++sweep) {
+                if (!__syncthreads_or(valid_ && load > end.bound)) return;
+                if (valid_) s_.load[rank_] = load;
+                __syncthreads();
+                for (int colour = 0; colour < n_colours; ++colour) {
+                    sweep_colour(t_, s_, colour, threadIdx.x, blockDim.x);
+                    __syncthreads();
+                }
+                if (valid_) load = s_.load[rank_];
+            }
+        }
+        rounds();
+    }
+
+    // Of all ranks. By the same threads as solve().
+    __device__ int max_load() { return across(valid_ ? load : 0, true); }
+
+private:
+    const FlowTables &t_;
+    const FlowSpace &s_;
+    const int n_ranks_;
+    const int rank_;
+    const bool valid_;
+    int *level_of_;
+    int *bundle_level_;
+    uint2 *given_;
+    unsigned *stamp_memory_;
+
+    __device__ int across(int value, bool highest) {
+        const int n_warps = blockDim.x / 32;
+        value = highest ? warp_max(value) : warp_sum(value);
+        if (lane_id() == 0) s_.words[warp_id()] = value;
+        __syncthreads();
+        int joined = lane_id() < n_warps ? s_.words[lane_id()] : 0;  // values are never negative
+        joined = highest ? warp_max(joined) : warp_sum(joined);
+        __syncthreads();
+        return joined;
+    }
+
+    __device__ void rounds() {
+        const int first = valid_ ? t_.rank_start[rank_] : 0;
+        const int last = valid_ ? t_.rank_start[rank_ + 1] : 0;
+        const int n_bundles = t_.n_bundles();
+        const int max_rounds = t_.max_rounds();
+        unsigned stamp = *stamp_memory_;
+        for (;;) {
+            const int bound = end.bound;
+            const bool over = valid_ && load > bound;
+            // This barrier also ends the reading of loads and levels of the round before.
+            if (!__syncthreads_or(over)) break;
+            if (end.rounds == max_rounds) {
+                end.certified = 0;
+                break;
+            }
+            ++end.rounds;
+            for (int bundle = threadIdx.x; bundle < n_bundles; bundle += blockDim.x) bundle_level_[bundle] = -1;
+            int level = valid_ && load < bound ? 0 : -1;
+            if (valid_) s_.load[rank_] = load;
+            int levels = 0;
+            bool cut = false;
+            while (__syncthreads_or(over && level < 0)) {
+                if (level == levels) {
+                    for (int i = first; i < last; ++i) {
+                        const int bundle = ArcEntry{t_.rank_arc[i]}.bundle();
+                        if (bundle_level_[bundle] < 0) bundle_level_[bundle] = levels;  // all that write here write the same
+                    }
+                }
+                __syncthreads();
+                bool joins = false;
+                if (level < 0) {
+                    for (int i = first; i < last && !joins; ++i) {
+                        const ArcEntry entry{t_.rank_arc[i]};
+                        joins = bundle_level_[entry.bundle()] == levels && s_.x[entry.arc()] > 0;
+                    }
+                }
+                if (!__syncthreads_or(joins)) {
+                    cut = true;
+                    break;
+                }
+                ++levels;
+                if (joins) level = levels;
+            }
+            if (cut) {
+                in_witness = valid_ && level < 0;
+                const int held = across(in_witness ? load : 0, false);
+                end.witness_size = __syncthreads_count(in_witness);
+                end.bound = ceil_share(held, end.witness_size);
+                continue;
+            }
+            if (valid_) level_of_[rank_] = level;
+            ++stamp;
+            __syncthreads();
+            for (int step = levels; step >= 1; --step) {
+                int excess = level == step ? load - bound : 0;
+                int *received = s_.received + (step & 1) * FlowSpace::ranks(n_ranks_);
+                if (excess > 0) {
+                    push(excess, step, received, first, last, stamp);
+                    load = bound + excess;
+                }
+                __syncthreads();
+                if (valid_) {
+                    load += received[rank_];
+                    received[rank_] = 0;
+                }
+            }
+        }
+        if (threadIdx.x == 0) *stamp_memory_ = stamp;
+    }
+
+    // Gives up to `excess` tokens of this rank, of level `step`, to ranks one level nearer, arc by arc.
+    __device__ void push(int &excess, int step, int *received, int first, int last, unsigned stamp) {
+        const int bound = end.bound;
+        for (int i = first; i < last && excess > 0; ++i) {
+            const ArcEntry entry{t_.rank_arc[i]};
+            // A bundle that tokens can still come through has no rank nearer than the level it was first met at.
+            if (bundle_level_[entry.bundle()] != step - 1) continue;
+            int tokens = s_.x[entry.arc()];
+            if (tokens <= 0) continue;
+            const int arcs_end = t_.bundle_start[entry.bundle() + 1];
+            for (int arc = t_.bundle_start[entry.bundle()]; arc < arcs_end && tokens > 0 && excess > 0; ++arc) {
+                const int q = t_.arc_rank[arc];
+                if (level_of_[q] != step - 1) continue;
+                int amount = min(excess, tokens);
+                if (step == 1) {
+                    uint2 *given = given_ + (int64_t)q * n_ranks_ + rank_;
+                    const uint2 before = *given;
+                    const int so_far = before.x == stamp ? (int)before.y : 0;
+                    amount = min(amount, bound - s_.load[q] - so_far);
+                    if (amount <= 0) continue;
+                    *given = make_uint2(stamp, (unsigned)(so_far + amount));
+                }
+                atomicAdd(&s_.x[arc], amount);
+                atomicAdd(&received[q], amount);
+                tokens -= amount;
+                excess -= amount;
+            }
+            s_.x[entry.arc()] = tokens;
+        }
+    }
+};
+
+}  // namespace lplb
