@@ -1,0 +1,163 @@
+"""The rail: how counts travel between nodes, from each rank to those of the same local rank on the other nodes (lplb_rail_ops)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import _exchange_c, _native
+from ._exchange import Layout, Rail
+from .errors import LibraryError, broken_rule
+
+RAILS = ("auto", "nccl", "nvshmem")
+UNIQUE_ID_BYTES = 128
+PLUGIN_ABI = 1
+
+Steps = Generator[Any, "list[Any]", None]
+
+
+class TorchRail(Rail):
+    """By torch.distributed in a group of the ranks along the rail; with NCCL it can be captured in CUDA graphs."""
+
+    kind = "nccl"
+
+    def __init__(self, rail_group: Any, device: int) -> None:
+        self.group, self.device = rail_group, device
+        self.words = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
+        self._tensors: dict[tuple[int, int], torch.Tensor] = {}
+        self.ops = _exchange_c.RailOps(
+            struct_size=ctypes.sizeof(_exchange_c.RailOps), context=None, all_gather=_exchange_c.RAIL_GATHER(self._all_gather),
+            error=_exchange_c.RAIL_ERROR(self._error), destroy=_exchange_c.RAIL_DESTROY())
+
+    def _all_gather(self, context: int, counts: int, gathered: int, n_counts: int, stream: int | None) -> int:
+        try:
+            size = dist.get_world_size(self.group)
+            out = self._tensor(gathered, size * n_counts)
+            with torch.cuda.stream(torch.cuda.ExternalStream(stream or 0, device=self.device)):
+                dist.all_gather_into_tensor(out, self._tensor(counts, n_counts), group=self.group)
+            return 0
+        except BaseException as error:  # nothing may pass through C
+            self.words.value = str(error).encode()[: _native.MESSAGE_SIZE - 1]
+            return 1
+
+    def _error(self, context: int) -> int:
+        return ctypes.addressof(self.words)
+
+    def _tensor(self, address: int, n: int) -> torch.Tensor:
+        """The library's memory as a tensor. Only a few addresses occur again and again: the exchange's own, and the caller's counts."""
+        key = (address, n)
+        tensor = self._tensors.get(key)
+        if tensor is None:
+            if len(self._tensors) >= 64:
+                self._tensors.clear()
+            interface = {"data": (address, False), "shape": (n,), "typestr": "<i4", "version": 2, "strides": None}
+            holder = type("DeviceMemory", (), {"__cuda_array_interface__": interface})()
+            tensor = self._tensors[key] = torch.as_tensor(holder, device=torch.device("cuda", self.device))
+        return tensor
+
+
+class NvshmemRail(Rail):
+    """By the plugin liblplb_nvshmem.so: put-with-signal, from the GPU."""
+
+    kind = "nvshmem"
+
+    def __init__(self, layout: Layout, device: int, n_counts: int, timeout: float) -> None:
+        self.layout, self.device, self.n_counts, self.timeout = layout, device, n_counts, timeout
+        self.ops = _exchange_c.RailOps()
+
+    def steps(self) -> Steps:
+        """As in _exchange_ways, but shown to all ranks of the group. Starts NVSHMEM for all of them unless somebody has."""
+        plugin = load_plugin()
+        message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
+
+        def check(status: int) -> None:
+            if status:
+                raise _native.failure(status, _native.text(message.value))
+
+        started = (yield bool(plugin.lplb_nvshmem_started()))
+        if any(started) != all(started):
+            raise LibraryError("rail: NVSHMEM is running on some ranks only")
+        if not any(started):
+            unique = ctypes.create_string_buffer(UNIQUE_ID_BYTES)
+            if self.layout.rank == 0:
+                check(plugin.lplb_nvshmem_unique_id(unique, message, len(message)))
+            root = (yield unique.raw)[0]
+            check(plugin.lplb_nvshmem_start(self.device, root, self.layout.rank, self.layout.ranks, message, len(message)))
+        pes = yield int(plugin.lplb_nvshmem_pe())
+        mine = pes[self.layout.local_rank :: self.layout.per_node]  # this rail's, node by node
+        array = (ctypes.c_int32 * len(mine))(*mine)
+        check(plugin.lplb_nvshmem_rail_create(
+            self.device, array, self.layout.n_nodes, self.layout.node, self.n_counts, round(self.timeout * 1000),
+            ctypes.byref(self.ops), message, len(message)))
+
+    def set_limits(self, policy: int, timeout_ms: int) -> None:
+        load_plugin().lplb_nvshmem_rail_limits(ctypes.byref(self.ops), policy, timeout_ms)
+
+
+_plugin: Any = None
+
+
+def plugin_path() -> Path:
+    """LPLB_NVSHMEM_PLUGIN, else beside the library."""
+    override = os.environ.get("LPLB_NVSHMEM_PLUGIN")
+    return Path(override) if override else Path(_native.find()).with_name("liblplb_nvshmem.so")
+
+
+def has_plugin() -> bool:
+    return plugin_path().is_file()
+
+
+def load_plugin() -> Any:
+    """The plugin with its functions declared. LibraryError where it is missing or cannot be loaded."""
+    global _plugin
+    if _plugin is None:
+        path = plugin_path()
+        # Those who start NVSHMEM first set it up for all: no multicast, and no gigabyte of heap for a few kilobytes.
+        os.environ["NVSHMEM_DISABLE_NVLS"] = "1"
+        os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(64 << 20))
+        _load_host_library()
+        try:
+            plugin = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise LibraryError(f"rail: cannot load the NVSHMEM plugin {path}: {error}", path=str(path)) from error
+        i32, i64, address, text = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
+        for name, arguments in {
+            "lplb_nvshmem_abi": [],
+            "lplb_nvshmem_started": [],
+            "lplb_nvshmem_pe": [],
+            "lplb_nvshmem_unique_id": [address, text, i64],
+            "lplb_nvshmem_start": [i32, address, i32, i32, text, i64],
+            "lplb_nvshmem_rail_create": [i32, address, i64, i64, i64, i64, address, text, i64],
+            "lplb_nvshmem_rail_limits": [address, i32, i64],
+        }.items():
+            function = getattr(plugin, name)
+            function.restype, function.argtypes = i32, arguments
+        plugin.lplb_nvshmem_rail_limits.restype = None
+        if plugin.lplb_nvshmem_abi() != PLUGIN_ABI:
+            raise LibraryError(f"rail: {path} belongs to another version of lplb", path=str(path))
+        _plugin = plugin
+    return _plugin
+
+
+def _load_host_library() -> None:
+    """PyPI's NVSHMEM stands where the dynamic linker does not look; one that is loaded already (DeepEP's, PyTorch's) is used."""
+    import importlib.util
+
+    found = importlib.util.find_spec("nvidia.nvshmem") if importlib.util.find_spec("nvidia") else None
+    for folder in found.submodule_search_locations or [] if found else []:
+        library = Path(folder) / "lib" / "libnvshmem_host.so.3"
+        if library.is_file():
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            return
+
+
+def check_rail(rail: str) -> str:
+    if rail not in RAILS:
+        raise broken_rule("rail", f"must be one of {', '.join(RAILS)}", repr(rail))
+    return rail
