@@ -24,21 +24,21 @@ int main(void) {
         return 1;
     }
 
-    srand(1); /* what a router chose: the low experts of a rank more often than the others */
-    for (int i = 0; i < IDS; i++) ids[i] = rand() % RANKS * (EXPERTS / RANKS) + rand() % (1 + rand() % (EXPERTS / RANKS));
+    srand(1); /* what a router chose: some ranks' experts more often than others' */
+    for (int i = 0; i < IDS; i++) ids[i] = rand() % (rand() % 4 ? EXPERTS : EXPERTS / 2);
 
     if (lplb_planner_run(planner, ids, LPLB_INT64, IDS, NULL, slots, NULL, LPLB_INT64, 0, NULL) != LPLB_OK) {
         fprintf(stderr, "%s\n", lplb_planner_error(planner));
         return 1;
     }
 
-    long load[RANKS] = {0}; /* tokens on each GPU, once they follow the rewritten ids */
-    for (int i = 0; i < IDS; i++) load[slots[i] / (SLOTS / RANKS)]++;
+    long before[RANKS] = {0}, after[RANKS] = {0}; /* tokens on each GPU: all at the originals, and by the rewritten ids */
+    for (int i = 0; i < IDS; i++) before[ids[i] / (EXPERTS / RANKS)]++, after[slots[i] / (SLOTS / RANKS)]++;
 
     lplb_group_info group;
     if (lplb_planner_info(planner, NULL, &group, 1, NULL) != LPLB_OK) return 1;
     printf("%s\n", lplb_build_info());
-    for (int r = 0; r < RANKS; r++) printf("rank %d: %ld tokens\n", r, load[r]);
+    for (int r = 0; r < RANKS; r++) printf("rank %d: %ld -> %ld tokens\n", r, before[r], after[r]);
     printf("busiest %lld, bound %lld, mean %.1f: %s\n", (long long)group.max_load, (long long)group.bound, (double)group.total / RANKS,
            group.certified ? "proven optimal" : "not proven optimal");
     lplb_planner_destroy(planner);

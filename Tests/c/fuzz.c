@@ -17,6 +17,7 @@ typedef struct {
 } subject;
 
 static char message[256];
+static uint64_t accepted, refusals;
 
 static void check(const char *call, lplb_status status, int expected, const char *words) {
     if (status < LPLB_OK || status >= LPLB_ERROR_INTERNAL) fail("%s returned status %d: %s", call, status, words);
@@ -24,6 +25,7 @@ static void check(const char *call, lplb_status status, int expected, const char
     if (expected == FAILS && status == LPLB_OK) fail("%s accepted an invalid call", call);
     if (expected > 0 && status != expected) fail("%s returned status %d, not %d: %s", call, status, expected, words);
     if (status != LPLB_OK && (words == NULL || words[0] == 0)) fail("%s failed with status %d and without words", call, status);
+    status == LPLB_OK ? accepted++ : refusals++;
 }
 
 /* After every call: its status and words, the buffers' ends and, when it failed, that the latest plan is still there. */
@@ -152,12 +154,14 @@ static void place(subject *s) {
         history[below(s->config.n_logical)] = extreme[below(5)];
     }
     lplb_status status = lplb_planner_place(s->handle, history, NULL);
+    s->has_plan = s->has_plan && status != LPLB_OK; /* a new placement voids the plan */
     after(s, "lplb_planner_place", status, expected);
     if (status == LPLB_OK) reread(s);
 }
 
 static void set_placement(subject *s) {
     int64_t n = s->config.n_physical, group = s->config.group_size == 0 ? s->config.ep_size : s->config.group_size;
+    if (s->config.n_logical < s->n_groups) return; /* no placement can fill such groups */
     int32_t *phy2log = make(n, sizeof *phy2log);
     int expected = s->has_topology ? LPLB_ERROR_WRONG_ORDER : OK;
     /* Every group gets its share of the experts once, then copies of them. */
@@ -182,6 +186,7 @@ static void set_placement(subject *s) {
         default: break;
     }
     lplb_status status = lplb_planner_set_placement(s->handle, phy2log, size, NULL);
+    s->has_plan = s->has_plan && status != LPLB_OK;
     after(s, "lplb_planner_set_placement", status, expected);
     if (status == LPLB_OK) reread(s);
 }
@@ -308,7 +313,11 @@ static void solve(subject *s) {
     switch (chance(2) ? 0 : 1 + below(9)) {
         case 1: counts = NULL, expected = FAILS; break;
         case 2: type = (lplb_dtype)(2 + below(1000)) * (chance(2) ? -1 : 1), expected = FAILS; break;
-        case 3: sources = wrong(sources), expected = sources == 1 ? expected : FAILS; break;
+        case 3:
+            do sources = wrong(sources);
+            while (sources == 1 || sources == s->config.ep_size);
+            expected = FAILS;
+            break;
         case 4: /* a negative count */
             if (dtype == LPLB_INT32) ((int32_t *)(void *)counts)[at] = chance(2) ? -1 : INT32_MIN;
             else ((int64_t *)(void *)counts)[at] = chance(2) ? -1 : INT64_MIN;
@@ -380,6 +389,7 @@ int main(int argc, char **argv) {
         else calls[below((int64_t)(sizeof calls / sizeof *calls))](s);
     }
     for (int i = 0; i < 4; i++) destroy(&subjects[i]);
-    printf("fuzz: %" PRIu64 " calls, seed %" PRIu64 ": nothing found\n", iterations, seed);
+    printf("fuzz: seed %" PRIu64 ", %" PRIu64 " steps: %" PRIu64 " calls accepted, %" PRIu64 " refused, nothing found\n", seed, iterations,
+           accepted, refusals);
     return 0;
 }

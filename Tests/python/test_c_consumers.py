@@ -129,7 +129,7 @@ def test_hostile_calls(seed: int, installed: Installed, run: Run, tmp_path: Path
     program = tmp_path / "fuzz"
     run([tool("cc", "gcc", "clang"), "-std=c99", "-O1", "-g", *WARNINGS, f"-I{installed.include}", SOURCES / "fuzz.c", "-o", program,
          installed.library, f"-Wl,-rpath,{installed.library.parent}", "-pthread"])
-    note(run([program, "60000", str(seed)], timeout=100).strip())
+    note(run([program, "200000", str(seed)], timeout=100).strip())
 
 
 @pytest.mark.sanitize
@@ -140,6 +140,6 @@ def test_hostile_calls_under_address_sanitizer(built_sanitized: None, run: Run, 
     shown = run([swift, "build", "--show-bin-path", "--package-path", ROOT, *SANITIZE], LPLB_CUDA_OBJECTS="")
     products = Path(shown.strip().split("\n")[-1])
     program = tmp_path / "fuzz"
-    run([Path(swift).resolve().with_name("clang"), "-std=c99", "-O1", "-g", "-fsanitize=address", "-shared-libsan", *WARNINGS,
+    run([Path(swift).resolve().with_name("clang"), "-std=c99", "-O1", "-g", "-fsanitize=address", "-fuse-ld=lld", *WARNINGS,
          f"-I{ROOT / 'include'}", SOURCES / "fuzz.c", "-o", program, products / "liblplb.so", f"-Wl,-rpath,{products}", "-pthread"])
-    note("address sanitizer: " + run([program, "6000", "3"], timeout=300).strip())
+    note("address sanitizer: " + run([program, "40000", "3"], timeout=300).strip())
