@@ -2,8 +2,9 @@
 
 import LPLBTopology
 
-/// A bound that holds for every split: the tokens that cannot leave the ranks of a set S, divided by their number, rounded up. Those are the
-/// tokens of the experts whose replicas all stand on ranks of S. The split is optimal if its largest load equals this. 0 for an empty set.
+/// A bound that holds for every split: the tokens that cannot leave the ranks of a set S, divided by their number, rounded up. Those are
+/// the tokens of the experts whose replicas all stand on ranks of S. The split is optimal if its largest load equals this. 0 for an empty
+/// set.
 /// - Parameters:
 ///   - loads: [nLogical], each 0 ... 2^40
 ///   - witness: `FlowSolver.witnessWords` words; bit r: rank r of the group is in S.

@@ -10,9 +10,9 @@
 // Sweeps   Only in groups that have colours (every bundle has two places, at most 8 colours). Twice: for each colour, in parallel for its
 //          bundles with ranks r, s: move (load[r] - load[s]) / 2, rounded toward zero, from r to s as far as x allows. Done if, after a
 //          whole sweep, max load <= T.
-// Cut      Only in groups that sweep and have at most 64 ranks, once: with the ranks sorted by load (descending, then by number) let P(n) be
-//          the tokens that cannot leave the first n ranks. If the largest ceil(P(n) / n) is above T it becomes T; witness: those n ranks,
-//          for the smallest such n.
+// Cut      Only in groups that sweep and have at most 64 ranks, once: with the ranks sorted by load (descending, then by number) let P(n)
+//          be the tokens that cannot leave the first n ranks. If the largest ceil(P(n) / n) is above T it becomes T; witness: those n
+//          ranks, for the smallest such n. Done if max load <= T.
 // Loop     Until no rank is above T:
 //          - Search: level 0 are the ranks below T. A rank without level gets level k + 1 if one of its arcs has x > 0 and the bundle has
 //            another arc on a rank of level k. Stop when every rank above T has a level, or no rank gets one.
@@ -21,10 +21,11 @@
 //          - Else a wave, level by level from the farthest rank above T to level 1: in parallel, each rank r of level k with
 //            excess = load[r] - T > 0 takes its arcs with x > 0 ascending and, for each, the bundle's other arcs on ranks of level k - 1
 //            ascending, and moves min(excess, x). For k = 1 the receiver q takes at most what it lacks to T at the beginning of this step
-//            less what r has given it in this step; several givers may still overfill it. Tokens received in one step travel on in the next.
+//            less what r has given it in this step; several givers may still overfill it. Tokens received in a step travel on in the next.
 //
-// Every wave empties a rank's excess or uses up all its arcs to the nearer level, so while T stands still exact distances can only grow; and
-// T takes Newton steps over cuts. Both are strongly polynomial. In practice there are few passes: about 1 to 10.
+// Every wave brings tokens to a rank that lacked some, and no rank above T falls below it, so with T fixed what the ranks lack only
+// shrinks: the waves end. T only rises, by Newton steps on cuts, and never above the optimum. A wave also uses up all arcs to the nearer
+// level of a rank that keeps excess, so the distances grow and passes are few: about 1 to 10, 120 at most in tests with 1024 ranks.
 
 import LPLBTopology
 

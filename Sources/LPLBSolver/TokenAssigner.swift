@@ -174,8 +174,8 @@ public final class TokenAssigner {
         }
     }
 
-    /// Step 3 for a source with tokens left, hence with no quota left on its node. `position` counts the tokens of step 3 on ranks before the
-    /// source, except that those which nodes before it placed in step 2 are still to be taken off.
+    /// Step 3 for a source with tokens left, hence with no quota left on its node. `position` counts the tokens of step 3 on ranks before
+    /// the source, except that those which nodes before it placed in step 2 are still to be taken off.
     @inline(__always)
     private func shareRest<T: FixedWidthInteger>(
         _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ position: Int64,

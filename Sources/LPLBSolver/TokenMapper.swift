@@ -59,7 +59,8 @@ public final class TokenMapper {
 
     @inline(__always)
     private func histogram<T: FixedWidthInteger>(
-        _ ids: UnsafePointer<T>, _ nIds: Int, _ counts: UnsafeMutablePointer<Int32>, _ cumulative: UnsafeMutablePointer<Int32>?, _ chunks: Int
+        _ ids: UnsafePointer<T>, _ nIds: Int, _ counts: UnsafeMutablePointer<Int32>, _ cumulative: UnsafeMutablePointer<Int32>?,
+        _ chunks: Int
     ) -> Int64 {
         let lanes = TokenMapper.lanes
         histogram.update(repeating: 0, count: entries &* lanes)
@@ -124,8 +125,8 @@ public final class TokenMapper {
         _ ids: UnsafePointer<Int64>, _ nIds: Int, to out: UnsafeMutablePointer<Int64>, tables: SolverTables, take: UnsafePointer<Int64>?
     ) -> Int64 { rewrite(ids, nIds, out, tables, take) }
 
-    /// Rewrites by ratios: of the c occurrences of an expert with a slot class, the first floor(ratio * c + 0.5) go to the original, the others
-    /// to the copy. Ratios are clamped to 0 ... 1, NaN counts as 1. Returns the number of invalid ids.
+    /// Rewrites by ratios: of the c occurrences of an expert with a slot class, the first floor(ratio * c + 0.5) go to the original, the
+    /// others to the copy. Ratios are clamped to 0 ... 1, NaN counts as 1. Returns the number of invalid ids.
     /// - Parameters:
     ///   - ratios: [n_group][group_size][nRedundant]
     ///   - totals: [nLogical]: c.
