@@ -10,8 +10,8 @@ Importing needs numpy alone. The library is loaded and torch is used when the fi
 
 from . import eplb, topology
 from ._native import VERSION
-from .errors import (Busy, CudaError, InternalError, InvalidArgument, LibraryError, LplbError, NoCuda, OutOfMemory, PeerTimeout, Unsupported,
-                     WrongOrder)
+from .errors import (
+    Busy, CudaError, InternalError, InvalidArgument, LibraryError, LplbError, NoCuda, OutOfMemory, PeerTimeout, Unsupported, WrongOrder)
 from .info import GroupInfo, Info, Locality
 from .planner import Planner
 from .solve import Solution, solve, witness_bound

@@ -83,3 +83,8 @@ def address(array: npt.NDArray[Any]) -> int:
     """Where the array's data begins. Several times cheaper than array.ctypes.data."""
     pointer: int = array.__array_interface__["data"][0]
     return pointer
+
+
+def as_tensor(value: Any) -> Any:
+    """An array as a CPU tensor that shares its memory if it is contiguous; anything else as it is."""
+    return loaded_torch().from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 from . import _native
 from .errors import LplbError, WrongOrder, broken_rule
+
+if TYPE_CHECKING:
+    from ._exchange import Exchange
 
 # Operators take numbers, not objects. Never 0 or 1, which torch.compile would specialise on.
 _numbers = itertools.count(2)
@@ -18,8 +21,8 @@ handles: dict[int, Handle] = {}
 class Handle:
     """Owns one lplb_planner. Holds what a call needs, read once: `run` is counted in microseconds."""
 
-    __slots__ = ("library", "pointer", "number", "device", "n_logical", "n_physical", "ep_size", "rank", "group", "gather",
-                 "debug", "has_replicas", "n_ratios", "planner_run")
+    __slots__ = ("library", "pointer", "number", "device", "n_logical", "n_physical", "ep_size", "rank", "exchange",
+                 "owns_exchange", "debug", "has_replicas", "n_ratios", "planner_run")
 
     def __init__(self, library: _native.Library, config: _native.Config) -> None:
         pointer = ctypes.c_void_p()
@@ -35,8 +38,8 @@ class Handle:
         self.n_physical: int = config.n_physical
         self.ep_size: int = config.ep_size
         self.rank: int = config.rank
-        self.group: Any = None
-        self.gather: Callable[[Any, Any], None] | None = None  # (own counts, everybody's counts); see Planner
+        self.exchange: Exchange | None = None  # None: the counts given are everybody's
+        self.owns_exchange = False
         self.debug = False
         self.has_replicas = self.n_physical > self.n_logical
         self.n_ratios: int = config.ep_size * config.n_redundant  # 0: no slot classes, and so no ratios
@@ -49,6 +52,8 @@ class Handle:
         pointer, self.pointer = self.pointer, None
         if pointer is not None:
             self.library.planner_destroy(pointer)
+            if self.exchange is not None and self.owns_exchange:
+                self.exchange.close()
 
     def check(self, status: int) -> None:
         """Raises unless status is LPLB_OK."""
@@ -64,6 +69,16 @@ class Handle:
         """The header's calls take no size for these arrays, so it is checked before an address is handed over."""
         if size != wanted:
             raise broken_rule(name, f"must have {wanted} elements", size)
+
+    def sources(self, name: str, shape: Any) -> int:
+        """How many ranks' counts an array of this shape holds: one's (or everybody's sum), or each rank's."""
+        size = math.prod(shape)
+        if size == self.n_logical:
+            return 1
+        if tuple(shape) == (self.ep_size, self.n_logical):
+            return self.ep_size
+        rule = f"must have n_logical = {self.n_logical} elements or be [{self.ep_size}, {self.n_logical}]"
+        raise broken_rule(name, rule, f"shape {list(shape)}")
 
     def opened(self) -> int:
         if self.pointer is None:

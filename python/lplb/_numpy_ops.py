@@ -73,17 +73,12 @@ def count(idx: IntArray, planner: int, n_chunks: int, n_logical: int) -> tuple[I
     return counts, cumulative
 
 
-def solve(workload: IntArray, avail_counter: Any, planner: int, ratio_shape: list[int],
+def solve(workload: IntArray, avail_counter: Any, plan: None, planner: int, ratio_shape: list[int],
           scaled_shape: list[int]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     handle = find(planner)
     counts, dtype = _checked("workload", workload, handle)
     counter, counter_dtype = _counter(avail_counter, handle)
-    if counts.size == handle.ep_size * handle.n_logical:
-        sources = handle.ep_size
-    elif counts.size == handle.n_logical:
-        sources = 1
-    else:
-        raise broken_rule("workload", f"must have n_logical = {handle.n_logical} elements", f"shape {list(workload.shape)}")
+    sources = handle.sources("workload", counts.shape)
     ratios = np.ones(ratio_shape, dtype=np.float32)
     scaled = np.empty(scaled_shape, dtype=np.float32)
     handle.check_sizes("scaled_shape", scaled.size, handle.n_logical)
@@ -95,7 +90,7 @@ def solve(workload: IntArray, avail_counter: Any, planner: int, ratio_shape: lis
     return ratios, scaled
 
 
-def redirect(idx: IntArray, planner: int, n_sms: int) -> IntArray:
+def redirect(idx: IntArray, plan: None, planner: int, n_sms: int) -> IntArray:
     handle = find(planner)
     ids, dtype = _ids(idx, handle)
     out = np.empty_like(ids, order="C")

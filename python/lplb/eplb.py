@@ -49,12 +49,11 @@ def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, 
         raise broken_rule("num_replicas", f"must be at least the {n_logical} logical experts", replicas)
     if replicas % ranks:
         raise broken_rule("num_replicas", f"must be a multiple of {ranks_name} = {ranks}", replicas)
-    if ranks % nodes:
-        raise broken_rule(ranks_name, f"must be a multiple of num_nodes = {nodes}", ranks)
-    if n_logical % groups:
-        raise broken_rule("num_groups", f"must divide the {n_logical} logical experts", groups)
-    if groups % nodes == 0 and replicas % nodes:
-        raise broken_rule("num_replicas", f"must be a multiple of num_nodes = {nodes}", replicas)
+    if groups % nodes == 0:  # hierarchical; the global form knows neither groups nor nodes
+        if ranks % nodes:
+            raise broken_rule(ranks_name, f"must be a multiple of num_nodes = {nodes}", ranks)
+        if n_logical % groups:
+            raise broken_rule("num_groups", f"must divide the {n_logical} logical experts", groups)
     phy2log = np.empty((layers, replicas), dtype=np.int64)
     replica = np.empty((layers, replicas), dtype=np.int64)
     logcnt = np.empty((layers, n_logical), dtype=np.int64)

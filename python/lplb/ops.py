@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import _native
@@ -68,25 +67,6 @@ def _refuse_invalid(ids: Tensor, n_logical: int) -> None:
         raise broken_rule("idx", f"ids must be -1 .. {n_logical - 1} ({number} of {ids.numel()} are not)", first)
 
 
-def all_gather(handle: Handle, counts: Tensor, everyone: Tensor) -> None:
-    """Everybody's counts [ep_size, n_logical], in rank order, by torch.distributed."""
-    try:
-        dist.all_gather_into_tensor(everyone, counts, group=handle.group)
-    except (RuntimeError, NotImplementedError):
-        if dist.get_backend(handle.group) != "gloo":
-            raise
-        dist.all_gather(list(everyone.unbind(0)), counts, group=handle.group)  # gloo of older PyTorch has no other
-
-
-def _gathered(handle: Handle, counts: Tensor) -> Tensor:
-    everyone = torch.empty((handle.ep_size, handle.n_logical), dtype=counts.dtype, device=counts.device)
-    if handle.gather is not None:
-        handle.gather(counts, everyone)
-    else:
-        all_gather(handle, counts, everyone)
-    return everyone
-
-
 def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int) -> Tensor:
     handle = handles.get(planner)
     if handle is None:
@@ -98,10 +78,11 @@ def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int) ->
     out = torch.empty_like(ids, memory_format=_CONTIGUOUS)
     stream = None if handle.device < 0 else _raw_stream(handle.device)  # type: ignore[misc]
     address, n_ids, everyone = ids.data_ptr(), ids.numel(), None
-    if handle.group is not None and handle.has_replicas:
+    exchange = handle.exchange
+    if exchange is not None and handle.has_replicas and not exchange.attached:  # attached: the library does it inside
         counts = torch.empty(handle.n_logical, dtype=torch.int32, device=ids.device)
         handle.check(handle.library.planner_count(handle.pointer, address, dtype, n_ids, counts.data_ptr(), None, 0, stream))
-        gathered = _gathered(handle, counts)
+        gathered = exchange.all_gather(counts)
         everyone = gathered.data_ptr()
     status = handle.planner_run(handle.pointer, address, dtype, n_ids, everyone, out.data_ptr(), counter, counter_dtype, n_sms, stream)
     if status:
@@ -121,18 +102,14 @@ def _count(idx: Tensor, planner: int, n_chunks: int, n_logical: int) -> tuple[Te
     return counts, cumulative
 
 
-def _solve(workload: Tensor, avail_counter: Tensor | None, planner: int, ratio_shape: list[int],
+def _solve(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | None, planner: int, ratio_shape: list[int],
            scaled_shape: list[int]) -> tuple[Tensor, Tensor]:
     handle = find(planner)
     counts, dtype = _checked("workload", workload, handle)
     counter, counter_dtype = _counter(avail_counter, handle)
-    sources = 1
-    if counts.numel() == handle.ep_size * handle.n_logical and (handle.group is None or counts.dim() == 2):
-        sources = handle.ep_size  # everybody's counts were given
-    elif counts.numel() != handle.n_logical:
-        raise broken_rule("workload", f"must have n_logical = {handle.n_logical} elements", f"shape {list(workload.shape)}")
-    elif handle.group is not None:
-        counts, sources = _gathered(handle, counts.reshape(-1)), handle.ep_size
+    sources = handle.sources("workload", counts.shape)
+    if sources == 1 and handle.exchange is not None:
+        counts, sources = handle.exchange.all_gather(counts.view(-1)), handle.ep_size
     # Without replicas nothing is decided: every share stays at its original, and the library knows no ratios.
     ratios = torch.ones(ratio_shape, dtype=torch.float32, device=counts.device)
     scaled = torch.empty(scaled_shape, dtype=torch.float32, device=counts.device)
@@ -145,7 +122,7 @@ def _solve(workload: Tensor, avail_counter: Tensor | None, planner: int, ratio_s
     return ratios, scaled
 
 
-def _redirect(idx: Tensor, planner: int, n_sms: int) -> Tensor:
+def _redirect(idx: Tensor, plan: Tensor | None, planner: int, n_sms: int) -> Tensor:
     handle = find(planner)
     ids, dtype = _checked("idx", idx, handle)
     if handle.debug:
@@ -183,21 +160,22 @@ def _count_fake(idx: Tensor, planner: int, n_chunks: int, n_logical: int) -> tup
     return idx.new_empty((n_logical,), dtype=torch.int32), idx.new_empty((n_chunks, n_logical), dtype=torch.int32)
 
 
-def _solve_fake(workload: Tensor, avail_counter: Tensor | None, planner: int, ratio_shape: list[int],
+def _solve_fake(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | None, planner: int, ratio_shape: list[int],
                 scaled_shape: list[int]) -> tuple[Tensor, Tensor]:
     return workload.new_empty(ratio_shape, dtype=torch.float32), workload.new_empty(scaled_shape, dtype=torch.float32)
 
 
 # define/impl costs a quarter of what torch.library.custom_op does per call. The planner's number is a SymInt, so that one compiled
-# graph serves the planners of all layers.
+# graph serves the planners of all layers. `plan` stands for the plan inside the planner, which solve writes and redirect reads: nothing
+# is stored in it, and eager calls give none, but without it a compiler would see no reason to keep the two, in this order.
 _define: Any = torch.library.Library  # untyped in PyTorch
 _library = _define("lplb", "DEF")
 for _schema, _kernel, _fake in (
     ("run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int n_sms) -> Tensor", _run, _like),
     ("count(Tensor idx, SymInt planner, int n_chunks, int n_logical) -> (Tensor, Tensor)", _count, _count_fake),
-    ("solve(Tensor workload, Tensor(a!)? avail_counter, SymInt planner, int[] ratio_shape, int[] scaled_shape) -> (Tensor, Tensor)",
-     _solve, _solve_fake),
-    ("redirect(Tensor idx, SymInt planner, int n_sms) -> Tensor", _redirect, _like),
+    ("solve(Tensor workload, Tensor(a!)? avail_counter, Tensor(b!)? plan, SymInt planner, int[] ratio_shape, int[] scaled_shape)"
+     " -> (Tensor, Tensor)", _solve, _solve_fake),
+    ("redirect(Tensor idx, Tensor? plan, SymInt planner, int n_sms) -> Tensor", _redirect, _like),
     ("redirect_by_ratio(Tensor idx, Tensor o_weight, Tensor cumulative, SymInt planner) -> Tensor", _redirect_by_ratio, _like),
 ):
     _name = _schema[: _schema.index("(")]

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
 import weakref
 from collections.abc import Callable
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _native, _numpy_ops
-from ._arrays import Array, Int32s, Int64s, address, host_integers, host_numbers, integer, is_tensor, loaded_torch
+from ._arrays import (
+    Array, Int32s, Int64s, address, as_tensor, host_integers, host_numbers, integer, is_tensor, loaded_torch)
+from ._device import default_nodes, device_ordinal
 from ._handle import Handle
-from .errors import NoCuda, Unsupported, broken_rule
+from .errors import Unsupported, broken_rule
 from .info import Info, Locality, group_info
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-EXCHANGES = ("auto", "torch", "nvlink")
+    from ._exchange import Exchange
+
+EXCHANGES = ("auto", "symm", "ipc", "nccl")
 
 
 class Planner:
@@ -38,7 +41,8 @@ class Planner:
     n_nodes: hosts, whose ranks are consecutive. None: ep_size / visible GPUs on CUDA, else ep_size / 8, where that divides, else 1.
     rank: which rank plans. None: the rank in group; without a group, the ids are those of all ranks together.
     solver: "flow" (exact, certified) or "ipm" (CUDA: interior point method, near-optimal).
-    exchange: how the counts of all ranks are gathered: "torch" (torch.distributed), "nvlink" (peer memory), "auto" (the fastest there is).
+    exchange: how the counts of all ranks travel: "nccl" (torch.distributed, whatever its backend), "symm" or "ipc" (over NVLink, see
+        lplb.exchange), "auto" (the fastest there is), or an exchange that planners of one stream share.
     debug: an id out of range raises at the call, which then waits for the GPU. Otherwise it becomes -1 and is counted in info().
 
     Tensors in, tensors out, on the planner's device; numpy arrays in, numpy arrays out (CPU). A planner may be used by one thread at a
@@ -51,7 +55,7 @@ class Planner:
 
     def __init__(self, redundant_to_original: Array, n_routed_experts: int, n_logical_routed_experts: int, ep_size: int | None = None,
                  group: torch.distributed.ProcessGroup | None = None, *, device: Any = None, n_nodes: int | None = None,
-                 rank: int | None = None, solver: str = "flow", exchange: str = "auto", debug: bool = False) -> None:
+                 rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto", debug: bool = False) -> None:
         r2o: Int32s = host_integers("redundant_to_original", redundant_to_original, 2, np.int32)
         group_size, num_redundants = r2o.shape
         if group_size == 0:
@@ -82,7 +86,7 @@ class Planner:
     @classmethod
     def from_placement(cls, phy2log: Array, *, ep_size: int | None = None, n_logical: int | None = None,
                        group: torch.distributed.ProcessGroup | None = None, group_size: int | None = None, device: Any = None,
-                       n_nodes: int | None = None, rank: int | None = None, solver: str = "flow", exchange: str = "auto",
+                       n_nodes: int | None = None, rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto",
                        debug: bool = False) -> Self:
         """A planner for any placement, such as EPLB's: any number of replicas per expert, anywhere in the group.
 
@@ -135,16 +139,16 @@ class Planner:
         if self.rank is not None and self.rank >= self.ep_size:
             raise broken_rule("rank", f"must be below ep_size = {self.ep_size}", self.rank)
 
-    def _create(self, given: Any, r2o: Int32s | None, group_size: int, device: Any, n_nodes: int | None, solver: str, exchange: str,
-                debug: bool) -> None:
+    def _create(self, given: Any, r2o: Int32s | None, group_size: int, device: Any, n_nodes: int | None, solver: str,
+                exchange: str | Exchange, debug: bool) -> None:
         """Makes the native planner and the attributes that follow from the sizes."""
         if solver not in _native.SOLVERS:
             raise broken_rule("solver", f"must be one of {', '.join(_native.SOLVERS)}", repr(solver))
-        if exchange not in EXCHANGES:
+        if isinstance(exchange, str) and exchange not in EXCHANGES:
             raise broken_rule("exchange", f"must be one of {', '.join(EXCHANGES)}", repr(exchange))
-        ordinal = _device_ordinal(device, given)
+        ordinal = device_ordinal(device, given)
         if n_nodes is None:
-            self.n_nodes = _default_nodes(self.ep_size, ordinal)
+            self.n_nodes = default_nodes(self.ep_size, ordinal)
         else:
             self.n_nodes = integer("n_nodes", n_nodes, 1)
         if self.ep_size % self.n_nodes:
@@ -156,7 +160,7 @@ class Planner:
             n_redundant=0 if r2o is None else r2o.shape[1], r2o=None if r2o is None else address(r2o))
         handle = Handle(_native.load(), config)
         self._finalizer = weakref.finalize(self, handle.close)
-        handle.group, handle.debug = self.ep_group, debug
+        handle.debug = debug
         self._handle = handle
         self.number = handle.number  #: how the operators of lplb.ops name this planner
         self._general = False
@@ -168,10 +172,14 @@ class Planner:
         self.n_group = self.ep_size // group_size
         self.n_local_routed_experts = self.n_routed_experts // self.ep_size
         self.n_local_logical_routed_experts = self.n_logical_routed_experts // self.ep_size
-        self.solver, self.exchange, self.debug = solver, exchange, debug
+        self.solver, self.debug = solver, debug
         self.deep_ep_initialized = False
-        if exchange == "nvlink" or (exchange == "auto" and self.ep_group is not None and ordinal >= 0 and handle.has_replicas):
-            self._connect(None)
+        self._plan = torch.empty(1, dtype=torch.int32, device=self.device) if torch else None
+        try:
+            self._connect(exchange)
+        except BaseException:
+            self.close()
+            raise
 
     # ---- placement ----
 
@@ -264,7 +272,8 @@ class Planner:
             raise Unsupported("solve_probs: needs a topology, whose experts have one copy at most; use solve and redirect")
         ratio_shape = [self.n_group, self.group_size, self.num_redundants]
         scaled_shape = [self.n_group, self.group_size, self.n_local_logical_routed_experts]
-        probs: tuple[Array, Array] = self._call("solve", workload, avail_counter, self.number, ratio_shape, scaled_shape, name="workload")
+        probs: tuple[Array, Array] = self._call("solve", workload, avail_counter, self._token(), self.number, ratio_shape, scaled_shape,
+                                                name="workload")
         return probs
 
     def weighted_select_target(self, idx: Array, o_weight: Array, local_workload_by_sm: Array, n_sms: int) -> Array:
@@ -289,12 +298,18 @@ class Planner:
         workload: as in solve_probs, or int [ep_size, n_logical], the counts of all ranks in rank order.
         """
         empty_shape = [self.n_group, self.group_size, self.num_redundants if self._handle.n_ratios else 0]
-        self._call("solve", workload, avail_counter, self.number, empty_shape, [self.n_logical_routed_experts], name="workload")
+        scaled_shape = [self.n_logical_routed_experts]
+        self._call("solve", workload, avail_counter, self._token(), self.number, empty_shape, scaled_shape, name="workload")
 
     def redirect(self, idx: Array, n_sms: int | None = None) -> Array:
         """Physical ids by the latest plan. The loads equal the plan exactly if idx are the ids that were counted."""
-        physical: Array = self._call("redirect", idx, self.number, 0 if n_sms is None else integer("n_sms", n_sms, 1))
+        physical: Array = self._call("redirect", idx, self._token(), self.number, 0 if n_sms is None else integer("n_sms", n_sms, 1))
         return physical
+
+    def _token(self) -> Any:
+        """What stands for the plan inside the planner where a compiler must see who writes and who reads it, see lplb.ops."""
+        torch = loaded_torch()
+        return self._plan if torch is not None and torch.compiler.is_compiling() else None
 
     def _call(self, operator: str, array: Any, *arguments: Any, name: str = "idx") -> Any:
         if isinstance(array, np.ndarray):
@@ -307,10 +322,10 @@ class Planner:
         handle = self._handle
         if handle.device >= 0:
             raise broken_rule(name, f"must be a tensor on the planner's device cuda:{handle.device}", "a numpy array")
-        if handle.group is None:
+        if handle.exchange is None:
             return getattr(_numpy_ops, operator)(array, *arguments)
         # The counts travel as tensors; from_numpy and numpy share memory, so a counter in an array still grows.
-        tensors = [_tensor(argument) for argument in (array, *arguments)]
+        tensors = [as_tensor(argument) for argument in (array, *arguments)]
         results = getattr(self._ops, operator)(*tensors)
         return tuple(result.numpy() for result in results) if isinstance(results, tuple) else results.numpy()
 
@@ -347,31 +362,34 @@ class Planner:
 
     # ---- exchange ----
 
+    @property
+    def exchange(self) -> Exchange | None:
+        """What the counts of all ranks travel by; None without a group."""
+        return self._handle.exchange
+
     def init_from_deep_ep(self, buffer: Any) -> None:
-        """Lets a deep_ep.Buffer (or its successor) tell the group, if none was given, and sets up the fast exchange where there is one.
-        Calling it again does nothing."""
-        if self.deep_ep_initialized:
-            return
-        if self._handle.group is None:
-            group = getattr(buffer, "group", None)
-            if group is not None:
-                raise broken_rule("group", "must be given to Planner for counts to be exchanged", None)
-        if self.exchange != "torch" and self._handle.group is not None:
-            self._connect(buffer)
+        """For callers who have a deep_ep.Buffer (or ElasticBuffer): checks that it joins the same ranks. The exchange needs none of its
+        memory and was set up with the planner. Calling it again does nothing."""
+        if not self.deep_ep_initialized and buffer is not None and self.ep_group is not None and self._handle.device >= 0:
+            importlib.import_module(".exchange", __package__).check_deep_ep(buffer, self.ep_size)
         self.deep_ep_initialized = True
 
-    def _connect(self, buffer: Any) -> None:
-        """Asks lplb.exchange, if this build has it, for something faster than torch.distributed.
+    def _connect(self, exchange: str | Exchange) -> None:
+        """Sets up how counts travel. Collective where the counts can go over NVLink."""
+        handle = self._handle
+        if not isinstance(exchange, str):
+            exchange.attach(self)
+        elif self.ep_group is not None:
+            assert self.rank is not None
+            if exchange == "nccl" or (exchange == "auto" and handle.device < 0) or not handle.has_replicas:
+                from ._exchange import Layout, TorchExchange
 
-        lplb.exchange.connect(planner, buffer) returns None, or a function (own counts [n_logical], everybody's counts
-        [ep_size, n_logical] to fill) that works on the current stream. buffer is None where no deep_ep.Buffer was given.
-        """
-        name = f"{__package__}.exchange"
-        if importlib.util.find_spec(name) is not None:
-            module: ModuleType = importlib.import_module(name)
-            self._handle.gather = module.connect(self, buffer)
-        if self.exchange == "nvlink" and self._handle.gather is None:
-            raise Unsupported("exchange: 'nvlink' is not available here; use 'auto' or 'torch'")
+                TorchExchange(self.ep_group, Layout(1, 0, self.ep_size, self.rank), self.n_logical_routed_experts, "").attach(self)
+            else:
+                importlib.import_module(".exchange", __package__).connect(self, None, exchange)
+            handle.owns_exchange = True
+        elif exchange not in ("auto", "nccl"):
+            raise broken_rule("group", f"must be given for exchange = {exchange!r}", None)
 
     # ---- life ----
 
@@ -401,44 +419,3 @@ class Planner:
         if not self._as_tensors:
             return array  # type: ignore[no-any-return]
         return loaded_torch().from_numpy(array).to(self.device)  # type: ignore[no-any-return]
-
-
-def _tensor(value: Any) -> Any:
-    return loaded_torch().from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
-
-
-def _device_ordinal(device: Any, given: Any) -> int:
-    """-1 for the CPU, else the CUDA ordinal. given: the topology or placement, whose device counts where none is named."""
-    torch = loaded_torch()
-    if device is None:
-        if is_tensor(given) and given.is_cuda:
-            return int(given.get_device())
-        if torch is None or isinstance(given, np.ndarray) or not torch.cuda.is_available():
-            return _native.DEVICE_CPU
-        return int(torch.cuda.current_device())
-    if str(device) == "cpu":
-        return _native.DEVICE_CPU
-    if torch is None:
-        if str(device).startswith("cuda"):
-            raise NoCuda("device: planners on a GPU work on torch tensors; import torch first")
-        raise broken_rule("device", "must be 'cpu' or a CUDA device", repr(device))
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise broken_rule("device", "must be 'cpu' or a CUDA device", repr(device)) from None
-    if wanted.type == "cpu":
-        return _native.DEVICE_CPU
-    if wanted.type != "cuda":
-        raise broken_rule("device", "must be 'cpu' or a CUDA device", repr(device))
-    if wanted.index is not None:
-        return int(wanted.index)
-    return int(torch.cuda.current_device()) if torch.cuda.is_available() else 0  # the library says why there is none
-
-
-def _default_nodes(ep_size: int, ordinal: int) -> int:
-    nodes = 0
-    if ordinal >= 0:
-        nodes = max(1, ep_size // max(1, loaded_torch().cuda.device_count()))
-    if not nodes or ep_size % nodes:
-        nodes = ep_size // 8 if ep_size % 8 == 0 else 1
-    return nodes

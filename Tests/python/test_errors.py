@@ -1,0 +1,191 @@
+"""Every wrong argument raises an exception that names the argument, the rule and the value, and changes nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import lplb
+from lplb import Planner, topology
+
+torch = pytest.importorskip("torch")
+
+CUBE = topology.CUBE_8P2E
+
+
+def planner(**options):
+    return Planner(CUBE, 80, 64, 8, **{"device": "cpu", **options})
+
+
+def general(phy2log=(0, 1, 1, 2), **options):
+    return Planner.from_placement(np.array(phy2log), **{"ep_size": 2, **options})
+
+
+CREATION = [
+    (lambda: Planner(CUBE, 80, 64), "ep_size: .*got None"),
+    (lambda: Planner(CUBE, 80, 64, 0), "ep_size: .*got 0"),
+    (lambda: Planner(CUBE, 80, 64, 8.5), "ep_size: .*integer, got 8.5"),
+    (lambda: Planner(CUBE, 80, 64, 12, device="cpu"), "ep_size: .*8 ranks, got 12"),
+    (lambda: Planner(CUBE, 80, 60, 8, device="cpu"), "n_logical_routed_experts: .*ep_size = 8, got 60"),
+    (lambda: Planner(CUBE, 80, 0, 8, device="cpu"), "n_logical_routed_experts: .*got 0"),
+    (lambda: Planner(CUBE, 79, 64, 8, device="cpu"), r"n_routed_experts: .*64 .*8 \* 2, got 79"),
+    (lambda: Planner(CUBE, 72, 64, 8, device="cpu"), "n_routed_experts: .*got 72"),
+    (lambda: Planner(CUBE, 56, 64, 8, device="cpu"), "n_routed_experts: .*got 56"),
+    (lambda: Planner(CUBE, 64 + 8 * 10, 64, 8, device="cpu"), "n_physical|n_routed_experts"),  # more copies than originals
+    (lambda: Planner(torch.tensor([0, 1]), 80, 64, 8), r"redundant_to_original: .*2 dimensions, got shape \[2\]"),
+    (lambda: Planner(CUBE.float(), 80, 64, 8), "redundant_to_original: .*integers, got float"),
+    (lambda: Planner(CUBE * 0, 80, 64, 8), r"redundant_to_original: .*permutation of 0 \.\. 7, got"),
+    (lambda: Planner(CUBE + 1, 80, 64, 8), "redundant_to_original: .*permutation"),
+    (lambda: Planner(CUBE - 1, 80, 64, 8), "redundant_to_original: .*permutation"),
+    (lambda: Planner(CUBE + 2**40, 80, 64, 8), "redundant_to_original: .*int32, got 1099511627"),
+    (lambda: Planner(torch.empty((0, 2), dtype=torch.int32), 80, 64, 8), r"redundant_to_original: .*row, got shape \[0, 2\]"),
+    (lambda: Planner(torch.empty((8, 0), dtype=torch.int32), 80, 64, 8), "redundant_to_original: .*column"),
+    (lambda: Planner([[0, 1], [2]], 80, 64, 8), "redundant_to_original"),
+    (lambda: planner(solver="simplex"), "solver: .*flow, ipm, got 'simplex'"),
+    (lambda: planner(solver="ipm"), "solver|CUDA"),
+    (lambda: planner(exchange="pigeon"), "exchange: .*got 'pigeon'"),
+    (lambda: planner(exchange="symm"), "group: .*exchange = 'symm', got None"),
+    (lambda: planner(n_nodes=3), "n_nodes: .*ep_size = 8, got 3"),
+    (lambda: planner(n_nodes=0), "n_nodes: .*got 0"),
+    (lambda: planner(rank=8), "rank: .*ep_size = 8, got 8"),
+    (lambda: planner(rank=-1), "rank: .*got -1"),
+    (lambda: planner(device="tpu"), "device: .*got 'tpu'"),
+    (lambda: planner(device="meta"), "device: .*got 'meta'"),
+    (lambda: planner(device=3.5), "device: .*got 3.5"),
+    (lambda: general([0, 1, 1]), "phy2log: .*ep_size = 2 slots, got 3"),
+    (lambda: general([]), r"phy2log: .*got shape \[0\]"),
+    (lambda: general([[0, 1]]), r"phy2log: .*1 dimension, got shape \[1, 2\]"),
+    (lambda: general([0, 1, 1, 3]), "phy2log.*2"),  # expert 2 stands nowhere
+    (lambda: general([0, 1, 1, -1]), "phy2log.*-1"),
+    (lambda: general([0, 1, 1, 2], n_logical=2), "phy2log|n_logical"),
+    (lambda: general([0, 1, 1, 2], n_logical=9), "phy2log|n_logical"),
+    (lambda: general([0.0, 1.0]), "phy2log: .*integers, got float64"),
+    (lambda: general(ep_size=None), "ep_size: .*got None"),
+    (lambda: general(group_size=3), "group_size: .*ep_size = 2, got 3"),
+    (lambda: general([0, 1, 1, 2], group_size=1), "phy2log|group"),  # replicas of 1 in two groups
+]
+
+
+@pytest.mark.parametrize("index", range(len(CREATION)))
+def test_creation(index):
+    make, words = CREATION[index]
+    with pytest.raises(lplb.LplbError, match=words):
+        make()
+
+
+def test_group_must_be_a_group():
+    with pytest.raises(AttributeError):
+        Planner(CUBE, 80, 64, group="world")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, torch.device("cuda", 1)])
+def test_no_gpu_is_said(device):
+    with pytest.raises(lplb.NoCuda, match="(?i)cuda|gpu"):
+        planner(device=device)
+
+
+IDS = torch.zeros((4, 8), dtype=torch.int64)
+COUNTER = torch.zeros(1, dtype=torch.int64)
+
+CALLS = [
+    (lambda p: p.run(IDS.float(), COUNTER), "idx: .*int32 or int64, got torch.float32"),
+    (lambda p: p.run(IDS.short(), COUNTER), "idx: .*int32 or int64, got torch.int16"),
+    (lambda p: p.run(IDS.numpy().astype(np.uint8), COUNTER), "idx: .*int32 or int64, got uint8"),
+    (lambda p: p.run(IDS.tolist(), COUNTER), "idx: .*tensor or a numpy array, got list"),
+    (lambda p: p.run(None, COUNTER), "idx: .*got NoneType"),
+    (lambda p: p.run(IDS, torch.zeros(2, dtype=torch.int64)), r"avail_counter: .*one element, got shape \[2\]"),
+    (lambda p: p.run(IDS, torch.zeros(0, dtype=torch.int64)), r"avail_counter: .*one element, got shape \[0\]"),
+    (lambda p: p.run(IDS, torch.zeros(1)), "avail_counter: .*int32 or int64, got torch.float32"),
+    (lambda p: p.run(IDS.numpy(), np.zeros(2, dtype=np.int64)), r"avail_counter: .*one element, got shape \[2\]"),
+    (lambda p: p.run(IDS.numpy(), np.zeros(1)), "avail_counter: .*got float64"),
+    (lambda p: p.run(IDS.numpy(), [0]), "avail_counter: .*got list"),
+    (lambda p: p.run(IDS.numpy(), np.broadcast_to(np.int64(0), (1,))), "avail_counter: .*read-only"),
+    (lambda p: p.run(IDS, COUNTER, 0), "n_sms: .*at least 1, got 0"),
+    (lambda p: p.count_workload(IDS, 0), "n_sms: .*got 0"),
+    (lambda p: p.count_workload(IDS, "all"), "n_sms: .*got 'all'"),
+    (lambda p: p.count_workload(IDS.bool(), 1), "idx: .*torch.bool"),
+    (lambda p: p.solve_probs(torch.zeros(63, dtype=torch.int32), COUNTER), r"workload: .*64 elements .*, got shape \[63\]"),
+    (lambda p: p.solve_probs(np.zeros(65, dtype=np.int32), COUNTER), r"workload: .*64 elements .*, got shape \[65\]"),
+    (lambda p: p.solve_probs(torch.zeros(64), COUNTER), "workload: .*int32 or int64, got torch.float32"),
+    (lambda p: p.solve_probs([0] * 64, COUNTER), "workload: .*got list"),
+    (lambda p: p.solve_probs(torch.full((64,), -1), COUNTER), "counts.*-1|workload.*-1"),
+    (lambda p: p.solve(torch.full((64,), 2**40 + 1)), "counts.*1099511627777|workload.*1099511627777"),
+    (lambda p: p.solve(torch.zeros(3, 64, dtype=torch.int32)), r"workload: .*got shape \[3, 64\]"),
+    (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 1), torch.zeros(2, 64, dtype=torch.int32), 2), "o_weight: .*16 elements, got 8"),
+    (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 2).double(), torch.zeros(2, 64, dtype=torch.int32), 2), "o_weight: .*float64"),
+    (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 2), torch.zeros(2, 64), 2), "local_workload_by_sm: .*int32, got torch.float32"),
+    (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 2), torch.zeros(2, 63, dtype=torch.int32), 2), r"local_workload_by_sm: .*\[2, 63\]"),
+    (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 2), torch.zeros(2, 64, dtype=torch.int32), 3), "local_workload_by_sm: .*3 rows, got 2"),
+    (lambda p: p.weighted_select_target(IDS.numpy(), np.ones(16), np.zeros((2, 64), dtype=np.int32), 2), "o_weight: .*float32, got float64"),
+    (lambda p: p.update_redundancy_mapping(torch.ones(63)), "workload: .*64 elements, got 63"),
+    (lambda p: p.update_redundancy_mapping(torch.full((64,), -1.0)), "history.*-1|workload.*-1"),
+    (lambda p: p.update_redundancy_mapping(torch.full((64,), float("nan"))), "history.*nan|workload.*nan"),
+    (lambda p: p.update_redundancy_mapping(["a"] * 64), "workload: .*numbers"),
+    (lambda p: p.update_placement(p.phy2log), "update_placement: .*from_placement"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(CALLS)))
+def test_calls(index):
+    call, words = CALLS[index]
+    with planner() as subject:
+        subject.run(torch.arange(64), None)
+        before, plan, placement = subject.info(), torch.as_tensor(subject.split()), subject.phy2log.clone()
+        with pytest.raises(lplb.LplbError, match=words) as caught:
+            call(subject)
+        assert isinstance(caught.value, ValueError)
+        assert COUNTER.item() == 0
+        assert subject.info() == before and torch.equal(torch.as_tensor(subject.split()), plan)
+        assert torch.equal(subject.mapping()[0], placement)
+
+
+def test_wrong_order():
+    with planner() as subject:
+        for call in (subject.info, subject.split, subject.assignment, lambda: subject.redirect(IDS)):
+            with pytest.raises(lplb.WrongOrder):
+                call()
+
+
+def test_update_placement_refusals_keep_the_placement():
+    with general([0, 1, 1, 2]) as subject:
+        for wrong, words in (([0, 1], "phy2log: .*4 slots as before, got 2"), ([0, 1, 1, 1], "phy2log.*2"), ([0, 1, 2, 3], "phy2log.*3")):
+            with pytest.raises(lplb.InvalidArgument, match=words):
+                subject.update_placement(wrong)
+            assert subject.mapping()[0].tolist() == [0, 1, 1, 2] == subject.phy2log.tolist()
+
+
+def test_another_device_is_refused():
+    meta = torch.zeros((4, 8), dtype=torch.int64, device="meta")
+    with planner() as subject:
+        if torch.cuda.is_available():
+            with pytest.raises(lplb.InvalidArgument, match="idx: .*device cpu, got cuda"):
+                subject.run(IDS.cuda(), None)
+        assert subject.run(meta, None).device.type == "meta"  # shapes only, as for every operator
+
+
+SOLVE = [
+    (([1, 2], [0, 1, 1], 2), "phy2log|n_physical|ep_size"),
+    (([1, 2], [0, 0], 2), "phy2log.*1"),
+    (([1, 2], [0, 2], 2), "phy2log.*2"),
+    (([1, -2], [0, 1], 2), "loads.*-2"),
+    (([1, 2**40 + 1], [0, 1], 2), "loads.*1099511627777"),
+    (([1.5, 2.5], [0, 1], 2), "loads: .*integers, got float64"),
+    (([[1, 2]], [0, 1], 2), "loads: .*1 dimension"),
+    (([1, 2], [0, 1], 0), "ep_size: .*got 0"),
+    (([1, 2], [0, 1], 3), "ep_size|phy2log|n_physical"),
+    (([], [], 1), "loads|n_logical|phy2log"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", SOLVE)
+def test_solve(arguments, words):
+    with pytest.raises(lplb.LplbError, match=words):
+        lplb.solve(*arguments)
+
+
+def test_witness_bound():
+    with pytest.raises(ValueError, match=r"witness: .*0 \.\. 1.*got \[2\]"):
+        lplb.witness_bound([1, 2], [0, 1], 2, [2])
+    with pytest.raises(ValueError, match=r"witness: .*got \[\]"):
+        lplb.witness_bound([1, 2], [0, 1], 2, [])
