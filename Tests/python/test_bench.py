@@ -10,7 +10,7 @@ import pytest
 
 from lplb import eplb, solve
 from lplb.__main__ import main
-from lplb.bench import cases, cpu, kit, peers
+from lplb.bench import cases, cpu, kit, peers, plot
 from lplb.planner import Planner
 from lplb.selfcheck import EPLB_RESULT, EPLB_WEIGHT
 from lplb.simulate.options import topology
@@ -41,6 +41,10 @@ def test_all_suites_write_rows_with_machine_and_date(few, tmp_path, capsys):
             assert row["certified_fraction"] == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "targets met" in said.out and "| case" in said.out
+    assert [kit.Row.from_json(row).as_json() | {"machine": row["machine"], "date": row["date"]} for row in result["rows"]] == result["rows"]
+    assert plot.main([str(out), str(tmp_path / "again.png")]) == 0 and (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "bad.json").write_text("{}")
+    assert plot.main([str(tmp_path / "bad.json"), str(tmp_path / "again.png")]) == 2
 
 
 def test_what_cannot_be_timed_gets_one_sentence(capsys):

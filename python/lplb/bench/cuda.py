@@ -26,21 +26,24 @@ from .kit import Row, time_calls, time_one
 
 torch: Any = importlib.import_module("torch")  # this module is imported where torch is there
 
-REPEATS = 24     # calls in a graph that repeats one instance
+REPEATS = 64     # calls in a graph that repeats one instance; the ends of a replay add 2 us to all of them together
 ROUNDS = 5       # replays of a graph; the median counts
 AHEAD = 200_000  # clock cycles that the GPU is kept busy while the host queues what is timed
 BATCHES = 64
 EAGER_CALLS = 400
 
+SGLANG = "SGLang's LP kernel, measured on an H200 (see cases.py)"
+LPLB = "LPLB's index kernels timed on an H200 (20.8 + 2.9 us), and the 100 us of its README for the solve"
+
 Call = Callable[[], Any]
 
 
-def capture(calls: Sequence[Call], pool: Any) -> Any:
+def capture(calls: Sequence[Call]) -> Any:
     """A CUDA graph of the calls, in order on one stream. (torch.cuda.graph would collect garbage each time.)"""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.stream(_stream()):
-        graph.capture_begin(pool=pool)
+        graph.capture_begin()
         try:
             for call in calls:
                 call()
@@ -75,12 +78,11 @@ def replay_us(graph: Any, n_calls: int, rounds: int = ROUNDS) -> float:
 
 def timed(calls: Sequence[Call]) -> tuple[NDArray[np.float64], float]:
     """Microseconds of every call, and the mean over one graph of all of them in turn."""
-    pool = torch.cuda.graph_pool_handle()
     with torch.cuda.stream(_stream()):
         for call in calls[:3]:  # whatever is set up at the first call is set up now
             call()
-    together = replay_us(capture(calls, pool), len(calls))
-    alone = np.array([replay_us(capture([call] * REPEATS, pool), REPEATS, 3) for call in calls])
+    together = replay_us(capture(calls), len(calls))
+    alone = np.array([replay_us(capture([call] * REPEATS), REPEATS, 3) for call in calls])
     return alone, together
 
 
@@ -88,7 +90,7 @@ def empty_kernel_us() -> float:
     """A kernel that does nothing, in the same harness."""
     with torch.cuda.stream(_stream()):
         torch.cuda._sleep(0)
-    return replay_us(capture([partial(torch.cuda._sleep, 0)] * 512, torch.cuda.graph_pool_handle()), 512)
+    return replay_us(capture([partial(torch.cuda._sleep, 0)] * 512), 512)
 
 
 def _checked(planner: Planner, function: Callable[..., int], *arguments: Any) -> Call:
@@ -119,7 +121,8 @@ def _solve(case: Case, family: str) -> Row:
             n_proven += proven(todo.planners[which], loads)
     target = case.cuda_target(family)
     return Row("solve", f"{case.name}, {family}", len(calls), *percentiles(alone), target_p50_us=target[0], target_p99_us=target[1],
-               certified_fraction=n_proven / len(calls), extra={"rotation_us": together, "loads": family})
+               certified_fraction=n_proven / len(calls),
+               extra={"rotation_us": together, "loads": family, "published": SGLANG if case.sglang else None, "published_us": case.sglang})
 
 
 def run(overhead_us: float) -> Iterator[Row]:
@@ -142,6 +145,7 @@ def _run(planner: Planner, n_tokens: int) -> Iterator[Row]:
     host = batches(n_tokens, 8, 256, BATCHES)
     ids = torch.from_numpy(host).cuda()
     out = torch.empty_like(ids[0])
+    counted = torch.zeros(256, dtype=torch.int32, device="cuda")
     counter = torch.zeros(1, dtype=torch.int64, device="cuda")
     counts = torch.stack([torch.bincount(each.flatten(), minlength=256) for each in ids]).int()
     library, name = planner._handle.library, f"{n_tokens:,} x 8 ids"
@@ -160,9 +164,10 @@ def _run(planner: Planner, n_tokens: int) -> Iterator[Row]:
     target = (10.0, None) if n_tokens == 4096 else (None, None)
     yield Row("run", f"{name}, 256 experts, cube, in a graph", BATCHES, *percentiles(alone), target_p50_us=target[0],
               certified_fraction=n_proven / BATCHES, peer="copying the ids", peer_us=copy_us,
-              extra={"rotation_us": together, "whole": True})
+              extra={"rotation_us": together, "whole": True, "published": LPLB if n_tokens == 4096 else None,
+                     "published_us": 123.7 if n_tokens == 4096 else None})
     single = {
-        "count": [_checked(planner, library.planner_count, each.data_ptr(), _native.INT64, size, counts[0].clone().data_ptr(), None, 1)
+        "count": [_checked(planner, library.planner_count, each.data_ptr(), _native.INT64, size, counted.data_ptr(), None, 1)
                   for each in ids],
         "solve": [_checked(planner, library.planner_solve, each.data_ptr(), _native.INT32, 1, None, None, None, _native.INT64)
                   for each in counts],

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import platform
 import re
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter_ns
@@ -50,6 +51,13 @@ class Row:
         row = {name: getattr(self, name) for name in ("suite", "case", "instances", "p50_us", "p99_us", "target_p50_us", "target_p99_us")}
         row |= {"met": self.met, "certified_fraction": self.certified_fraction, "peer": self.peer or None, "peer_us": self.peer_us}
         return row | {"note": self.note or None} | self.extra
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Row:
+        """The row that as_json gave, for drawing it again."""
+        names = [item.name for item in fields(cls) if item.name != "extra"]
+        known = {name: row.get(name) for name in names} | {"peer": row.get("peer") or "", "note": row.get("note") or ""}
+        return cls(**known, extra={key: value for key, value in row.items() if key not in (*names, "met")})
 
 
 @contextmanager
@@ -132,11 +140,13 @@ def cpu_model() -> str:
 
 
 def driver() -> str:
+    """The NVIDIA driver's version, as nvidia-smi says it."""
     try:
-        match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
-    except OSError:
-        match = None
-    return match[1] if match else "unknown"
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True,
+                              timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.split("\n")[0].strip() or "unknown"
 
 
 def today() -> str:
@@ -153,13 +163,20 @@ def number(value: float | None) -> str:
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    header = ["case", "n", "p50 us", "p99 us", "target", "", "certified", "beside it, same run", "us", "ratio"]
+    """Columns that no row fills are left out."""
+    header = ["case", "n", "p50 us", "p99 us", "in rotation", "target", "met?", "certified", "beside it, same run", "us", "ratio",
+              "published us", "published ratio"]
     lines = []
     for row in rows:
         target = number(row.target_p50_us) + (f" / {number(row.target_p99_us)}" if row.target_p99_us is not None else "")
         mark = {True: "met", False: "MISSED", None: ""}[row.met]
         certified = "" if row.certified_fraction is None else f"{row.certified_fraction:.4g}"
         ratio = "" if row.peer_us is None or row.p50_us <= 0 else f"{row.peer_us / row.p50_us:,.3g}"
-        lines.append([row.case, str(row.instances), number(row.p50_us), number(row.p99_us), target, mark, certified, row.peer,
-                      number(row.peer_us), ratio])
-    return table(header, lines)
+        published = row.extra.get("published_us")
+        lines.append([row.case, str(row.instances), number(row.p50_us), number(row.p99_us), number(row.extra.get("rotation_us")), target,
+                      mark, certified, row.peer, number(row.peer_us), ratio, number(published),
+                      "" if published is None or row.p50_us <= 0 else f"{published / row.p50_us:,.3g}"])
+    used = [i for i in range(len(header)) if any(line[i] for line in lines)]
+    sources = dict.fromkeys(row.extra["published"] for row in rows if row.extra.get("published"))
+    notes = "".join(f"\npublished: {source}." for source in sources)
+    return table([header[i] for i in used], [[line[i] for i in used] for line in lines]) + ("\n" + notes if notes else "")

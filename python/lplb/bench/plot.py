@@ -1,8 +1,15 @@
-"""The picture of a bench: every case's p50 and p99 on a logarithmic axis, beside its target and what other programs need."""
+"""
+The picture of a bench: every case's p50 and p99 on a logarithmic axis, beside its target and what other programs need.
+
+    python -m lplb.bench.plot BENCH.json FILE.png     draws what was measured on a machine without matplotlib
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .._cli import UsageError, use_pyplot
@@ -10,15 +17,15 @@ from .kit import Row, number
 
 OURS, OTHER, TARGET, INK = "#14866d", "#c9784a", "#30343a", "#30343a"
 
-# Measured on an H200 (driver 580, CUDA 13.0, torch 2.11), in CUDA graphs: SGLang's kernel with LPLB's loop, its step bug mended.
-PEERS_CUDA = {"cube 8x2": 113.7, "ring 8x1": 62.3, "hypercube 16x2": 335.9, "torus 8x4x2": 1543.0}
-PEERS_CUDA_NAME = "SGLang's LP kernel, measured on an H200"
 
-
-def _peer(row: Row, device: str) -> tuple[str, float] | None:
-    if device == "cuda" and row.suite == "solve":
-        return next(((PEERS_CUDA_NAME, us) for name, us in PEERS_CUDA.items() if row.case.startswith(name)), None)
-    return (row.peer, row.peer_us) if row.peer_us is not None else None
+def _peer(row: Row) -> tuple[str, float] | None:
+    """What stands beside the row, and its time."""
+    published = row.extra.get("published_us")
+    if published is not None:
+        return ("SGLang's LP kernel on an H200" if row.suite == "solve" else "LPLB's kernels on an H200, published"), float(published)
+    if row.peer_us is None or row.peer_us < row.p50_us / 2:  # a floor such as copying the ids is in the table only
+        return None
+    return "another program in the same run", row.peer_us
 
 
 def draw(rows: Sequence[Row], device: str, machine: str, path: str) -> None:
@@ -28,7 +35,7 @@ def draw(rows: Sequence[Row], device: str, machine: str, path: str) -> None:
              "axes.edgecolor": "#b8bcc2", "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.labelcolor": INK}
     with plt.rc_context(style):
         figure, axes = plt.subplots(figsize=(11.5, 1.6 + 0.29 * len(rows)), layout="constrained")
-        _fill(axes, rows, device)
+        _fill(axes, rows)
         where = "GPU" if device == "cuda" else "CPU"
         figure.suptitle(f"lplb bench on the {where}, time per call  |  {machine}", x=0.008, ha="left", fontsize=10, color="#6b7178")
         try:
@@ -39,7 +46,7 @@ def draw(rows: Sequence[Row], device: str, machine: str, path: str) -> None:
             plt.close(figure)
 
 
-def _fill(axes: Any, rows: Sequence[Row], device: str) -> None:
+def _fill(axes: Any, rows: Sequence[Row]) -> None:
     names: dict[str, str] = {}
     for y, row in enumerate(rows):
         axes.plot([row.p50_us, row.p99_us], [y, y], color=OURS, linewidth=5, alpha=0.35, solid_capstyle="round", zorder=2)
@@ -51,12 +58,11 @@ def _fill(axes: Any, rows: Sequence[Row], device: str) -> None:
             names["target"] = ""
             axes.plot([row.target_p50_us], [y], marker="|", color=TARGET, markersize=13, markeredgewidth=1.8, zorder=3, label=label,
                       linestyle="none")
-        peer = _peer(row, device)
+        peer = _peer(row)
         if peer is not None:
-            kind = "peer" + ("" if device == "cpu" else peer[0])
-            label = None if kind in names else (peer[0] if device == "cuda" else "another program in the same run")
-            names[kind] = ""
-            axes.plot([peer[1]], [y], "D", color=OTHER, markersize=5, zorder=3, label=label)
+            label = None if peer[0] in names else peer[0]
+            marker = names.setdefault(peer[0], "Ds^"[min(len(names.keys() - {"target"}), 2)])
+            axes.plot([peer[1]], [y], marker, color=OTHER, markersize=5, zorder=3, label=label)
             beside = max(peer[1], row.p99_us) if peer[1] < 2 * row.p99_us else peer[1]
             axes.annotate(number(peer[1]), (beside, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=OTHER)
     axes.set_xscale("log")
@@ -75,4 +81,24 @@ def _fill(axes: Any, rows: Sequence[Row], device: str) -> None:
         if previous and row.suite != previous:
             axes.axhline(y - 0.5, color="#b8bcc2", linewidth=0.8)
         previous = row.suite
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, borderaxespad=0.2)
+    legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, frameon=False, borderaxespad=0.3, fontsize=9, handletextpad=0.2)
+    legend.set_in_layout(False)  # it may reach over the names, which must not narrow the axes
+    axes.set_title(" ")          # its room
+
+
+def main(words: Sequence[str]) -> int:
+    if len(words) != 2:
+        print("lplb: two arguments are needed, BENCH.json and FILE.png", file=sys.stderr)
+        return 2
+    try:
+        result = json.loads(Path(words[0]).read_text(encoding="utf-8"))
+        rows = [Row.from_json(row) for row in result["rows"]]
+        draw(rows, result["device"], f"{result['rows'][0]['machine']}, {result['date']}", words[1])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, UsageError) as error:
+        print(f"lplb: {words[0]} cannot be drawn: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
