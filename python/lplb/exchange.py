@@ -337,19 +337,27 @@ def _nvshmem_is_running() -> bool:
 # ---- planners ----------------------------------------------------------------------------------------------------------------------
 
 
-def connect(planner: Any, buffer: Any = None, kind: str = "auto") -> Exchange:
-    """Makes an exchange for a Planner with a group, and attaches it. buffer: a deep_ep.Buffer or ElasticBuffer of the same ranks, None:
-    there is none. Collective."""
-    if buffer is not None:
-        check_deep_ep(buffer, planner.ep_size)
+def connect(planner: Any, kind: str = "auto") -> Exchange:
+    """Makes an exchange for a Planner with a group, and attaches it. Collective."""
     exchange = create(planner.ep_group, planner._handle.device, planner.n_logical_routed_experts, kind)
     exchange.attach(planner)
     return exchange
 
 
+def join_deep_ep(planner: Any, buffer: Any) -> None:
+    """For a Planner whose ranks also have a deep_ep.Buffer or ElasticBuffer: on several nodes counts then travel by the NVSHMEM that it has
+    started, if it has and the plugin is there. Its memory is not used. Collective on several nodes."""
+    check_deep_ep(buffer, planner.ep_size)
+    before = planner.exchange
+    if isinstance(before, NativeExchange) and before.rail is not None and before.rail.kind != "nvshmem" and planner._handle.owns_exchange:
+        layout = before.layout
+        create(before.group, before.device, before.n_counts, before.kind, n_nodes=layout.n_nodes).attach(planner)
+        before.close()
+
+
 def check_deep_ep(buffer: Any, ep_size: int) -> None:
     """Refuses what is no DeepEP buffer of ep_size ranks, by what the buffer has, since there are two generations of them: Buffer has
-    group_size, ElasticBuffer has num_ranks. Its memory is not touched, and its hosts are not asked: create() looks at the ranks' own."""
+    group_size, ElasticBuffer has num_ranks. Its hosts are not asked for: create() looks at the ranks' own."""
     size = getattr(buffer, "num_ranks", None) or getattr(buffer, "group_size", None)
     if size is None:
         raise broken_rule("buffer", "must be a deep_ep.Buffer or ElasticBuffer", type(buffer).__name__)

@@ -167,7 +167,9 @@ class Planner:
         torch = loaded_torch()
         self._as_tensors = torch is not None and (ordinal >= 0 or not isinstance(given, np.ndarray))
         self.device: Any = torch.device("cuda", ordinal) if ordinal >= 0 else torch.device("cpu") if torch else "cpu"
-        self._ops: Any = importlib.import_module(".ops", __package__) if torch else None
+        self._ops: Any = None
+        if torch is not None:
+            self._load_ops()
         self.group_size = group_size
         self.n_group = self.ep_size // group_size
         self.n_local_routed_experts = self.n_routed_experts // self.ep_size
@@ -249,10 +251,10 @@ class Planner:
             raise broken_rule("n_sms", "must be at least 1", n_sms)
         if isinstance(idx, np.ndarray):
             physical: Array = self._numpy("run", idx, avail_counter, self.number, n_sms)
-        elif self._ops is None or not is_tensor(idx):
-            raise self._not_an_array("idx", idx)
+        elif is_tensor(idx):
+            physical = (self._ops or self._load_ops()).run(idx, avail_counter, self.number, n_sms)
         else:
-            physical = self._ops.run(idx, avail_counter, self.number, n_sms)
+            raise self._not_an_array("idx", idx)
         return physical
 
     def count_workload(self, idx: Array, n_sms: int) -> tuple[Array, Array]:
@@ -314,9 +316,14 @@ class Planner:
     def _call(self, operator: str, array: Any, *arguments: Any, name: str = "idx") -> Any:
         if isinstance(array, np.ndarray):
             return self._numpy(operator, array, *arguments, name=name)
-        if self._ops is None or not is_tensor(array):
+        if not is_tensor(array):
             raise self._not_an_array(name, array)
-        return getattr(self._ops, operator)(array, *arguments)
+        return getattr(self._ops or self._load_ops(), operator)(array, *arguments)
+
+    def _load_ops(self) -> Any:
+        """The operators, for a planner that was made before torch was imported."""
+        self._ops = importlib.import_module(".ops", __package__)
+        return self._ops
 
     def _numpy(self, operator: str, array: Any, *arguments: Any, name: str = "idx") -> Any:
         handle = self._handle
@@ -368,10 +375,10 @@ class Planner:
         return self._handle.exchange
 
     def init_from_deep_ep(self, buffer: Any) -> None:
-        """For callers who have a deep_ep.Buffer (or ElasticBuffer): checks that it joins the same ranks. The exchange needs none of its
-        memory and was set up with the planner. Calling it again does nothing."""
+        """For callers who have a deep_ep.Buffer (or ElasticBuffer) of the same ranks. The exchange was set up with the planner and uses
+        none of its memory; on several nodes it now uses the NVSHMEM that the buffer has started. Calling it again does nothing."""
         if not self.deep_ep_initialized and buffer is not None and self.ep_group is not None and self._handle.device >= 0:
-            importlib.import_module(".exchange", __package__).check_deep_ep(buffer, self.ep_size)
+            importlib.import_module(".exchange", __package__).join_deep_ep(self, buffer)
         self.deep_ep_initialized = True
 
     def _connect(self, exchange: str | Exchange) -> None:
@@ -386,7 +393,7 @@ class Planner:
 
                 TorchExchange(self.ep_group, Layout(1, 0, self.ep_size, self.rank), self.n_logical_routed_experts, "").attach(self)
             else:
-                importlib.import_module(".exchange", __package__).connect(self, None, exchange)
+                importlib.import_module(".exchange", __package__).connect(self, exchange)
             handle.owns_exchange = True
         elif exchange not in ("auto", "nccl"):
             raise broken_rule("group", f"must be given for exchange = {exchange!r}", None)

@@ -1,0 +1,408 @@
+"""
+The exchange on real GPUs, against torch.distributed. Starts its own processes, one a GPU (or several on one GPU, with gloo):
+
+    python exchange_gpu.py correct [--processes N] [--calls N] [--nodes N] [--json FILE] [--limit SECONDS]
+    python exchange_gpu.py faults  [--processes N] [--json FILE] [--limit SECONDS]
+
+correct: eager calls with random delays, graphs, both mixed, epochs near 2^32, beside NCCL and matrix products, two exchanges on two
+streams, planners on real routing, several nodes (emulated), making and closing many. faults: a rank that sleeps past the limit, one that is
+killed, an abort. One line a check; exit status 0 if all are fine. Every wait has a limit, so that nothing hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lplb import Planner, errors, exchange, topology
+
+N_COUNTS = 256
+FAULTS = ("late", "abort", "killed")
+DATA = Path(__file__).resolve().parents[2] / "python/lplb/data/deepseek_v2_lite_summary_sample.npz"
+
+
+class Checks:
+    """Rank 0 prints a line for every check that all ranks have gone through; the first failure ends the process."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.rows, self.began = rank, [], time.perf_counter()
+
+    def __call__(self, name: str, fine: bool, detail: str = "") -> None:
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (bool(fine), detail))
+        bad = [f"rank {rank}: {words}" for rank, (good, words) in enumerate(ranks) if not good]
+        took = time.perf_counter() - self.began
+        if self.rank == 0:
+            print(f"{'ok' if not bad else 'FAILED':6} {name:58} {detail if not bad else '; '.join(bad)} [{took:.1f} s]", flush=True)
+            self.rows.append({"check": name, "fine": not bad, "detail": detail, "seconds": round(took, 1)})
+        self.began = time.perf_counter()
+        if bad:
+            raise AssertionError(f"{name}: {bad}")
+
+
+def start(args: argparse.Namespace) -> tuple[int, int, torch.device, bool]:
+    """Joins the group: NCCL with a GPU each, else gloo."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    own_gpu = torch.cuda.device_count() >= ranks
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    with_nccl = own_gpu and args.mode == "correct"
+    dist.init_process_group("nccl" if with_nccl else "gloo", init_method=f"file://{args.store}", rank=rank, world_size=ranks,
+                            **({"device_id": device} if with_nccl else {}))
+    return rank, ranks, device, with_nccl
+
+
+class Feed:
+    """Random counts, what torch.distributed gathers of them, and the comparison with what an exchange brings."""
+
+    def __init__(self, made: Any, device: torch.device, n: int, seed: int, delays: bool = True) -> None:
+        self.made, self.n = made, n
+        generator = torch.Generator(device=device).manual_seed(1000 * seed + made.rank)
+        self.counts = torch.randint(-(2**31), 2**31, (n, N_COUNTS), generator=generator, device=device).int()
+        self.wanted = torch.empty((made.ranks, n, N_COUNTS), dtype=torch.int32, device=device)
+        self.got = torch.full((n, made.ranks, N_COUNTS), -7, dtype=torch.int32, device=device)
+        exchange.gather_by_torch(made.group, self.counts.view(-1), self.wanted.view(made.ranks, -1))
+        chance = torch.rand(n, generator=torch.Generator().manual_seed(77 * seed + made.rank)).tolist()
+        # Most calls follow at once; some ranks stop for a while before some calls, up to about 50 us on the GPU.
+        self.sleeps = [int((c - 0.9) * 10 * 100_000) if delays and c > 0.9 else 0 for c in chance]
+
+    def call(self, i: int) -> None:
+        if self.sleeps[i]:
+            torch.cuda._sleep(self.sleeps[i])
+        self.made.all_gather(self.counts[i], self.got[i])
+
+    def wrong(self) -> int:
+        return int((self.got.transpose(0, 1) != self.wanted).sum())
+
+
+def eager(made: Any, device: torch.device, calls: int, seed: int) -> int:
+    wrong = 0
+    block = min(calls, 1000)
+    for first in range(0, calls, block):
+        feed = Feed(made, device, block, seed + first)
+        for i in range(block):
+            feed.call(i)
+        wrong += feed.wrong()
+    return wrong
+
+
+def mixed(made: Any, device: torch.device, rounds: int, seed: int) -> int:
+    """Graphs of 16 calls, replayed with new counts each time, and 0 to 3 eager calls in between."""
+    static = Feed(made, device, 16, seed)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        for i in range(16):
+            static.call(i)
+    torch.cuda.synchronize()
+    wrong = 0
+    for i in range(rounds):
+        fresh = Feed(made, device, 16 + i % 4, seed + 1 + i)
+        static.counts.copy_(fresh.counts[:16])
+        static.got.fill_(-7)
+        graph.replay()
+        for j in range(16, fresh.n):
+            fresh.call(j)
+        fresh.got[:16].copy_(static.got)
+        wrong += fresh.wrong()
+    torch.cuda.synchronize()
+    del graph
+    return wrong
+
+
+def busy(made: Any, device: torch.device, calls: int, seed: int, with_nccl: bool) -> int:
+    """Beside matrix products on one stream and all-reduces on another."""
+    square = torch.randn((4096, 4096), dtype=torch.bfloat16, device=device)
+    product = torch.empty_like(square)
+    reduced = torch.ones(1 << 20, device=device)
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    wrong = 0
+    for first in range(0, calls, 100):
+        feed = Feed(made, device, 100, seed + first)
+        for i in range(100):
+            if i % 4 == 0:
+                with torch.cuda.stream(streams[0]):
+                    torch.mm(square, square, out=product)
+            if with_nccl and i % 2 == 0:
+                with torch.cuda.stream(streams[1]):
+                    dist.all_reduce(reduced, op=dist.ReduceOp.MAX, async_op=True)
+            feed.call(i)
+        torch.cuda.synchronize()
+        wrong += feed.wrong()
+    return wrong
+
+
+def two_streams(make: Callable[..., Any], device: torch.device, rounds: int) -> int:
+    """Two exchanges, each in its own stream order; the host queues them in another order on every rank."""
+    pair = [make(first_epoch=9), make(first_epoch=2**32 - 5)]
+    streams = [torch.cuda.Stream(device) for _ in pair]
+    wrong = 0
+    for i in range(rounds):
+        feeds = [Feed(made, device, 40, 10_000 * (i + 1) + which) for which, made in enumerate(pair)]
+        torch.cuda.synchronize()
+        chance = torch.rand(80, generator=torch.Generator().manual_seed(i * 64 + pair[0].rank)).tolist()
+        at = [0, 0]
+        for c in chance:
+            which = int(c < 0.5)
+            which = which if at[which] < 40 else 1 - which
+            with torch.cuda.stream(streams[which]):
+                feeds[which].call(at[which])
+            at[which] += 1
+        torch.cuda.synchronize()
+        wrong += sum(feed.wrong() for feed in feeds)
+    for made in pair:
+        made.close()
+    return wrong
+
+
+def planners(kind: str, device: torch.device, ranks: int, rank: int, batches: int) -> tuple[bool, str]:
+    """Real routing cut over the ranks: what all ranks send together equals the certified plan; eager and from a graph."""
+    import numpy as np
+
+    with np.load(DATA) as trace:
+        routed, n_experts = trace["topk_ids"], int(trace["n_experts"])
+    r2o = {2: torch.tensor([[1], [0]]), 4: topology.SQUARE_4P2E, 8: topology.CUBE_8P2E}.get(ranks)
+    if r2o is None or n_experts % ranks:
+        return True, f"no topology for {ranks} ranks"
+    n_physical = n_experts + ranks * r2o.shape[1]
+    rng = np.random.default_rng(3)
+    extra = rng.permutation(n_experts)[:ranks]
+    general = np.concatenate([np.append(np.arange(n_experts).reshape(ranks, -1)[r], extra[r - 1]) for r in range(ranks)])
+    # Two planners in one stream order share an exchange; each could have its own.
+    shared = exchange.create(dist.group.WORLD, device, n_experts, kind)
+    both = [Planner(r2o, n_physical, n_experts, group=dist.group.WORLD, device=device, exchange=shared),
+            Planner.from_placement(general, n_logical=n_experts, group=dist.group.WORLD, device=device, exchange=shared)]
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
+    fine, per_rank, best = True, 512, 0
+    for i in range(batches):
+        first = (i * ranks * per_rank) % (len(routed) - ranks * per_rank + 1)
+        mine = routed[first + rank * per_rank : first + (rank + 1) * per_rank, i % routed.shape[1]].astype(np.int64)
+        ids = torch.from_numpy(mine).to(device)
+        for planner in both:
+            out = planner.run(ids, counter)
+            sent = torch.bincount(out.flatten(), minlength=planner.n_routed_experts)
+            all_sent = torch.empty((ranks, len(sent)), dtype=sent.dtype, device=device)
+            exchange.gather_by_torch(dist.group.WORLD, sent, all_sent)
+            info = planner.info()
+            split = planner.split().to(device)
+            per_gpu = split.view(ranks, -1).sum(1)
+            fine &= torch.equal(all_sent.sum(0), split) and info.certified
+            fine &= int(per_gpu.max()) == max(group.bound for group in info.groups)
+            fine &= bool((planner.phy2log.to(device).long()[out] == ids).all())
+            best += 1
+            if i == 0:
+                graph = torch.cuda.CUDAGraph()
+                side = torch.cuda.Stream(device)
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    replayed = planner.run(ids, counter)
+                for _ in range(5):
+                    replayed.fill_(-3)
+                    graph.replay()
+                    fine &= torch.equal(replayed, out)
+                torch.cuda.synchronize()
+                del graph
+    for planner in both:
+        planner.close()
+    shared.close()
+    return fine, f"{best} plans of {ranks} x {per_rank} x {routed.shape[2]} ids"
+
+
+def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rank, ranks, device, with_nccl = start(args)
+    check = Checks(rank)
+    group = dist.group.WORLD
+    kinds = ["ipc"] + (["symm"] if with_nccl else [])
+    for kind in kinds:
+        def make(kind: str = kind, **more: Any) -> Any:
+            return exchange.create(group, device, N_COUNTS, kind, policy="report", timeout=20, **more)
+        made = make()
+        check(f"{kind}: made", made.kind == kind and made.native, repr(made))
+        wrong = eager(made, device, args.calls, 1)
+        check(f"{kind}: {args.calls} eager calls with random delays", wrong == 0, f"{wrong} wrong")
+        rounds = max(4, args.calls // 400)
+        wrong = mixed(made, device, rounds, 5)
+        check(f"{kind}: {rounds} graphs of 16 calls, mixed with eager ones", wrong == 0, f"{wrong} wrong")
+        near = make(first_epoch=2**32 - 20)
+        wrong = eager(near, device, 60, 7) + mixed(near, device, 4, 8)
+        check(f"{kind}: across epoch 2^32", wrong == 0, f"{wrong} wrong")
+        near.close()
+        wrong = busy(made, device, min(args.calls, 2000), 11, with_nccl)
+        check(f"{kind}: beside NCCL and matrix products", wrong == 0 and made.report() is None, f"{wrong} wrong")
+        made.close()
+        rounds = 3 if not with_nccl else 25
+        wrong = two_streams(make, device, rounds)
+        check(f"{kind}: two exchanges on two streams", wrong == 0, f"{wrong} wrong")
+        if not args.no_planners:
+            check(f"{kind}: realised loads equal the certified plan", *planners(kind, device, ranks, rank, 16))
+    auto = exchange.create(group, device, N_COUNTS)
+    check("auto", auto.kind == ("symm" if with_nccl else "ipc"), repr(auto))
+    auto.close()
+    nodes(args, check, device, ranks, with_nccl)
+    # 50 exchanges made and closed: the memory is what it was after the first few.
+    exchange.release(group, device)
+    torch.cuda.synchronize()
+    free = []
+    for i in range(52):
+        made = exchange.create(group, device, N_COUNTS, "ipc", policy="report")
+        made.close()
+        exchange.release(group, device)
+        if i >= 1:
+            torch.cuda.empty_cache()
+            free.append(torch.cuda.mem_get_info(device)[0])
+        dist.barrier()
+    lost = free[0] - free[-1]
+    # On a GPU of its own the number is exact; another process on it may allocate in between.
+    check("ipc: made and closed 50 times", lost <= 0 if with_nccl else True, f"{lost} bytes less free memory")
+    torch.cuda.synchronize()
+    dist.barrier()
+    dist.destroy_process_group()
+    return check.rows
+
+
+def nodes(args: argparse.Namespace, check: Checks, device: torch.device, ranks: int, with_nccl: bool) -> None:
+    """Two nodes, emulated: each half of the ranks is one."""
+    if not with_nccl or ranks % args.nodes:
+        return
+    rails = ["nccl"] + (["nvshmem"] if exchange.has_plugin() else [])
+    for rail in rails:
+        made = exchange.create(dist.group.WORLD, device, N_COUNTS, "ipc", n_nodes=args.nodes, rail=rail, policy="report", timeout=20)
+        wrong = eager(made, device, min(args.calls, 2000), 31) + mixed(made, device, 10, 32)
+        fine = wrong == 0 and made.layout.n_nodes == args.nodes
+        check(f"{args.nodes} nodes of {ranks // args.nodes}, rail {rail}, eager and graphs", fine, f"{wrong} wrong; {made!r}")
+        made.close()
+        exchange.release(dist.group.WORLD, device)
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------------------
+
+
+def faults(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """args.fault: late (policy report), abort, or killed (policy trap). The last rank is the one that fails."""
+    rank, ranks, device, _ = start(args)
+    limit = 2.0
+    made = exchange.create(dist.group.WORLD, device, N_COUNTS, "ipc", policy="trap" if args.fault == "killed" else "report",
+                           timeout=0 if args.fault == "abort" else limit)
+    counts = torch.arange(N_COUNTS, dtype=torch.int32, device=device) + 1
+    for _ in range(3):
+        made.all_gather(counts)
+    torch.cuda.synchronize()
+    dist.barrier()
+    if rank == ranks - 1:
+        if args.fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3 * limit)
+        os._exit(0)
+    if args.fault == "abort":
+        threading.Timer(0.5, made.abort).start()
+    began = time.perf_counter()
+    words = ""
+    got = None
+    try:
+        got = made.all_gather(counts)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        words = type(error).__name__ + ": " + str(error).splitlines()[0]
+    took = time.perf_counter() - began
+    report = made.report()
+    fine = report is not None and report.peer == ranks - 1 and report.rank == rank and took < 3 * limit
+    if args.fault == "killed":
+        fine = fine and bool(words)  # the context is lost, and says so
+    else:
+        row = got[rank].cpu() if got is not None else None
+        fine = fine and not words and row is not None and torch.equal(row, counts.cpu()) and not got[ranks - 1].any()
+        try:
+            made.all_gather(counts)
+            fine = False
+        except errors.PeerTimeout as error:
+            words = str(error)
+    if args.fault != "abort":
+        fine = fine and report is not None and report.reason == "timed out" and limit <= report.waited_s < 1.5 * limit
+    print(f"{'ok' if fine else 'FAILED':6} {args.fault}: rank {rank} after {took:.2f} s: {report}; {words}", flush=True)
+    sys.stdout.flush()
+    os._exit(0 if fine else 1)  # no clean-up: a peer is gone
+
+
+# ---- processes ---------------------------------------------------------------------------------------------------------------------
+
+
+def launch(args: argparse.Namespace, more: list[str], may_die: int = -1) -> list[str]:
+    """One process a rank. What went wrong: ranks that failed, or that were still running at the limit. may_die: a rank that is to die."""
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, os.path.abspath(__file__), args.mode, "--store", f"{folder}/store", *more]
+        common = {**os.environ, "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1",
+                  "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(args.processes)}
+        running = {rank: subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+                   for rank in range(args.processes)}
+        started = list(running.values())
+        end = time.monotonic() + args.limit
+        try:
+            while running and time.monotonic() < end:
+                for rank, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[rank]
+                        if process.returncode and rank != may_die:
+                            problems.append(f"rank {rank} ended with {process.returncode}")
+                            if args.mode == "correct":  # the others wait for it; a moment for what they have to say
+                                end = min(end, time.monotonic() + 5)
+                time.sleep(0.05)
+            if running:
+                problems.append(f"ranks {sorted(running)} were still running")
+        finally:
+            for process in started:
+                process.kill()
+            for process in started:
+                process.wait()
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("mode", choices=["correct", "faults"])
+    parser.add_argument("--processes", type=int, default=max(2, torch.cuda.device_count()))
+    parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--no-planners", action="store_true", help="the exchange alone")
+    parser.add_argument("--limit", type=float, default=120)
+    parser.add_argument("--json")
+    parser.add_argument("--fault", choices=FAULTS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.store:  # a rank
+        rows = correct(args) if args.mode == "correct" else faults(args)
+        if args.json and os.environ["RANK"] == "0":
+            Path(args.json).write_text(json.dumps(rows, indent=1))
+        return 0
+    passed_on = ["--calls", str(args.calls), "--nodes", str(args.nodes)] + (["--json", args.json] if args.json else [])
+    passed_on += ["--no-planners"] * args.no_planners
+    if args.mode == "correct":
+        problems = launch(args, passed_on)
+        print("\n".join(problems), end="\n" * bool(problems))
+        return 1 if problems else 0
+    failed = False
+    for fault in [args.fault] if args.fault else FAULTS:
+        problems = launch(args, ["--fault", fault], may_die=args.processes - 1)
+        print(f"{'FAILED' if problems else 'ok':6} {fault}: {'; '.join(problems) or 'every other rank ended by itself'}", flush=True)
+        failed = failed or bool(problems)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
