@@ -70,7 +70,7 @@ def _suites(device: str) -> dict[str, Any]:
 def _exchange(arguments: argparse.Namespace) -> int:
     """exchange.main(json, plot) -> exit code prints its own table and writes the same JSON as the other suites."""
     try:
-        from . import exchange  # type: ignore[attr-defined,unused-ignore]
+        from . import exchange
     except ImportError:
         raise UsageError("bench exchange: not part of this build") from None
     return int(exchange.main(arguments.json, arguments.plot))

@@ -60,6 +60,9 @@ class Row:
         return cls(**known, extra={key: value for key, value in row.items() if key not in (*names, "met")})
 
 
+REFUSED = (None, None, _native.INT64, 1, None, None, None, _native.INT64, None)  # arguments of lplb_planner_solve without a planner
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """No garbage collection in between."""
@@ -108,9 +111,7 @@ def refused_call_us() -> float:
     What a call through ctypes costs before the library does anything: lplb_planner_solve, refused at once because the planner is NULL.
     The clock's own cost is in it too.
     """
-    library = _native.load()
-    call = (None, None, _native.INT64, 1, None, None, None, _native.INT64, None)
-    return float(np.median(time_calls(library.planner_solve, [call] * 2000, 5)))
+    return float(np.median(time_calls(_native.load().planner_solve, [REFUSED] * 2000, 5)))
 
 
 def machine(device: str) -> dict[str, Any]:
