@@ -168,7 +168,8 @@ def swift_build(objects: list[Path]) -> Path:
     if swift is None:
         raise SystemExit("swift not found: lplb needs Swift 6.3 or later on PATH (https://www.swift.org/install/linux)")
     linker = [f"--version-script={ROOT / 'include/lplb.map'}", f"-soname={SONAME}", "-z", "defs", "-s"]
-    command = [swift, "build", "-c", "release", "--product", "lplb", "--package-path", str(ROOT), "-Xswiftc", "-static-stdlib"]
+    command = [swift, "build", "-c", "release", "--product", "lplb", "--package-path", str(ROOT), "-Xswiftc", "-static-stdlib",
+               "-Xswiftc", "-use-ld=lld"]  # lld comes with Swift; unlike gold it refuses a name in lplb.map that nothing defines
     for flag in linker:
         command += ["-Xlinker", flag]
     env = {**os.environ, "LPLB_CUDA_OBJECTS": ":".join(map(str, objects))}
