@@ -71,9 +71,10 @@ def plan(group, name, out):
             assert torch.equal(planner.redirect(ids), physical)
             as_array = planner.run(ids.numpy(), np.zeros(1, dtype=np.int32))
             assert isinstance(as_array, np.ndarray) and (as_array == physical.numpy()).all()
-    compiled = torch.compile(lambda ids: fixed.run(ids, None) + 0, fullgraph=True, backend="aot_eager")
-    ids = batch(5, rank, 8 * size, 0)
-    assert torch.equal(compiled(ids), fixed.run(ids, None))
+    if name == "2of0":  # the exchange is inside the operator, so it is in compiled graphs too
+        compiled = torch.compile(lambda ids: fixed.run(ids, None) + 0, fullgraph=True, backend="aot_eager")
+        ids = batch(5, rank, 8 * size, 0)
+        assert torch.equal(compiled(ids), fixed.run(ids, None))
     # Without replicas nobody may be asked: only the first rank calls, and it must not hang.
     alone = Planner(r2o, 8 * size, 8 * size, group=group)
     if rank == 0:

@@ -249,6 +249,21 @@ else:
     assert done.returncode == 0, done.stderr
 
 
+def test_torch_imported_later():
+    code = """
+import lplb, numpy as np, sys
+planner = lplb.Planner(np.roll(np.arange(8), -1)[:, None], 72, 64, ep_size=8)
+assert "torch" not in sys.modules
+import torch
+idx = torch.arange(64)
+assert torch.equal(planner.run(idx, torch.zeros(1, dtype=torch.int64)), torch.from_numpy(planner.run(idx.numpy(), None)))
+planner.solve(torch.ones(64, dtype=torch.int32))
+assert isinstance(planner.phy2log, np.ndarray)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_from_placement():
     # The hot expert 0 stands on three ranks, expert 3 twice on one.
     phy2log = [0, 1, 0, 2, 0, 4, 3, 3]

@@ -111,7 +111,7 @@ def _solve(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | None, 
     if sources == 1 and handle.exchange is not None:
         counts, sources = handle.exchange.all_gather(counts.view(-1)), handle.ep_size
     # Without replicas nothing is decided: every share stays at its original, and the library knows no ratios.
-    ratios = torch.ones(ratio_shape, dtype=torch.float32, device=counts.device)
+    ratios = (torch.empty if handle.n_ratios else torch.ones)(ratio_shape, dtype=torch.float32, device=counts.device)
     scaled = torch.empty(scaled_shape, dtype=torch.float32, device=counts.device)
     handle.check_sizes("scaled_shape", scaled.numel(), handle.n_logical)
     if handle.n_ratios:
