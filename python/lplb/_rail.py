@@ -39,7 +39,8 @@ class TorchRail(Rail):
         try:
             size = dist.get_world_size(self.group)
             out = self._tensor(gathered, size * n_counts)
-            with torch.cuda.stream(torch.cuda.ExternalStream(stream or 0, device=self.device)):
+            make_stream: Any = torch.cuda.ExternalStream  # untyped in PyTorch
+            with torch.cuda.stream(make_stream(stream or 0, device=self.device)):
                 dist.all_gather_into_tensor(out, self._tensor(counts, n_counts), group=self.group)
             return 0
         except BaseException as error:  # nothing may pass through C
