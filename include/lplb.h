@@ -196,8 +196,8 @@ lplb_status lplb_planner_redirect_by_ratio(lplb_planner *planner, const void *id
 /*
  * Everything in one call: count, solve, redirect. gathered: NULL (the ids are all there is: one source), or int32 [ep_size][n_logical],
  * the counts of every rank, this rank's row being those of ids (then nothing is counted here, and the config's rank must be given).
- * counter as in lplb_planner_solve. Without any replicas the ids are rewritten and the counter grows, but nothing is counted or solved, so
- * there is no plan to read afterwards.
+ * counter as in lplb_planner_solve. Where no expert stands on two ranks (no replicas, or self copies only) the ids are rewritten and the
+ * counter grows, but nothing is counted or solved, so there is no plan to read afterwards.
  */
 lplb_status lplb_planner_run(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, const int32_t *gathered,
                              void *out, void *counter, lplb_dtype counter_dtype, int64_t max_blocks, void *stream);
