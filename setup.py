@@ -135,27 +135,29 @@ def compile_cuda(toolkit: Toolkit) -> list[Path]:
     release = subprocess.run([toolkit.nvcc, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
 
     common = hashlib.sha256(repr((flags, release)).encode())
-    for header in sorted([*(ROOT / "cuda").glob("*.h"), *(ROOT / "cuda").glob("*.cuh"), *(ROOT / "include").glob("*.h")]):
+    for header in sorted([*(ROOT / "cuda").glob("*.h"), *(ROOT / "cuda").glob("*.cuh")]):
         common.update(header.read_bytes())
+    cores = max(2, min(8, os.cpu_count() or 2))  # files at a time, and architectures at a time within a file
     cache = ROOT / "build/cuda"
     cache.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{path}" for path in [ROOT / "cuda", ROOT / "include", *toolkit.include]]
+    includes = [f"-I{path}" for path in [ROOT / "cuda", *toolkit.include]]
 
     def compile_one(source: Path) -> Path:
         digest = common.copy()
         digest.update(source.read_bytes())
         target = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not target.exists():
-            print(f"nvcc {source.name} ({', '.join(archs)})", flush=True)
+            print(f"lplb: nvcc {source.name} ({', '.join(archs)})", flush=True)
             part = target.with_suffix(f".{os.getpid()}.part.o")
             try:
-                subprocess.run([toolkit.nvcc, *flags, *includes, "-c", source, "-o", part], check=True, timeout=NVCC_TIMEOUT)
+                command = [toolkit.nvcc, *flags, *includes, f"--threads={cores}", "-c", source, "-o", part]
+                subprocess.run(command, check=True, timeout=NVCC_TIMEOUT)
                 part.replace(target)
             finally:
                 part.unlink(missing_ok=True)
         return target
 
-    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+    with ThreadPoolExecutor(cores) as pool:
         return list(pool.map(compile_one, cuda_sources()))
 
 
