@@ -39,8 +39,7 @@ class TorchRail(Rail):
         try:
             size = dist.get_world_size(self.group)
             out = self._tensor(gathered, size * n_counts)
-            make_stream: Any = torch.cuda.ExternalStream  # untyped in PyTorch
-            with torch.cuda.stream(make_stream(stream or 0, device=self.device)):
+            with torch.cuda.stream(self._stream(stream)):
                 dist.all_gather_into_tensor(out, self._tensor(counts, n_counts), group=self.group)
             return 0
         except BaseException as error:  # nothing may pass through C
@@ -49,6 +48,14 @@ class TorchRail(Rail):
 
     def _error(self, context: int) -> int:
         return ctypes.addressof(self.words)
+
+    def _stream(self, handle: int | None) -> Any:
+        """The stream as PyTorch knows it. NULL is the default stream, of which ExternalStream would make a new one."""
+        current = torch.cuda.current_stream(self.device)
+        if current.cuda_stream == (handle or 0):
+            return current
+        external: Any = torch.cuda.ExternalStream  # untyped in PyTorch
+        return external(handle, device=self.device) if handle else torch.cuda.default_stream(self.device)
 
     def _tensor(self, address: int, n: int) -> torch.Tensor:
         """The library's memory as a tensor. Only a few addresses occur again and again: the exchange's own, and the caller's counts."""

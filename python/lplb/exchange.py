@@ -48,7 +48,8 @@ def create(group: Any, device: Any, n_counts: int, kind: str = "auto", *, n_node
 
     device: this rank's GPU, or "cpu". kind: see above; "auto" falls back, with one line in the log of rank 0 that says why, the others
     raise Unsupported on all ranks where they fail on one. n_nodes: None: ranks that share a host form a node. rail: "nccl", "nvshmem"
-    (needs the plugin), "auto": NVSHMEM if it is already running, else NCCL.
+    (needs the plugin), "auto": NVSHMEM if it is already running, else NCCL. (On several nodes a group of the ranks along the rail is made,
+    for which PyTorch may need every rank of the job: then all groups must make their exchanges at the same time.)
     timeout: seconds to wait for a peer, on the GPU's clock; 0: no limit. policy: what a GPU does then: "trap" ends the process's CUDA
     context, so that nothing goes on with wrong counts; "report" lets it go on, with zeros, and makes later calls raise PeerTimeout.
     first_epoch: the number of the first call.
@@ -277,9 +278,9 @@ class _Maker:
             ranks = dist.get_process_group_ranks(self.group)
             node = ranks[layout.node * layout.per_node :][: layout.per_node]
             along = ranks[layout.local_rank :: layout.per_node]
-            backend = dist.get_backend(self.group)
-            _subgroups[key] = (dist.new_group(node, backend=backend, use_local_synchronization=True),
-                               dist.new_group(along, backend=backend, use_local_synchronization=True))
+            # Of the node's group only the store is used, by PyTorch's rendezvous.
+            _subgroups[key] = (dist.new_group(node, backend="gloo", use_local_synchronization=True),
+                               dist.new_group(along, backend=dist.get_backend(self.group), use_local_synchronization=True))
         return _subgroups[key]
 
 
