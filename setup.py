@@ -5,6 +5,8 @@ Environment
                    because `setup_requires` below names them.
   LPLB_CUDA_ARCHS  e.g. "90" or "80,90": compute capabilities to compile for (default: every one of DEFAULT_ARCHS that nvcc knows)
   LPLB_NVCC_FLAGS  more flags for nvcc, e.g. "-lineinfo"
+  NVSHMEM_HOME     builds the plugin liblplb_nvshmem.so with this NVSHMEM. Unset: with its wheel, where the build sees one. LPLB_NVSHMEM=0:
+                   never.
 """
 
 from __future__ import annotations
@@ -161,6 +163,39 @@ def compile_cuda(toolkit: Toolkit) -> list[Path]:
         return list(pool.map(compile_one, cuda_sources()))
 
 
+def find_nvshmem() -> Path | None:
+    """A folder with NVSHMEM's include/ and lib/, None: no plugin."""
+    if os.environ.get("LPLB_NVSHMEM") == "0":
+        return None
+    home = os.environ.get("NVSHMEM_HOME")
+    if home and not (Path(home) / "include/nvshmem.h").is_file():
+        raise SystemExit(f"NVSHMEM_HOME is {home}, but there is no include/nvshmem.h in it")
+    homes = [Path(home)] if home else [Path(entry) / "nvidia/nvshmem" for entry in sys.path]
+    return next((home for home in homes if (home / "include/nvshmem.h").is_file()), None)
+
+
+def compile_plugin(toolkit: Toolkit, nvshmem: Path) -> Path:
+    """liblplb_nvshmem.so, in build/cuda under the hash of all that it depends on."""
+    archs = choose_archs(toolkit.nvcc)
+    flags = [word for arch in archs for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    flags += [f"-I{path}" for path in toolkit.include] + [f"-L{toolkit.cudart.parent}"]
+    folder = ROOT / "cuda/nvshmem"
+    digest = hashlib.sha256(repr(flags).encode())
+    for source in [*sorted(folder.iterdir()), ROOT / "include/lplb.h", nvshmem / "include/non_abi/nvshmem_version.h"]:
+        digest.update(source.read_bytes())
+    target = ROOT / "build/cuda" / f"nvshmem-{digest.hexdigest()[:16]}.so"
+    if not target.exists():
+        print(f"lplb: nvcc nvshmem/rail.cu ({', '.join(archs)})", flush=True)
+        part = target.with_suffix(f".{os.getpid()}.part.so")
+        try:
+            command = ["bash", folder / "build.sh", part, nvshmem, *flags]
+            subprocess.run(command, check=True, env={**os.environ, "NVCC": str(toolkit.nvcc)}, timeout=NVCC_TIMEOUT)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    return target
+
+
 # ---- The library -----------------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +237,9 @@ def build_native(package: Path) -> list[Path]:
         return text.replace("@VERSION@", read_version()).replace("@SONAME@", SONAME).encode()
 
     place(f"lib/{SONAME}", library.read_bytes(), 0o755)
+    nvshmem = find_nvshmem() if toolkit else None
+    if toolkit and nvshmem:
+        place("lib/liblplb_nvshmem.so", compile_plugin(toolkit, nvshmem).read_bytes(), 0o755)
     place("include/lplb.h", (ROOT / "include/lplb.h").read_bytes())
     place("lib/pkgconfig/lplb.pc", fill("lplb.pc.in"))
     place("lib/cmake/lplb/lplb-config.cmake", fill("lplb-config.cmake.in"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds liblplb_nvshmem.so: build.sh OUTPUT NVSHMEM_HOME [-gencode ... for nvcc]. NVSHMEM_HOME holds include/ and lib/ (of the wheel
-# nvidia-nvshmem-cu13, for one). nvcc: $NVCC, else the one on PATH.
+# nvidia-nvshmem-cu13, for one). nvcc: $NVCC, else the one on PATH. setup.py calls this.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 output=$1 home=$2
