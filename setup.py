@@ -268,7 +268,7 @@ class BuildPy(_build_py):
         unwanted = {"__pycache__", ".pytest_cache", ".mypy_cache", "lplb.egg-info"}
         generated = {ROOT / "python/lplb/lib", ROOT / "python/lplb/include"}
         found = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(".*.ini"))]
-        for top in ("Package.swift", ".ci", "Sources", "Tests", "cuda", "include", "python"):
+        for top in ("Package.swift", ".bench", ".ci", "Sources", "Tests", "cuda", "include", "python"):
             for path in [ROOT / top, *sorted((ROOT / top).rglob("*"))]:
                 inside = path.relative_to(ROOT)
                 if path.is_file() and unwanted.isdisjoint(inside.parts) and generated.isdisjoint(path.parents):
