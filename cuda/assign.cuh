@@ -16,7 +16,9 @@ __device__ __forceinline__ void assign_tokens(int n, Quota quota, RankOf rank, C
     // Supply and quota of a node, less what stays on its own rank.
     const auto node_supply = [&](int node) {
         int supply = 0;
+#pragma unroll 1
         for (int s = node * per_node; s < (node + 1) * per_node; ++s) supply += count(s);
+#pragma unroll 1
         for (int j = 0; j < n; ++j) {
             if (rank(j) / per_node == node) supply -= min(count(rank(j)), quota(j));
         }
@@ -26,7 +28,9 @@ __device__ __forceinline__ void assign_tokens(int n, Quota quota, RankOf rank, C
 
     // This source within its node: its supply is [start, start + mine).
     int start = 0, mine = count(own), node_quota = 0;
+#pragma unroll 1
     for (int s = own_node * per_node; s < own; ++s) start += count(s);
+#pragma unroll 1
     for (int j = 0; j < n; ++j) {
         const int r = rank(j);
         if (r / per_node != own_node) continue;
@@ -39,8 +43,10 @@ __device__ __forceinline__ void assign_tokens(int n, Quota quota, RankOf rank, C
     const int far = max(start + mine - max(start, node_quota), 0);
     int far_start = 0;
     if (far > 0) {
+#pragma unroll 1
         for (int node = 0; node < own_node; ++node) {
             int need = 0;
+#pragma unroll 1
             for (int j = 0; j < n; ++j) {
                 if (rank(j) / per_node == node) need += rest_of(j);
             }
@@ -50,6 +56,7 @@ __device__ __forceinline__ void assign_tokens(int n, Quota quota, RankOf rank, C
     }
     int far_quota = 0;  // what the places before j want from other nodes
     int near_quota = 0;
+#pragma unroll 1
     for (int j = 0; j < n; ++j) {
         const int r = rank(j);
         const int node = r / per_node;
@@ -63,6 +70,7 @@ __device__ __forceinline__ void assign_tokens(int n, Quota quota, RankOf rank, C
         }
         if (far > 0) {
             if (node != own_node) {
+#pragma unroll 1
                 for (int i = 0; i < j; ++i) {
                     if (rank(i) / per_node == node) node_start += rest_of(i);
                 }

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "kernels.h"
+#include "profile.cuh"
 
 #ifndef LPLB_MAX_GROUP_CUDA
 #define LPLB_MAX_GROUP_CUDA 512  // LPLB_MAX_RANKS_CUDA of lplb.h
@@ -49,6 +50,20 @@ __device__ __forceinline__ int checked_id(Id id, int n_logical) {
     return id == (Id)-1 ? -1 : -2;
 }
 
+// Waits until the kernels before this one in the stream are through; tables may be read before that, nothing else.
+__device__ __forceinline__ void wait_for_stream() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel of the stream start its own preparations, if it was launched to do so.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- Clusters (compute capability 9.0 and above; elsewhere a cluster is one block) -------------------------------------------------
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -90,14 +105,17 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// The word at the same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ int cluster_load(const int *shared, unsigned rank) {
+// The four words at the same place in the shared memory of another block of the cluster. 16-byte aligned.
+__device__ __forceinline__ int4 cluster_load(const int4 *shared, unsigned rank) {
 #ifdef LPLB_CLUSTERS
     const uint32_t here = (uint32_t)__cvta_generic_to_shared(shared);
     uint32_t there;
-    int value;
+    int4 value;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(there) : "memory");
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(there)
+                 : "memory");
     return value;
 #else
     return *shared;

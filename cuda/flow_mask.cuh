@@ -86,7 +86,8 @@ public:
     using Set = Ranks<kWords>;
     FlowEnd end;
     Set witness;
-    int load;  // of this lane's rank
+    int load;   // of this lane's rank
+    int total;  // of all ranks
 
     __device__ MaskFlow(const FlowTables &tables, const FlowSpace &space, int n_ranks)
         : t_(tables), s_(space), n_ranks_(n_ranks), rank_(threadIdx.x), valid_(threadIdx.x < n_ranks), parity_(0) {}
@@ -95,7 +96,7 @@ public:
     __device__ void solve() {
         const int base = valid_ ? s_.base[rank_] : 0;
         load = base + (valid_ ? s_.load[rank_] : 0);
-        const int total = sum(load);
+        total = sum(load);
         const int highest_base = highest(base);
         end.bound = ceil_share(total, n_ranks_);
         witness = ballot(valid_);
@@ -109,10 +110,12 @@ public:
         end.certified = 1;
         const int n_colours = t_.n_colours();
         if (n_colours > 0) {
+#pragma unroll 1
             for (int sweep = 0; sweep < 2; ++sweep) {
                 if (ballot(load > end.bound).empty()) return;
                 s_.load[rank_] = load;
                 sync();
+#pragma unroll 1
                 for (int colour = 0; colour < n_colours; ++colour) {
                     sweep_colour(t_, s_, colour, rank_, 32 * kWords);
                     sync();
@@ -197,6 +200,7 @@ private:
         s_.load[rank_] = load;
         sync();
         int before = 0;
+#pragma unroll 4
         for (int q = 0; q < n_ranks_; ++q) {
             const int other = s_.load[q];
             before += other > load || (other == load && q < rank_);
@@ -206,6 +210,7 @@ private:
         added[before] = base;
         sync();
         const int n_bundles = t_.n_bundles();
+#pragma unroll 1
         for (int bundle = rank_; bundle < n_bundles; bundle += 32 * kWords) {
             const int arc = t_.bundle_start[bundle];
             atomicAdd(&added[max(position[t_.arc_rank[arc]], position[t_.arc_rank[arc + 1]])], s_.sum[bundle]);
@@ -236,7 +241,8 @@ private:
             kept[i].word = i < degree ? t_.rank_arc[first + i] : 0;
             kept_mask[i] = i < degree ? mask_of(kept[i].bundle()) : Set::none();
         }
-        const int max_rounds = t_.max_rounds();
+        const int max_rounds = lplbk_max_rounds(n_ranks_);
+#pragma unroll 1
         for (;;) {
             const int bound = end.bound;
             s_.load[rank_] = load;
@@ -253,6 +259,7 @@ private:
             for (int i = 0; i < kKept; ++i) {
                 if (tokens[i] > 0) adjacent |= kept_mask[i];
             }
+#pragma unroll 1
             for (int i = kKept; i < degree; ++i) {
                 const ArcEntry entry{t_.rank_arc[first + i]};
                 if (s_.x[entry.arc()] > 0) adjacent |= mask_of(entry.bundle());
@@ -263,6 +270,7 @@ private:
             int level = load < bound ? 0 : -1;
             int levels = 0;
             bool cut = false;
+#pragma unroll 1
             while (!over.without(reached).empty()) {
                 const bool joins = level < 0 && !(adjacent & front).empty();
                 const Set joined = ballot(joins);
@@ -286,6 +294,7 @@ private:
                 continue;
             }
             if (kWords == 1) __syncwarp();  // the loads are published; with two warps the ballots were barriers
+#pragma unroll 1
             for (int step = levels; step >= 1; --step) {
                 int excess = level == step ? load - bound : 0;
                 int *received = s_.received + (step & 1) * 32 * kWords;
@@ -315,6 +324,7 @@ private:
             if (i < degree && s_.x[kept[i].arc()] > 0 && !(kept_mask[i] & toward).empty()) useful |= 1u << i;
         }
         int later = kKept;
+#pragma unroll 1
         while (excess > 0) {
             int i;
             if (useful != 0) {
@@ -330,6 +340,7 @@ private:
             Set candidates = mask & toward;
             int tokens = s_.x[entry.arc()];
             const int here = mask.below(rank_);
+#pragma unroll 1
             while (tokens > 0 && excess > 0 && !candidates.empty()) {
                 const int q = candidates.first();
                 candidates.remove(q);

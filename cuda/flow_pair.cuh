@@ -27,6 +27,7 @@ struct PairFlow {
     int sum[kSlots];  // tokens of the bundle
     int x[kSlots];    // of them on this rank
     int load;         // of this rank
+    int total;        // of all ranks
     unsigned witness;
     FlowEnd end;
 
@@ -35,14 +36,14 @@ struct PairFlow {
 #pragma unroll
         for (int c = 0; c < kSlots; ++c) {
             partner[c] = words[c] & 31;
-            slot_class[c] = words[c] >> 8 & 0xffff;
-            is_copy[c] = (words[c] >> 24 & 1) != 0;
-            bit[c] = (words[c] >> 25 & 1) != 0 ? 1u << partner[c] : 0u;
+            slot_class[c] = words[c] >> LPLBK_LANE_CLASS & 0xffff;
+            is_copy[c] = (words[c] >> LPLBK_LANE_COPY & 1) != 0;
+            bit[c] = (words[c] >> LPLBK_LANE_ARC & 1) != 0 ? 1u << partner[c] : 0u;
         }
     }
 
     // base: tokens of this rank's single places; class_sum: tokens of each slot class; shared: 32 words.
-    __device__ __forceinline__ void solve(int n_ranks, int n_colours, int max_rounds, int base, const int *class_sum, int *shared) {
+    __device__ __forceinline__ void solve(int n_ranks, int base, const int *class_sum, int *shared) {
         const bool valid = lane_id() < n_ranks;
         load = base;
 #pragma unroll
@@ -51,7 +52,7 @@ struct PairFlow {
             x[c] = is_copy[c] ? sum[c] >> 1 : (sum[c] + 1) >> 1;
             load += x[c];
         }
-        const int total = warp_sum(load);
+        total = warp_sum(load);
         const int highest_base = warp_max(base);
         end.bound = ceil_share(total, n_ranks);
         witness = n_ranks == 32 ? kFullWarp : (1u << n_ranks) - 1;
@@ -61,16 +62,19 @@ struct PairFlow {
         }
         end.rounds = 0;
         end.certified = 1;
+        MARK(8);
+#pragma unroll 1
         for (int sweep = 0; sweep < 2; ++sweep) {
-            if (__ballot_sync(kFullWarp, load > end.bound) == 0) return;
+            if (!__any_sync(kFullWarp, load > end.bound)) return;
+            // Slots without an arc, and colours that there are not, have the rank itself for a partner: nothing moves.
 #pragma unroll
-            for (int c = 0; c < kSlots; ++c) {
-                if (c < n_colours) even_out(c);
-            }
+            for (int c = 0; c < kSlots; ++c) even_out(c);
         }
-        if (__ballot_sync(kFullWarp, load > end.bound) == 0) return;
+        if (!__any_sync(kFullWarp, load > end.bound)) return;
+        MARK(9);
         cut_prefixes(n_ranks, base, shared);
-        rounds(valid, max_rounds);
+        MARK(10);
+        rounds(valid, lplbk_max_rounds(n_ranks));
     }
 
 private:
@@ -85,7 +89,7 @@ private:
     // The best lower bound among the sets of the n busiest ranks.
     __device__ __forceinline__ void cut_prefixes(int n_ranks, int base, int *shared) {
         int position = 0;
-#pragma unroll 8
+#pragma unroll 4
         for (int q = 0; q < n_ranks; ++q) {
             const int other = __shfl_sync(kFullWarp, load, q);
             position += other > load || (other == load && q < lane_id());
@@ -117,6 +121,7 @@ private:
             for (int d = 0; d < c; ++d) twice |= bit[c] == bit[d] && bit[c] != 0;
         }
         const bool some_twice = __any_sync(kFullWarp, twice) != 0;
+#pragma unroll 1
         for (;;) {
             const int bound = end.bound;
             const unsigned over = __ballot_sync(kFullWarp, valid && load > bound);
@@ -137,6 +142,7 @@ private:
             int level = load < bound ? 0 : -1;
             int levels = 0;
             bool cut = false;
+#pragma unroll 1
             while ((over & ~reached) != 0) {
                 const bool joins = level < 0 && (adjacent & front) != 0;
                 const unsigned joined = __ballot_sync(kFullWarp, joins);
@@ -179,6 +185,7 @@ private:
                 before[c] = so_far;
                 so_far += available[c];
             }
+#pragma unroll 1
             for (int step = levels; step >= 1; --step) {
                 const int excess = level == step ? load - bound : 0;
                 int given[kSlots];

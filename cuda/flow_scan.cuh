@@ -12,6 +12,7 @@ public:
     FlowEnd end;
     bool in_witness;  // this thread's rank
     int load;         // of this thread's rank
+    int total;        // of all ranks
 
     // given: [ranks][ranks] pairs {stamp, tokens} in global memory, what a rank gave another in the step with that stamp. stamp: the last one
     // used with this memory, kept from solve to solve, so that it never has to be cleared.
@@ -24,7 +25,7 @@ public:
     __device__ void solve() {
         const int base = valid_ ? s_.base[rank_] : 0;
         load = valid_ ? base + s_.load[rank_] : 0;
-        const int total = across(load, false);
+        total = across(load, false);
         const int highest_base = across(base, true);
         end.bound = ceil_share(total, n_ranks_);
         in_witness = valid_;
@@ -81,7 +82,7 @@ private:
         const int first = valid_ ? t_.rank_start[rank_] : 0;
         const int last = valid_ ? t_.rank_start[rank_ + 1] : 0;
         const int n_bundles = t_.n_bundles();
-        const int max_rounds = t_.max_rounds();
+        const int max_rounds = lplbk_max_rounds(n_ranks_);
         unsigned stamp = *stamp_memory_;
         for (;;) {
             const int bound = end.bound;
@@ -93,7 +94,7 @@ private:
                 break;
             }
             ++end.rounds;
-            for (int bundle = threadIdx.x; bundle < n_bundles; bundle += blockDim.x) bundle_level_[bundle] = -1;
+            for (int bundle = threadIdx.x; bundle < n_bundles; bundle += blockDim.x) bundle_level_[bundle] = INT32_MAX;
             int level = valid_ && load < bound ? 0 : -1;
             if (valid_) s_.load[rank_] = load;
             int levels = 0;
@@ -101,8 +102,7 @@ private:
             while (__syncthreads_or(over && level < 0)) {
                 if (level == levels) {
                     for (int i = first; i < last; ++i) {
-                        const int bundle = ArcEntry{t_.rank_arc[i]}.bundle();
-                        if (bundle_level_[bundle] < 0) bundle_level_[bundle] = levels;  // all that write here write the same
+                        atomicMin(&bundle_level_[ArcEntry{t_.rank_arc[i]}.bundle()], levels);
                     }
                 }
                 __syncthreads();

@@ -11,18 +11,18 @@ struct FlowTables {
     const int *rank_start;
     const unsigned *rank_arc;
     const int *arc_rank;
+    const int *arc_slot;
     const int *bundle_start;
     const unsigned *mask;
 
     __device__ FlowTables(const int *image, const lplbk_layout &at)
         : header(image), rank_start(image + at.rank_start), rank_arc(reinterpret_cast<const unsigned *>(image + at.rank_arc)),
-          arc_rank(image + at.arc_rank), bundle_start(image + at.bundle_start),
+          arc_rank(image + at.arc_rank), arc_slot(image + at.arc_slot), bundle_start(image + at.bundle_start),
           mask(reinterpret_cast<const unsigned *>(image + at.mask)) {}
 
     __device__ int n_bundles() const { return header[LPLBK_IMAGE_BUNDLES]; }
     __device__ int n_arcs() const { return header[LPLBK_IMAGE_ARCS]; }
     __device__ int n_colours() const { return header[LPLBK_IMAGE_COLOURS]; }
-    __device__ int max_rounds() const { return header[LPLBK_IMAGE_MAX_ROUNDS]; }
     __device__ int colour_start(int colour) const { return header[LPLBK_IMAGE_COLOUR + colour]; }
 };
 
@@ -66,6 +66,7 @@ struct FlowSpace {
 // The even split, by all threads of the block: x, and load = the arcs' tokens on each rank (base not yet added). Starts with cleared loads.
 __device__ __forceinline__ void split_evenly(const FlowTables &tables, const FlowSpace &space) {
     const int n_arcs = tables.n_arcs();
+#pragma unroll 1
     for (int i = threadIdx.x; i < n_arcs; i += blockDim.x) {
         const ArcEntry entry{tables.rank_arc[i]};
         const int start = tables.bundle_start[entry.bundle()];
@@ -81,6 +82,7 @@ __device__ __forceinline__ void split_evenly(const FlowTables &tables, const Flo
 // One colour of a sweep: evens out the two ranks of each bundle. By the threads first, first + step, ..
 __device__ __forceinline__ void sweep_colour(const FlowTables &tables, const FlowSpace &space, int colour, int first, int step) {
     const int end = tables.colour_start(colour + 1);
+#pragma unroll 1
     for (int bundle = tables.colour_start(colour) + first; bundle < end; bundle += step) {
         const int arc = tables.bundle_start[bundle];
         const int u = tables.arc_rank[arc], v = tables.arc_rank[arc + 1];

@@ -15,6 +15,12 @@
 extern "C" {
 #endif
 
+#ifdef __CUDACC__
+#define LPLBK_BOTH static inline __host__ __device__
+#else
+#define LPLBK_BOTH static inline
+#endif
+
 enum { LPLBK_NO_CUDA = -1, LPLBK_UNSUPPORTED = -2 };
 
 /* What an error number means to the caller. */
@@ -72,39 +78,51 @@ typedef struct lplbk_shape {
  * group's image bundles and arcs are numbered from 0 in that group and ranks are those of the group.
  */
 typedef struct lplbk_layout {
-    int32_t expert;        /* [n_logical][4]: bundle, or -1 - rank in group of the single place; first place; places; replicated or -1 */
+    int32_t n_replicated;  /* one word: experts in bundle_expert */
+    int32_t code;          /* [n_logical]: slot of the only replica; -1 - i: expert i of bundle_expert */
+    int32_t expert;        /* [n_logical][4]: bundle, or -1 - rank in group of the single place; places | group << 16; first place; its slot */
     int32_t place;         /* [n_physical][2]: slot, rank in EP */
-    int32_t replicated;    /* [n_logical]: experts with two or more places, ascending */
     int32_t bundle_expert_start; /* [n_groups * max_bundles + 1] of bundle group * max_bundles + b: its experts are .. */
-    int32_t bundle_expert; /* [n_logical] .. here, in bundle order */
-    int32_t expert_group;  /* [n_logical] */
-    int32_t home;          /* [n_logical] topology: expert by original slot, [ep_size][n_logical / ep_size]; else unused */
+    int32_t bundle_expert; /* [n_logical] .. here, bundle by bundle; then a topology's experts whose copy is on their own rank */
+    int32_t home;          /* [n_logical][4] topology, by original slot, [ep_size][n_logical / ep_size]: lplbk_home; else unused */
     int32_t expert_class;  /* [n_logical] topology: EP rank * n_redundant + d, -1: not replicated; else -1 */
     int32_t expert_copy;   /* [n_logical] topology: slot of the copy, -1: none; else -1 */
-    int32_t lanes;         /* [n_groups][pair_slots][32] see lplbk_lane */
+    int32_t lanes;         /* [n_groups][pair_slots][32] lplbk_lane */
     int32_t image;         /* [n_groups][image_words] */
     int32_t image_words;
     /* offsets inside an image */
     int32_t rank_start;    /* [group_size + 1] into rank_arc */
     int32_t rank_arc;      /* [max_arcs] arc | bundle << 13 | flip << 31; flip: a pair whose second place has the lower rank */
     int32_t arc_rank;      /* [max_arcs] */
+    int32_t arc_slot;      /* [max_arcs] slot of the place, | 1 << 31 if it is not the first of its bundle (bundles of one expert) */
     int32_t bundle_start;  /* [max_bundles + 1] into the arcs */
     int32_t mask;          /* [max_bundles][mask_words] group_size <= 64: bit r: the bundle has a place on rank r; else absent */
     int32_t mask_words;    /* 1, 2 or 0 */
     int32_t words;         /* of the whole blob */
 } lplbk_layout;
 
-/* Words of the blob's header. */
-enum { LPLBK_HEADER_REPLICATED = 0 /* experts with two or more places */, LPLBK_HEADER_WORDS = 16 };
 /* Words of an image's header; IMAGE_COLOUR + c: first bundle of colour c, one more than there are colours. */
-enum { LPLBK_IMAGE_BUNDLES = 0, LPLBK_IMAGE_ARCS = 1, LPLBK_IMAGE_COLOURS = 2, LPLBK_IMAGE_MAX_ROUNDS = 3, LPLBK_IMAGE_COLOUR = 16,
-       LPLBK_IMAGE_HEADER_WORDS = 32, LPLBK_MAX_COLOURS = 8 };
+enum { LPLBK_IMAGE_BUNDLES = 0, LPLBK_IMAGE_ARCS = 1, LPLBK_IMAGE_COLOURS = 2, LPLBK_IMAGE_COLOUR = 16, LPLBK_IMAGE_HEADER_WORDS = 32 };
+enum { LPLBK_MAX_COLOURS = 8 };
 
-/* One word of `lanes` for the arc of colour c on a rank: where its bundle's other place is. Ranks without that colour: lplbk_no_lane. */
+/* Passes of the solver's loop after which it gives up, as in the solver's tables. */
+LPLBK_BOTH int32_t lplbk_max_rounds(int32_t group_size) { return 4096 + 64 * group_size; }
+
+/* One word of `lanes` for the arc of colour c on a rank: where its bundle's other place is. A rank without that colour is its own partner. */
+enum { LPLBK_LANE_CLASS = 8, LPLBK_LANE_COPY = 24, LPLBK_LANE_ARC = 25 };
 static inline int32_t lplbk_lane(int32_t partner, int32_t slot_class, int32_t is_copy) {
-    return partner | slot_class << 8 | is_copy << 24 | 1 << 25; /* slot_class: rank in group * n_redundant + d */
+    return partner | slot_class << LPLBK_LANE_CLASS | is_copy << LPLBK_LANE_COPY | 1 << LPLBK_LANE_ARC;
 }
 static inline int32_t lplbk_no_lane(int32_t rank) { return rank; }
+
+/* Words of `home`: expert | 1 << 31 if it has two places; rank in group | slot class << 16 (rank in group * n_redundant + d; any class if
+   it has one place); slot; slot of the copy, or -1. */
+static inline void lplbk_home(int32_t *words, int32_t expert, int32_t paired, int32_t rank, int32_t slot_class, int32_t slot, int32_t copy) {
+    words[0] = paired ? (int32_t)((uint32_t)expert | 0x80000000u) : expert;
+    words[1] = (int32_t)((uint32_t)rank | (uint32_t)slot_class << 16);
+    words[2] = slot;
+    words[3] = copy;
+}
 
 static inline int32_t lplbk_section(int32_t *end, int64_t words) {
     const int32_t start = *end;
@@ -120,18 +138,18 @@ static inline lplbk_layout lplbk_layout_of(const lplbk_shape *shape) {
     at.rank_start = lplbk_section(&end, shape->group_size + 1);
     at.rank_arc = lplbk_section(&end, shape->max_arcs);
     at.arc_rank = lplbk_section(&end, shape->max_arcs);
+    at.arc_slot = lplbk_section(&end, shape->max_arcs);
     at.bundle_start = lplbk_section(&end, shape->max_bundles + 1);
     at.mask = lplbk_section(&end, (int64_t)shape->max_bundles * at.mask_words);
     at.image_words = end;
     end = 0;
-    lplbk_section(&end, LPLBK_HEADER_WORDS);
+    at.n_replicated = lplbk_section(&end, 1);
+    at.code = lplbk_section(&end, shape->n_logical);
     at.expert = lplbk_section(&end, (int64_t)shape->n_logical * 4);
     at.place = lplbk_section(&end, (int64_t)shape->n_physical * 2);
-    at.replicated = lplbk_section(&end, shape->n_logical);
     at.bundle_expert_start = lplbk_section(&end, (int64_t)shape->n_groups * shape->max_bundles + 1);
     at.bundle_expert = lplbk_section(&end, shape->n_logical);
-    at.expert_group = lplbk_section(&end, shape->n_logical);
-    at.home = lplbk_section(&end, shape->n_logical);
+    at.home = lplbk_section(&end, (int64_t)shape->n_logical * 4);
     at.expert_class = lplbk_section(&end, shape->n_logical);
     at.expert_copy = lplbk_section(&end, shape->n_logical);
     at.lanes = lplbk_section(&end, (int64_t)shape->n_groups * shape->pair_slots * 32);

@@ -1,93 +1,262 @@
 // Solve: counts -> plan, one block a group.
+#include "launch.cuh"
+#include "multi.cuh"
 #include "solve_general.cuh"
+#include "solve_pairs.cuh"
 
 namespace lplb {
 namespace {
 
-// Counts in global memory, [n_sources][n_logical].
-template <class Count>
-struct CountMatrix {
-    const Count *counts;
-    int n_sources, n_logical;
-
-    __device__ int64_t total(int expert) const {
-        int64_t sum = 0;
-        const Count *at = counts + expert;
-        // Nobody promises that the column sum of 2^63 - 1 fits: each count is cut at 2^40, far beyond what a solve takes.
-#pragma unroll 8
-        for (int s = 0; s < n_sources; ++s, at += n_logical) sum += cut(*at);
-        return sum;
-    }
-    __device__ int of(int source, int expert) const { return (int)cut(counts[(int64_t)source * n_logical + expert]); }
-
-private:
-    __device__ static int64_t cut(int32_t count) { return max(count, 0); }
-    __device__ static int64_t cut(int64_t count) { return max(min(count, (int64_t)1 << 40), (int64_t)0); }
-};
-
-// Writes the plan to global memory.
-struct PlanSink {
-    int32_t *quota, *take;
-    __device__ void put(int, int, int, int, int slot, int tokens, int own) {
-        quota[slot] = tokens;
-        take[slot] = own;
-    }
-};
-
-template <int kSlots, class Count>
-__global__ void solve_pairs(const __grid_constant__ PlanView plan, const __grid_constant__ CountMatrix<Count> loads,
-                            const __grid_constant__ SolveOut out) {
-    extern __shared__ int4 memory[];
-    PairBlock<kSlots> block(plan, reinterpret_cast<int *>(memory), blockIdx.x, 1);
-    int words[kSlots];
-    if (warp_id() == 0) block.lane_words(blockIdx.x, words);
-    block.clear();
-    __syncthreads();
-    block.gather(loads);
-    __syncthreads();
-    if (warp_id() == 0) block.solve(words, out);
-    __syncthreads();
-    PlanSink sink{plan.quota, plan.take};
-    block.finish(loads, out, sink);
+__device__ __forceinline__ void write_scaled(const PlanOut &out, int expert, int tokens, int highest) {
+    out.scaled[expert] = highest > 0 ? __fdiv_rn(__int2float_rn(tokens), __int2float_rn(highest)) : 0.0f;
 }
 
-template <int kWords, class Count>
-__global__ void solve_general(const __grid_constant__ PlanView plan, const __grid_constant__ CountMatrix<Count> loads,
-                              const __grid_constant__ SolveOut out) {
+// kMany: several sources.
+template <int kSlots, bool kMany, class Count>
+__global__ void __launch_bounds__(512, 1) solve_pairs(const __grid_constant__ PairTables tables, const __grid_constant__ CountMatrix<Count> loads,
+                                                   const __grid_constant__ PlanOut out) {
     extern __shared__ int4 memory[];
-    GeneralBlock<kWords> block(plan, reinterpret_cast<int *>(memory), blockIdx.x);
-    block.clear();
+    int *const words = reinterpret_cast<int *>(memory);
+    MARK(0);
+    PairTables t = tables;
+    const int slots = t.n_ranks * t.n_own;
+    const int group = blockIdx.x;
+    t.home += group * slots;
+    t.lanes += group * kSlots * 32;
+    t.first_group = group;
+    const PairSpace space(words, t);
+    int lanes[kSlots];
+    if (warp_id() == 0) load_lanes<kSlots>(t, 0, lanes);
+    HomeEntry first_home;
+    if (threadIdx.x < slots) first_home.word = t.home[threadIdx.x];
+    space.clear(words, t);
+    wait_for_stream();
+    int64_t first_total = 0;
+    if (threadIdx.x < slots) first_total = loads.template total<kMany>(first_home.expert());
+    let_next_start();
+    MARK(1);
     __syncthreads();
-    block.gather(loads);
+    MARK(2);
+    const bool warp_on_one_rank = (t.n_own & 31) == 0;
+    const bool assigned = kMany && out.rank >= 0;
+    OwnTokens own;
+    bool large = false;
+    int highest = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < slots; i += blockDim.x) {
+        const bool first = i == threadIdx.x;
+        const HomeEntry home = first ? first_home : HomeEntry{t.home[i]};
+        const int64_t total = first ? first_total : loads.template total<kMany>(home.expert());
+        large |= gather_slot(t, space, i, home, total, warp_on_one_rank, [&](const HomeEntry &at, int tokens) {
+            const int take = assigned ? loads.of(out.rank, at.expert()) : tokens;
+            out.quota[at.slot()] = tokens;
+            out.take[at.slot()] = take;
+            if (out.rank >= 0) own.add(out, group * t.n_ranks + at.rank(), take);
+        });
+        highest = max(highest, fitted(total));
+    }
+    if (out.scaled != nullptr) atomicMax(space.highest, highest);
+    bool overflow = false;
+    MARK(3);
+    if (__syncthreads_or(large)) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < slots; i += blockDim.x) space.wide->add(loads.template total<kMany>(HomeEntry{t.home[i]}.expert()));
+        __syncthreads();
+        overflow = space.wide->overflow();
+    }
+    MARK(4);
+    PairFlow<kSlots> flow;
+    if (warp_id() == 0 && !overflow) solve_pair_group<kSlots>(t, space, 0, lanes, flow);
+    MARK(5);
+#ifdef LPLB_PROFILE
+    // The same once more: what it takes when its instructions are there.
+    const long long again = clock64();
+    if (warp_id() == 0 && !overflow) solve_pair_group<kSlots>(t, space, 0, lanes, flow);
+    if (threadIdx.x == 0 && blockIdx.x == 0) profile_marks[20] = profile_marks[0] + clock64() - again;
+    MARK(5);
+#endif
     __syncthreads();
-    block.solve(out);
+    MARK(6);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < slots; i += blockDim.x) {
+        const HomeEntry home = i == threadIdx.x ? first_home : HomeEntry{t.home[i]};
+        if (out.scaled != nullptr) write_scaled(out, home.expert(), space.tokens[i], *space.highest);
+        if (!home.paired()) continue;
+        const int2 quota = pair_quotas(t, space, i, home, overflow);
+        int2 take = quota;
+        if constexpr (kMany) {
+            if (assigned) {
+                const int n_local = out.n_local;
+                const int ranks[2] = {home.slot() / n_local, home.copy_slot() / n_local};
+                assign_tokens(
+                    2, [&](int j) { return j == 0 ? quota.x : quota.y; }, [&](int j) { return j == 0 ? ranks[0] : ranks[1]; },
+                    [&](int s) { return loads.of(s, home.expert()); }, out.rank, out.per_node,
+                    [&](int j, int tokens) { (j == 0 ? take.x : take.y) = tokens; });
+            }
+        }
+        out.quota[home.slot()] = quota.x;
+        out.quota[home.copy_slot()] = quota.y;
+        out.take[home.slot()] = take.x;
+        out.take[home.copy_slot()] = take.y;
+        if (out.rank >= 0) {
+            own.add(out, home.slot() / out.n_local, take.x);
+            own.add(out, home.copy_slot() / out.n_local, take.y);
+        }
+    }
+    if (warp_id() == 0) {
+        if (!overflow) {
+            write_pair_info<kSlots>(out, group, flow);
+        } else {
+            out.info(group)[lane_id()] = 0;
+            if (lane_id() == 0) out.count_overflow();
+        }
+    }
+    if (out.ratios != nullptr) write_pair_ratios(t, space, out, overflow);
+    if (out.rank >= 0) {
+        own.join(space.own);
+        __syncthreads();
+        if (threadIdx.x < 3) out.info(group)[LPLBK_INFO_OWN_RANK + threadIdx.x] = space.own[threadIdx.x];
+    }
+    MARK(7);
+}
+
+// kSimple: one source and bundles of one expert, so tokens of arcs are tokens of slots.
+template <int kWords, bool kSimple, class Count>
+__global__ void __launch_bounds__(512, 1) solve_general(const __grid_constant__ GeneralTables t, const __grid_constant__ CountMatrix<Count> loads,
+                                                     const __grid_constant__ PlanOut out) {
+    extern __shared__ int4 memory[];
+    int *const words = reinterpret_cast<int *>(memory);
+    const int group = blockIdx.x;
+    const int n_logical = t.shape.n_logical;
+    const GeneralSpace space(words, t);
+    MARK(0);
+    ExpertRecord first_record;
+    if (threadIdx.x < n_logical) first_record = record_of(t, threadIdx.x);
+    space.open(words, t, group);
+    wait_for_stream();
+    int64_t first_total = 0;
+    if (threadIdx.x < n_logical && first_record.group() == group) first_total = loads.template total<!kSimple>(threadIdx.x);
+    let_next_start();
+    MARK(1);
     __syncthreads();
-    PlanSink sink{plan.quota, plan.take};
-    block.finish(loads, out, sink);
+    MARK(2);
+    const bool assigned = !kSimple && loads.n_sources > 1 && out.rank >= 0;
+    OwnTokens own;
+    bool large = false;
+    int highest = 0;
+#pragma unroll 1
+    for (int expert = threadIdx.x; expert < n_logical; expert += blockDim.x) {
+        const bool first = expert == threadIdx.x;
+        const ExpertRecord record = first ? first_record : record_of(t, expert);
+        if (record.group() != group) continue;
+        const int64_t total = first ? first_total : loads.template total<!kSimple>(expert);
+        const int tokens = fitted(total);
+        large |= total > kSurelyFits;
+        highest = max(highest, tokens);
+        space.tokens[expert] = tokens;
+        if (record.bundle() >= 0) {
+            atomicAdd(&space.flow.sum[record.bundle()], tokens);
+        } else {
+            atomicAdd(&space.flow.base[record.rank()], tokens);
+            const int take = assigned ? loads.of(out.rank, expert) : tokens;
+            out.quota[record.slot()] = tokens;
+            out.take[record.slot()] = take;
+            if (out.rank >= 0) own.add(out, group * t.shape.group_size + record.rank(), take);
+        }
+    }
+    if (out.scaled != nullptr) atomicMax(space.highest, highest);
+    bool overflow = false;
+    MARK(3);
+    if (__syncthreads_or(large)) {
+#pragma unroll 1
+        for (int expert = threadIdx.x; expert < n_logical; expert += blockDim.x) {
+            if (record_of(t, expert).group() == group) space.wide->add(loads.template total<!kSimple>(expert));
+        }
+        __syncthreads();
+        overflow = space.wide->overflow();
+    }
+    MARK(4);
+    if (!overflow) {
+        solve_general_group<kWords>(t, space, group, out, true);
+    } else if (threadIdx.x < LPLBK_INFO_WORDS) {
+        out.info(group)[threadIdx.x] = 0;
+        if (threadIdx.x == 0) out.count_overflow();
+    }
+    MARK(5);
+    __syncthreads();
+    MARK(6);
+    int moved = 0;
+    if constexpr (kSimple) {
+        const int n_arcs = space.tables.n_arcs();
+#pragma unroll 1
+        for (int arc = threadIdx.x; arc < n_arcs; arc += blockDim.x) {
+            const int word = space.tables.arc_slot[arc];
+            const int slot = word & 0x7fffffff;
+            int tokens = space.flow.x[arc];
+            if (!overflow) {
+                moved += word < 0 ? tokens : 0;
+                out.quota[slot] = tokens;
+                out.take[slot] = tokens;
+                if (out.rank >= 0) own.add(out, group * t.shape.group_size + space.tables.arc_rank[arc], tokens);
+            }
+        }
+    }
+    if (!kSimple || overflow) {
+#pragma unroll 1
+        for (int expert = threadIdx.x; expert < n_logical; expert += blockDim.x) {
+            const ExpertRecord record = record_of(t, expert);
+            if (record.group() != group || record.bundle() < 0) continue;
+            const GeneralQuota quota = quota_of(t, space, group, expert, record, overflow);
+            const auto emit = [&](int j, int take) {
+                const int2 place = place_of(t, record.first_place() + j);
+                const int tokens = quota(j);
+                moved += j > 0 ? tokens : 0;
+                out.quota[place.x] = tokens;
+                out.take[place.x] = take;
+                if (out.rank >= 0) own.add(out, place.y, take);
+            };
+            if (!kSimple && assigned) {
+                assign_tokens(
+                    record.places(), quota, [&](int j) { return place_of(t, record.first_place() + j).y; },
+                    [&](int s) { return loads.of(s, expert); }, out.rank, out.per_node, emit);
+            } else {
+#pragma unroll 1
+                for (int j = 0; j < record.places(); ++j) emit(j, quota(j));
+            }
+        }
+    }
+    if (out.ratios != nullptr) write_general_ratios(t, space, group, out, overflow);
+    if (out.scaled != nullptr) {
+#pragma unroll 1
+        for (int expert = threadIdx.x; expert < n_logical; expert += blockDim.x) {
+            write_scaled(out, expert, space.tokens[expert], *space.highest);
+        }
+    }
+    const int sum = warp_sum(moved);
+    if (lane_id() == 0 && sum != 0) atomicAdd(space.moved, sum);
+    if (out.rank >= 0) own.join(space.own);
+    __syncthreads();
+    if (threadIdx.x == 0) out.info(group)[LPLBK_INFO_MOVED] = *space.moved;
+    if (out.rank >= 0 && threadIdx.x < 3) out.info(group)[LPLBK_INFO_OWN_RANK + threadIdx.x] = space.own[threadIdx.x];
+    MARK(7);
 }
 
 // Column sums over their maximum, for several groups.
 template <class Count>
-__global__ void scale(const __grid_constant__ CountMatrix<Count> loads, float *scaled) {
+__global__ void scale(const __grid_constant__ CountMatrix<Count> loads, const __grid_constant__ PlanOut out) {
     __shared__ int highest[32];
     int most = 0;
-    for (int expert = threadIdx.x; expert < loads.n_logical; expert += blockDim.x) {
-        most = max(most, (int)min(loads.total(expert), (int64_t)INT32_MAX));
-    }
+    for (int expert = threadIdx.x; expert < loads.n_logical; expert += blockDim.x) most = max(most, fitted(loads.template total<true>(expert)));
     most = warp_max(most);
     if (lane_id() == 0) highest[warp_id()] = most;
     __syncthreads();
     most = warp_max(lane_id() < blockDim.x / 32 ? highest[lane_id()] : 0);
     for (int expert = threadIdx.x; expert < loads.n_logical; expert += blockDim.x) {
-        const int mine = (int)min(loads.total(expert), (int64_t)INT32_MAX);
-        scaled[expert] = most > 0 ? __fdiv_rn(__int2float_rn(mine), __int2float_rn(most)) : 0.0f;
+        write_scaled(out, expert, fitted(loads.template total<true>(expert)), most);
     }
 }
 
-int general_threads(const lplbk_shape &shape) {
-    if (shape.group_size > 256 || shape.n_logical > 256) return 512;
-    return 256;
-}
+int general_threads(const lplbk_shape &shape) { return shape.group_size > 256 || shape.n_logical > 256 ? 512 : 256; }
 
 int pair_threads(const lplbk_shape &shape) {
     const int slots = shape.group_size * (shape.n_logical / shape.ep_size);
@@ -95,42 +264,60 @@ int pair_threads(const lplbk_shape &shape) {
 }
 
 int shared_bytes(const lplbk_planner &planner) {
-    switch (planner.shape.pair_slots) {
-    case 2: return 4 * PairBlock<2>::words_of(planner.shape, 1);
-    case 4: return 4 * PairBlock<4>::words_of(planner.shape, 1);
-    case 8: return 4 * PairBlock<8>::words_of(planner.shape, 1);
-    default: return 4 * GeneralBlock<0>::words_of(planner.shape, planner.layout);
-    }
+    return 4 * (planner.shape.pair_slots > 0 ? PairSpace::words_of(planner.shape, 1) : GeneralSpace::words_of(planner.shape, planner.layout));
+}
+
+template <bool kMany, class Count>
+auto pair_kernel(int pair_slots) {
+    return pair_slots == 2 ? solve_pairs<2, kMany, Count> : pair_slots == 4 ? solve_pairs<4, kMany, Count> : solve_pairs<8, kMany, Count>;
+}
+
+template <bool kSimple, class Count>
+auto general_kernel(int mask_words) {
+    return mask_words == 1   ? solve_general<1, kSimple, Count>
+           : mask_words == 2 ? solve_general<2, kSimple, Count>
+                             : solve_general<0, kSimple, Count>;
 }
 
 template <class Count>
-using SolveKernel = void (*)(PlanView, CountMatrix<Count>, SolveOut);
-
-template <class Count>
-SolveKernel<Count> kernel_for(const lplbk_planner &planner) {
-    switch (planner.shape.pair_slots) {
-    case 2: return solve_pairs<2, Count>;
-    case 4: return solve_pairs<4, Count>;
-    case 8: return solve_pairs<8, Count>;
-    }
-    switch (planner.layout.mask_words) {
-    case 1: return solve_general<1, Count>;
-    case 2: return solve_general<2, Count>;
-    default: return solve_general<0, Count>;
-    }
-}
-
-template <class Count>
-cudaError_t launch(const lplbk_planner &planner, const void *counts, int64_t n_sources, float *ratios, float *scaled, void *counter,
-                   int32_t counter64, cudaStream_t stream) {
+cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_sources, float *ratios, float *scaled, void *counter,
+                  int32_t counter64, cudaStream_t stream) {
     const lplbk_shape &shape = planner.shape;
     const CountMatrix<Count> loads{static_cast<const Count *>(counts), (int)n_sources, shape.n_logical};
-    const bool one_group = shape.n_groups == 1;
-    if (scaled != nullptr && !one_group) scale<Count><<<1, 512, 0, stream>>>(loads, scaled);
-    const SolveOut out{ratios, one_group ? scaled : nullptr, counter, counter64, (int)n_sources, true};
-    const int threads = shape.pair_slots > 0 ? pair_threads(shape) : general_threads(shape);
-    kernel_for<Count>(planner)<<<shape.n_groups, threads, shared_bytes(planner), stream>>>(view_of(planner), loads, out);
-    return cudaGetLastError();
+    PlanOut out = PlanOut::of(planner, ratios, scaled, counter, counter64);
+    if (scaled != nullptr && shape.n_groups > 1) {
+        scale<Count><<<1, 512, 0, stream>>>(loads, out);
+        const cudaError_t error = cudaGetLastError();
+        if (error != cudaSuccess) return error;
+        out.scaled = nullptr;
+    }
+    const int bytes = shared_bytes(planner);
+    if (shape.pair_slots > 0) {
+        const PairTables tables{reinterpret_cast<const int4 *>(planner.tables + planner.layout.home), planner.tables + planner.layout.lanes, 1, 0,
+                                shape.group_size, shape.n_redundant, shape.n_logical / shape.ep_size, shape.combined};
+        const auto kernel = n_sources > 1 ? pair_kernel<true, Count>(shape.pair_slots) : pair_kernel<false, Count>(shape.pair_slots);
+        return launch(planner.info, kernel, shape.n_groups, pair_threads(shape), bytes, 0, stream, tables, loads, out);
+    }
+    const GeneralTables tables{shape, planner.layout, planner.tables, planner.scratch};
+    const bool simple = n_sources == 1 && shape.combined <= 1;
+    const auto kernel = simple ? general_kernel<true, Count>(planner.layout.mask_words) : general_kernel<false, Count>(planner.layout.mask_words);
+    return launch(planner.info, kernel, shape.n_groups, general_threads(shape), bytes, 0, stream, tables, loads, out);
+}
+
+template <class Kernel>
+cudaError_t allow_shared(Kernel kernel, int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+template <class Count>
+cudaError_t prepare(const lplbk_planner &planner) {
+    const int bytes = shared_bytes(planner);
+    if (planner.shape.pair_slots > 0) {
+        const cudaError_t error = allow_shared(pair_kernel<false, Count>(planner.shape.pair_slots), bytes);
+        return error != cudaSuccess ? error : allow_shared(pair_kernel<true, Count>(planner.shape.pair_slots), bytes);
+    }
+    const cudaError_t error = allow_shared(general_kernel<false, Count>(planner.layout.mask_words), bytes);
+    return error != cudaSuccess ? error : allow_shared(general_kernel<true, Count>(planner.layout.mask_words), bytes);
 }
 
 }  // namespace
@@ -140,14 +327,18 @@ int64_t solve_scratch_words(const lplbk_shape &shape) {
     return 2 * (int64_t)shape.n_groups * shape.group_size * shape.group_size + shape.n_groups;
 }
 
-cudaError_t prepare_solve(const lplbk_planner &planner) {
-    const int bytes = shared_bytes(planner);
-    if (bytes > planner.info.shared_bytes) return cudaErrorInvalidConfiguration;
-    cudaError_t error = cudaFuncSetAttribute(kernel_for<int32_t>(planner), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error == cudaSuccess) {
-        error = cudaFuncSetAttribute(kernel_for<int64_t>(planner), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    }
-    return error;
+cudaError_t solve_totals(const lplbk_planner &planner, void *counter, int32_t counter64, cudaStream_t stream) {
+    return solve<int32_t>(planner, multi_scratch(planner).totals, 1, nullptr, nullptr, counter, counter64, stream);
+}
+
+cudaError_t solve_gathered(const lplbk_planner &planner, const int32_t *gathered, void *counter, int32_t counter64, cudaStream_t stream) {
+    return solve<int32_t>(planner, gathered, planner.shape.ep_size, nullptr, nullptr, counter, counter64, stream);
+}
+
+int32_t prepare_solve(const lplbk_planner &planner) {
+    if (shared_bytes(planner) > planner.info.shared_bytes) return LPLBK_UNSUPPORTED;
+    const cudaError_t error = prepare<int32_t>(planner);
+    return taken(error != cudaSuccess ? error : prepare<int64_t>(planner));
 }
 
 }  // namespace lplb
@@ -157,6 +348,8 @@ extern "C" int32_t lplbk_solve(const lplbk_planner *planner, const void *counts,
     lplb::OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return lplb::taken(on.error());
     const auto queue = static_cast<cudaStream_t>(stream);
-    return lplb::taken(counts64 ? lplb::launch<int64_t>(*planner, counts, n_sources, ratios, scaled, counter, counter64, queue)
-                                : lplb::launch<int32_t>(*planner, counts, n_sources, ratios, scaled, counter, counter64, queue));
+    return lplb::taken(counts64 ? lplb::solve<int64_t>(*planner, counts, n_sources, ratios, scaled, counter, counter64, queue)
+                                : lplb::solve<int32_t>(*planner, counts, n_sources, ratios, scaled, counter, counter64, queue));
 }
+
+PROFILE_READER(lplbk_profile_solve)

@@ -154,31 +154,32 @@ inline vector<int32_t> tables(const Instance &in) {
     vector<int> first_bundle(s.n_groups + 1, 0);
     for (auto &b : in.bundles) ++first_bundle[b.group + 1];
     for (int g = 0; g < s.n_groups; ++g) first_bundle[g + 1] += first_bundle[g];
-    int place = 0, n_replicated = 0;
+    int place = 0;
     for (int e = 0; e < s.n_logical; ++e) {
         const int n = in.place_slot[e].size(), u = in.expert_bundle[e];
         const int group = in.place_rank[e][0] / s.group_size;
         int32_t *record = &t[at.expert + 4 * e];
         record[0] = u < 0 ? -1 - in.place_rank[e][0] % s.group_size : u - first_bundle[group];
-        record[1] = place;
-        record[2] = n;
-        record[3] = n > 1 ? n_replicated : -1;
-        if (n > 1) t[at.replicated + n_replicated++] = e;
+        record[1] = n | group << 16;
+        record[2] = place;
+        record[3] = in.place_slot[e][0];
         for (int j = 0; j < n; ++j, ++place) {
             t[at.place + 2 * place] = in.place_slot[e][j];
             t[at.place + 2 * place + 1] = in.place_rank[e][j];
         }
-        t[at.expert_group + e] = group;
+        t[at.code + e] = in.place_slot[e][0];
         t[at.expert_class + e] = -1;
         t[at.expert_copy + e] = -1;
     }
-    t[LPLBK_HEADER_REPLICATED] = n_replicated;
     if (s.n_redundant) {
         const int n_own = s.n_logical / s.ep_size;
         for (int r = 0; r < s.ep_size; ++r) {
             for (int i = 0; i < n_own; ++i) {
                 const int e = in.order[r * n_own + i];
-                t[at.home + r * n_own + i] = e | (in.expert_bundle[e] >= 0 ? (int)0x80000000 : 0);
+                const int rank = r % s.group_size, slot_class = rank * s.n_redundant + i % s.n_redundant;
+                const bool paired = in.expert_bundle[e] >= 0;
+                lplbk_home(&t[at.home + 4 * (r * n_own + i)], e, paired, rank, slot_class, r * in.n_local() + i,
+                           paired ? in.place_slot[e][1] : -1);
                 if (i < s.combined * s.n_redundant) {
                     t[at.expert_class + e] = r * s.n_redundant + i % s.n_redundant;
                     t[at.expert_copy + e] = in.replicas[e][1];
@@ -192,7 +193,6 @@ inline vector<int32_t> tables(const Instance &in) {
         const int n_bundles = first_bundle[g + 1] - first_bundle[g];
         image[LPLBK_IMAGE_BUNDLES] = n_bundles;
         image[LPLBK_IMAGE_COLOURS] = in.n_colours[g];
-        image[LPLBK_IMAGE_MAX_ROUNDS] = 4096 + 64 * s.group_size;
         int arc = 0;
         vector<int> start;
         for (int b = 0; b < n_bundles; ++b) {
@@ -203,9 +203,13 @@ inline vector<int32_t> tables(const Instance &in) {
             start.push_back(arc);
             image[at.bundle_start + b] = arc;
             t[at.bundle_expert_start + g * s.max_bundles + b] = listed;
-            for (int e : bundle.experts) t[at.bundle_expert + listed++] = e;
-            for (int r : bundle.ranks) {
-                const int rank = r % s.group_size;
+            for (int e : bundle.experts) {
+                t[at.code + e] = -1 - listed;
+                t[at.bundle_expert + listed++] = e;
+            }
+            for (int j = 0; j < (int)bundle.ranks.size(); ++j) {
+                const int rank = bundle.ranks[j] % s.group_size;
+                image[at.arc_slot + arc] = (int32_t)((unsigned)in.place_slot[bundle.experts[0]][j] | (j > 0 ? 0x80000000u : 0u));
                 image[at.arc_rank + arc++] = rank;
                 if (at.mask_words) image[at.mask + b * at.mask_words + rank / 32] |= 1u << rank % 32;
             }
@@ -238,6 +242,13 @@ inline vector<int32_t> tables(const Instance &in) {
         }
     }
     t[at.bundle_expert_start + (s.n_groups - 1) * s.max_bundles + first_bundle[s.n_groups] - first_bundle[s.n_groups - 1]] = listed;
+    // Copies beside their original: one place, but a slot of their own for redirect_by_ratio.
+    for (int e = 0; e < s.n_logical; ++e) {
+        if (t[at.expert_class + e] < 0 || in.place_slot[e].size() > 1) continue;
+        t[at.code + e] = -1 - listed;
+        t[at.bundle_expert + listed++] = e;
+    }
+    t[at.n_replicated] = listed;
     return t;
 }
 

@@ -154,6 +154,75 @@ static void timing(const string &name, const vector<reference::Instance> &placem
 }
 
 __global__ void empty() {}
+struct Large {
+    int words[128];
+};
+__global__ void one_load(const int *from, int *to) { to[threadIdx.x] = from[threadIdx.x]; }
+__global__ void two_loads(const int *index, const int *from, int *to) { to[threadIdx.x] = from[index[threadIdx.x]]; }
+__global__ void large_arguments(const __grid_constant__ Large large, const int *from, int *to) {
+    to[threadIdx.x] = from[threadIdx.x] + large.words[5] + large.words[60] + large.words[120];
+}
+__global__ void spin(int n, long long *clocks) {
+    const long long start = clock64();
+    int x = threadIdx.x;
+    for (int i = 0; i < n; ++i) x = x * 3 + 1;
+    clocks[0] = clock64() - start;
+    clocks[1] = x;
+}
+
+// What any kernel of this shape costs on this machine: launch, a trip to memory, two dependent ones.
+static void floors() {
+    Buffer<int> a(1024), b(1024), c(1024);
+    const auto show = [](const char *name, vector<double> times) { printf("FLOOR %-28s %.2f us\n", name, spread(times).p50); };
+    show("empty", time_in_graphs(8, 200, [](int, cudaStream_t s) { empty<<<1, 32, 0, s>>>(); }));
+    show("empty, 256 threads", time_in_graphs(8, 200, [](int, cudaStream_t s) { empty<<<1, 256, 0, s>>>(); }));
+    show("load, store", time_in_graphs(8, 200, [&](int, cudaStream_t s) { one_load<<<1, 256, 0, s>>>(a.data, b.data); }));
+    show("load, load, store", time_in_graphs(8, 200, [&](int, cudaStream_t s) { two_loads<<<1, 256, 0, s>>>(c.data, a.data, b.data); }));
+    show("load, store, 512 B arguments", time_in_graphs(8, 200, [&](int, cudaStream_t s) { large_arguments<<<1, 256, 0, s>>>(Large{}, a.data, b.data); }));
+    Buffer<long long> clocks(2);
+    cudaEvent_t start, stop;
+    CHECK(cudaEventCreate(&start));
+    CHECK(cudaEventCreate(&stop));
+    for (int i = 0; i < 3; ++i) {
+        CHECK(cudaEventRecord(start));
+        spin<<<1, 32>>>(1000000, clocks.data);
+        CHECK(cudaEventRecord(stop));
+        CHECK(cudaEventSynchronize(stop));
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, start, stop));
+        printf("FLOOR clock %.0f MHz\n", clocks.get()[0] / ms / 1000);
+    }
+}
+
+#ifdef LPLB_PROFILE
+extern "C" void lplbk_profile_solve(long long *marks);
+
+static void profile(const string &name, const reference::Instance &in, int family, Random &random) {
+    Planner planner(in);
+    const int n = 64, n_logical = in.shape.n_logical;
+    vector<int32_t> all;
+    for (int i = 0; i < n; ++i) {
+        for (int64_t t : loads(random, n_logical, family, 2000)) all.push_back((int32_t)t);
+    }
+    Buffer<int32_t> counts(all);
+    double sum[32] = {};
+    int seen[32] = {};
+    for (int i = 0; i < n; ++i) {
+        for (int k = 0; k < 8; ++k) CHECK(lplbk_solve(&planner.p, counts.data + i * n_logical, 0, 1, nullptr, nullptr, nullptr, 0, nullptr));
+        CHECK(cudaDeviceSynchronize());
+        long long marks[32];
+        lplbk_profile_solve(marks);
+        for (int k = 1; k < 32; ++k) {
+            if (marks[k] > marks[0]) sum[k] += marks[k] - marks[0], ++seen[k];
+        }
+    }
+    printf("PROFILE %-28s %-10s", name.c_str(), name_of(family));
+    for (int k = 1; k < 32; ++k) {
+        if (seen[k]) printf(" %d:%.0f(%d)", k, sum[k] / seen[k], seen[k]);
+    }
+    printf("\n");
+}
+#endif
 
 int main(int argc, char **argv) {
     const int n = argc > 1 ? atoi(argv[1]) : 300, timed = argc > 2 ? atoi(argv[2]) : 512;
@@ -201,13 +270,22 @@ int main(int argc, char **argv) {
         printf("%d wrong\n", failures);
     }
     if (timed > 0) {
-        Spread t = spread(time_in_graphs(8, 200, [](int, cudaStream_t stream) { empty<<<1, 32, 0, stream>>>(); }));
-        printf("TIME empty kernel p50 %.2f us\n", t.p50);
+        floors();
         const auto identity = [](int n) {
             vector<int> order(n);
             std::iota(order.begin(), order.end(), 0);
             return order;
         };
+#ifdef LPLB_PROFILE
+        for (int family : {kNormal, kZipf}) {
+            profile("cube 8x2, 8 a rank", reference::topology(8, 8, 2, cube(), 64, 1, 1, -1, identity(64)), family, random);
+            profile("cube 8x2, 32 a rank", reference::topology(8, 8, 2, cube(), 256, 1, 1, -1, identity(256)), family, random);
+            profile("torus", reference::topology(32, 32, 2, torus(8, 4), 256, 1, 4, -1, identity(256)), family, random);
+            const auto h = loads(random, 256, family);
+            profile("EPLB 32/320", reference::general(32, 32, 4, -1, 256, eplb(vector<double>(h.begin(), h.end()), 320, 32)), family, random);
+        }
+        return 0;
+#endif
         for (int family : {kNormal, kZipf, kLogNormal}) {
             timing("cube 8x2, 8 a rank", {reference::topology(8, 8, 2, cube(), 64, 1, 1, -1, identity(64))}, family, timed, 2000, random);
             timing("cube 8x2, 32 a rank", {reference::topology(8, 8, 2, cube(), 256, 1, 1, -1, identity(256))}, family, timed, 2000, random);

@@ -1,0 +1,126 @@
+// Counting ids. Every block counts runs of ids in shared memory; the last block to finish adds the runs up.
+#include "ids.cuh"
+#include "launch.cuh"
+#include "multi.cuh"
+
+namespace lplb {
+namespace {
+
+constexpr int kThreads = 512;
+
+struct CountOut {
+    int32_t *rows;        // [n_runs][n_logical], the counts of each run; nullptr: none
+    int32_t *totals;      // [n_logical]
+    bool sum_rows;        // the last block writes the sums of rows to totals
+    bool add_totals;      // every block adds its counts to totals
+    bool cumulative;      // the last block turns rows into running sums
+    unsigned *ticket;     // for sum_rows; 0 between launches
+    int64_t *invalid;     // nullptr: invalid ids are counted by somebody else
+};
+
+template <class Id>
+__global__ void __launch_bounds__(kThreads) count_ids(const Id *ids, int64_t n_ids, int64_t run_length, int n_runs, int n_logical,
+                                                      const __grid_constant__ CountOut out) {
+    extern __shared__ int histogram[];
+    __shared__ int is_last;
+    wait_for_stream();
+    let_next_start();
+    int bad = 0;
+    for (int run = blockIdx.x; run < n_runs; run += gridDim.x) {
+        for (int e = threadIdx.x; e < n_logical; e += kThreads) histogram[e] = 0;
+        __syncthreads();
+        const int64_t end = min((run + 1) * run_length, n_ids);
+#pragma unroll 4
+        for (int64_t i = run * run_length + threadIdx.x; i < end; i += kThreads) {
+            const unsigned id = packed_id(ids[i], n_logical);
+            if (id < kBadId) {
+                atomicAdd(&histogram[id], 1);
+            } else {
+                bad += id == kBadId;
+            }
+        }
+        __syncthreads();
+        for (int e = threadIdx.x; e < n_logical; e += kThreads) {
+            const int count = histogram[e];
+            if (out.rows != nullptr) out.rows[(int64_t)run * n_logical + e] = count;
+            if (out.add_totals && count != 0) atomicAdd(&out.totals[e], count);
+        }
+    }
+    if (out.invalid != nullptr) {
+        bad = warp_sum(bad);
+        if (lane_id() == 0 && bad != 0) atomicAdd(reinterpret_cast<unsigned long long *>(out.invalid), (unsigned long long)bad);
+    }
+    if (!out.sum_rows) return;
+
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        is_last = atomicAdd(out.ticket, 1u) == gridDim.x - 1;
+        if (is_last) *out.ticket = 0;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    for (int e = threadIdx.x; e < n_logical; e += kThreads) {
+        int sum = 0;
+        int32_t *at = out.rows + e;
+        constexpr int kBatch = 16;  // loads in flight
+        for (int run = 0; run < n_runs; run += kBatch) {
+            int count[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) count[i] = run + i < n_runs ? __ldcg(at + (int64_t)(run + i) * n_logical) : 0;
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                sum += count[i];
+                if (out.cumulative && run + i < n_runs) at[(int64_t)(run + i) * n_logical] = sum;
+            }
+        }
+        out.totals[e] = sum;
+    }
+}
+
+template <class Id>
+cudaError_t count(const lplbk_planner &planner, const void *ids, int64_t n_ids, int64_t run_length, int64_t n_runs, const CountOut &out,
+                  cudaStream_t stream) {
+    const int blocks = (int)min(n_runs, (int64_t)4 * planner.info.n_sms);
+    return launch(planner.info, count_ids<Id>, blocks, kThreads, 4 * planner.shape.n_logical, 0, stream, static_cast<const Id *>(ids), n_ids,
+                  run_length, (int)n_runs, planner.shape.n_logical, out);
+}
+
+cudaError_t count(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, int64_t run_length, int64_t n_runs,
+                  const CountOut &out, cudaStream_t stream) {
+    return ids64 ? count<int64_t>(planner, ids, n_ids, run_length, n_runs, out, stream)
+                 : count<int32_t>(planner, ids, n_ids, run_length, n_runs, out, stream);
+}
+
+}  // namespace
+
+Runs runs_of(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks) {
+    int64_t n = min((int64_t)kMaxRuns, (int64_t)planner.info.n_sms);
+    if (max_blocks > 0) n = min(n, max_blocks);
+    n = max(min(n, ceil_div64(n_ids, 2048)), (int64_t)1);
+    const int64_t length = ceil_div64(ceil_div64(n_ids, n), 32) * 32;
+    return {max(length, (int64_t)32), (int)max(ceil_div64(n_ids, max(length, (int64_t)32)), (int64_t)1)};
+}
+
+cudaError_t count_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, bool add_totals,
+                       cudaStream_t stream) {
+    const MultiScratch scratch = multi_scratch(planner);
+    const CountOut out{scratch.rows, scratch.totals, false, add_totals, false, nullptr, nullptr};
+    return count(planner, ids, ids64, n_ids, runs.length, runs.n, out, stream);
+}
+
+}  // namespace lplb
+
+extern "C" int32_t lplbk_count(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, int32_t *counts,
+                               int32_t *cumulative, int64_t n_chunks, void *stream) {
+    using namespace lplb;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    const MultiScratch scratch = multi_scratch(*planner);
+    Runs runs = runs_of(*planner, n_ids, 64);
+    if (cumulative != nullptr) runs = {max(ceil_div64(ceil_div64(n_ids, n_chunks), 1024) * 1024, (int64_t)1024), (int)n_chunks};
+    const CountOut out{cumulative != nullptr ? cumulative : scratch.rows, counts, true, false, cumulative != nullptr, scratch.ticket,
+                       planner->counters + LPLBK_COUNTER_INVALID};
+    return taken(count(*planner, ids, ids64, n_ids, runs.length, runs.n, out, static_cast<cudaStream_t>(stream)));
+}

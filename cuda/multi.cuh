@@ -1,0 +1,61 @@
+// The plan in several launches: counts of runs, solve, redirect. Shared between count.cu, redirect.cu and plan.cu.
+#pragma once
+
+#include "common.cuh"
+
+namespace lplb {
+
+constexpr int kMaxRuns = 256;
+
+// n runs of `length` ids each, a multiple of 32; the last one may be shorter.
+struct Runs {
+    int64_t length;
+    int n;
+};
+
+// Runs for launches of several blocks.
+Runs runs_of(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks);
+
+// A planner's scratch memory beyond that of the solver.
+struct MultiScratch {
+    int32_t *rows;    // [kMaxRuns][n_logical]
+    int32_t *totals;  // [n_logical], zero between calls
+    unsigned *ticket;
+};
+
+int64_t solve_scratch_words(const lplbk_shape &shape);
+
+inline int64_t multi_scratch_words(const lplbk_shape &shape) { return (int64_t)(kMaxRuns + 1) * shape.n_logical + 4; }
+
+inline MultiScratch multi_scratch(const lplbk_planner &planner) {
+    int32_t *start = planner.scratch + round_up((int)solve_scratch_words(planner.shape), 4);
+    return {start, start + (int64_t)kMaxRuns * planner.shape.n_logical,
+            reinterpret_cast<unsigned *>(start + (int64_t)(kMaxRuns + 1) * planner.shape.n_logical)};
+}
+
+// Counts every run into scratch.rows and, with add_totals, all of them into scratch.totals. Does not count invalid ids.
+cudaError_t count_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, bool add_totals,
+                       cudaStream_t stream);
+
+// Solves for the counts in scratch.totals (one source).
+cudaError_t solve_totals(const lplbk_planner &planner, void *counter, int32_t counter64, cudaStream_t stream);
+// Solves for gathered counts [ep_size][n_logical].
+cudaError_t solve_gathered(const lplbk_planner &planner, const int32_t *gathered, void *counter, int32_t counter64, cudaStream_t stream);
+
+// Rewrites ids by the plan; scratch.rows as count_runs() left them. clear_totals: zeroes scratch.totals.
+cudaError_t rewrite_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, void *out,
+                         bool clear_totals, cudaStream_t stream);
+// Rewrites ids where no expert has a second place. counter: grows by the number of groups.
+cudaError_t rewrite_plainly(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, void *out, void *counter,
+                            int32_t counter64, int64_t max_blocks, cudaStream_t stream);
+
+int32_t prepare_solve(const lplbk_planner &planner);
+int32_t prepare_rewrite(const lplbk_planner &planner);
+int32_t prepare_fused(lplbk_planner &planner);
+
+// Everything in one launch of one cluster; `possible` says whether this planner and size can.
+bool fused_possible(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks);
+cudaError_t run_fused(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *gathered, void *out,
+                      void *counter, int32_t counter64, int64_t max_blocks, cudaStream_t stream);
+
+}  // namespace lplb

@@ -1,0 +1,306 @@
+// Rewriting ids by a plan, in launches of many blocks. A block owns a run of ids and takes it tile by tile; within a tile every warp owns
+// consecutive rows of 32 ids.
+#include "ids.cuh"
+#include "launch.cuh"
+#include "multi.cuh"
+
+namespace lplb {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTile = 4096;  // ids
+constexpr int kRowsOfWarp = kTile / 32 / kWarps;
+constexpr int kOfThread = ceil_div(LPLBK_MAX_LOGICAL, kThreads);  // experts
+
+struct RewriteTables {
+    const int *code;           // [n_logical]
+    const int *n_replicated;   // one word
+    const int *replicated;     // bundle_expert
+    const int4 *expert;        // records
+    const int2 *place;
+    int n_logical, n_physical;
+    int max_replicated;
+};
+
+RewriteTables rewrite_tables(const lplbk_planner &planner) {
+    const int *tables = planner.tables;
+    const lplbk_layout &at = planner.layout;
+    const lplbk_shape &shape = planner.shape;
+    return {tables + at.code, tables + at.n_replicated, tables + at.bundle_expert, reinterpret_cast<const int4 *>(tables + at.expert),
+            reinterpret_cast<const int2 *>(tables + at.place), shape.n_logical, shape.n_physical,
+            max(1, min(shape.n_logical, shape.n_physical - shape.n_logical))};
+}
+
+// Shared memory of a rewriting block.
+struct RewriteSpace {
+    int *code;        // [n_logical]
+    int2 *range;      // [max_replicated] first place and one past the last
+    int2 *step;       // [n_physical] by place: tokens up to and with it, slot
+    unsigned *base;   // [max_replicated] occurrences before the tile
+    unsigned *counts; // [kWarps][counter_words(max_replicated)]
+    int row_words;
+
+    static __host__ __device__ int words_of(int n_logical, int n_physical, int max_replicated) {
+        return round_up(n_logical, 2) + 2 * max_replicated + 2 * n_physical + max_replicated + kWarps * counter_words(max_replicated);
+    }
+    __device__ RewriteSpace(int *memory, const RewriteTables &t) {
+        code = memory;
+        range = reinterpret_cast<int2 *>(memory + round_up(t.n_logical, 2));
+        step = range + t.max_replicated;
+        base = reinterpret_cast<unsigned *>(step + t.n_physical);
+        counts = base + t.max_replicated;
+        row_words = counter_words(t.max_replicated);
+    }
+};
+
+// Where the occurrences of replicated expert i go: fills steps and returns the range of them.
+struct ByPlan {
+    const int32_t *take;  // [n_physical]
+
+    __device__ int2 steps(const RewriteTables &t, int i, int2 *step) const {
+        const int4 record = t.expert[t.replicated[i]];
+        const int first = record.z, n = record.y & 0xffff;
+        int sum = 0;
+        for (int j = 0; j < n; ++j) {
+            const int slot = t.place[first + j].x;
+            sum += take[slot];
+            step[first + j] = make_int2(sum, slot);
+        }
+        return make_int2(first, first + n);
+    }
+};
+struct ByRatio {
+    const float *ratios;
+    const int32_t *totals;  // [n_logical]
+    const int *expert_class, *expert_copy;
+
+    __device__ int2 steps(const RewriteTables &t, int i, int2 *step) const {
+        const int expert = t.replicated[i];
+        const float ratio = ratios[expert_class[expert]];
+        const double share = ratio != ratio ? 1.0 : min(max((double)ratio, 0.0), 1.0);
+        const int kept = (int)floor(__dadd_rn(__dmul_rn(share, (double)totals[expert]), 0.5));
+        step[2 * i] = make_int2(kept, t.expert[expert].w);
+        step[2 * i + 1] = make_int2(INT32_MAX, expert_copy[expert]);
+        return make_int2(2 * i, 2 * i + 2);
+    }
+};
+
+struct RewriteRuns {
+    int64_t n_ids, length;
+    int n;
+    const int32_t *rows;      // [n][n_logical] counts of each run, or running sums
+    bool rows_are_sums;
+    int32_t *cleared;         // [n_logical] or nullptr
+    int64_t *invalid;
+};
+
+template <class Id, class Rule>
+__global__ void __launch_bounds__(kThreads) rewrite(const Id *ids, Id *out, const __grid_constant__ RewriteTables t,
+                                                    const __grid_constant__ RewriteRuns runs, const __grid_constant__ Rule rule) {
+    extern __shared__ int4 memory[];
+    RewriteSpace space(reinterpret_cast<int *>(memory), t);
+    const int n_replicated = *t.n_replicated;
+    for (int e = threadIdx.x; e < t.n_logical; e += kThreads) space.code[e] = t.code[e];
+    wait_for_stream();
+    let_next_start();
+    const int bits = bits_for(n_replicated);
+    for (int i = threadIdx.x; i < n_replicated; i += kThreads) space.range[i] = rule.steps(t, i, space.step);
+    int bad = 0;
+    for (int run = blockIdx.x; run < runs.n; run += gridDim.x) {
+        __syncthreads();
+        // Occurrences before this run: one warp an expert.
+        for (int i = warp_id(); i < n_replicated; i += kWarps) {
+            const int32_t *column = runs.rows + t.replicated[i];
+            int before = 0;
+            if (runs.rows_are_sums) {
+                before = run > 0 ? column[(int64_t)(run - 1) * t.n_logical] : 0;
+            } else {
+                for (int r = lane_id(); r < run; r += 32) before += column[(int64_t)r * t.n_logical];
+                before = warp_sum(before);
+            }
+            if (lane_id() == 0) space.base[i] = before;
+        }
+        const int64_t run_end = min((run + 1) * runs.length, runs.n_ids);
+        for (int64_t tile = run * runs.length; tile < run_end; tile += kTile) {
+            for (int i = threadIdx.x; i < kWarps * space.row_words; i += kThreads) space.counts[i] = 0;
+            __syncthreads();
+            unsigned id[kRowsOfWarp];
+            const int64_t first = tile + warp_id() * (kRowsOfWarp * 32) + lane_id();
+#pragma unroll
+            for (int r = 0; r < kRowsOfWarp; ++r) {
+                id[r] = kNoExpert;
+                if (first + 32 * r < run_end) id[r] = packed_id(ids[first + 32 * r], t.n_logical);
+            }
+            unsigned *const mine = space.counts + warp_id() * space.row_words;
+            int code[kRowsOfWarp];
+#pragma unroll
+            for (int r = 0; r < kRowsOfWarp; ++r) {
+                bad += id[r] == kBadId;
+                code[r] = id[r] < kBadId ? space.code[id[r]] : 0;
+                if (code[r] < 0) count_one(mine, -1 - code[r]);
+            }
+            __syncthreads();
+            // Counts of warps -> occurrences before each warp; base is that of the whole tile until the next one.
+            uint16_t *const columns = reinterpret_cast<uint16_t *>(space.counts);
+            unsigned in_tile[kOfThread] = {};
+#pragma unroll
+            for (int n = 0; n < kOfThread; ++n) {
+                const int i = threadIdx.x + n * kThreads;
+                if (i >= n_replicated) break;
+                unsigned sum = 0;
+                for (int w = 0; w < kWarps; ++w) {
+                    uint16_t *at = columns + 2 * w * space.row_words + i;
+                    const unsigned count = *at;
+                    *at = (uint16_t)sum;
+                    sum += count;
+                }
+                in_tile[n] = sum;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int r = 0; r < kRowsOfWarp; ++r) {
+                const bool replicated = code[r] < 0;
+                int slot = id[r] < kBadId ? code[r] : -1;
+                if (__any_sync(kFullWarp, replicated)) {
+                    const int i = replicated ? -1 - code[r] : 0;
+                    const unsigned k = occurrence(replicated, i, bits, reinterpret_cast<uint16_t *>(mine));
+                    if (replicated) {
+                        const int2 range = space.range[i];
+                        const int64_t number = (int64_t)space.base[i] + k;
+                        slot = space.step[range.x].y;
+                        for (int p = range.x; p < range.y; ++p) {
+                            const int2 step = space.step[p];
+                            if (number < step.x) {
+                                slot = step.y;
+                                break;
+                            }
+                        }
+                    }
+                }
+                if (first + 32 * r < run_end) out[first + 32 * r] = (Id)slot;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int n = 0; n < kOfThread; ++n) {
+                if (threadIdx.x + n * kThreads < n_replicated) space.base[threadIdx.x + n * kThreads] += in_tile[n];
+            }
+        }
+    }
+    bad = warp_sum(bad);
+    if (lane_id() == 0 && bad != 0) atomicAdd(reinterpret_cast<unsigned long long *>(runs.invalid), (unsigned long long)bad);
+    if (runs.cleared != nullptr && blockIdx.x == 0) {
+        for (int e = threadIdx.x; e < t.n_logical; e += kThreads) runs.cleared[e] = 0;
+    }
+}
+
+template <class Id>
+__global__ void __launch_bounds__(kThreads) rewrite_slots(const Id *ids, Id *out, int64_t n_ids, const int *code, int n_logical, int64_t *invalid,
+                                                          void *counter, int counter64, int n_groups) {
+    extern __shared__ int slots[];
+    for (int e = threadIdx.x; e < n_logical; e += kThreads) slots[e] = code[e];
+    wait_for_stream();
+    let_next_start();
+    __syncthreads();
+    int bad = 0;
+    const int64_t stride = (int64_t)gridDim.x * kThreads;
+#pragma unroll 4
+    for (int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x; i < n_ids; i += stride) {
+        const unsigned id = packed_id(ids[i], n_logical);
+        bad += id == kBadId;
+        out[i] = (Id)(id < kBadId ? slots[id] : -1);
+    }
+    bad = warp_sum(bad);
+    if (lane_id() == 0 && bad != 0) atomicAdd(reinterpret_cast<unsigned long long *>(invalid), (unsigned long long)bad);
+    if (counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+        if (counter64) {
+            atomicAdd(static_cast<unsigned long long *>(counter), (unsigned long long)n_groups);
+        } else {
+            atomicAdd(static_cast<int *>(counter), n_groups);
+        }
+    }
+}
+
+int shared_bytes(const RewriteTables &t) { return 4 * RewriteSpace::words_of(t.n_logical, t.n_physical, t.max_replicated); }
+
+template <class Rule>
+cudaError_t launch_rewrite(const lplbk_planner &planner, const void *ids, int32_t ids64, void *out, const RewriteRuns &runs, const Rule &rule,
+                           cudaStream_t stream) {
+    const RewriteTables tables = rewrite_tables(planner);
+    const int blocks = min(runs.n, 4 * planner.info.n_sms);
+    if (ids64) {
+        return launch(planner.info, rewrite<int64_t, Rule>, blocks, kThreads, shared_bytes(tables), 0, stream,
+                      static_cast<const int64_t *>(ids), static_cast<int64_t *>(out), tables, runs, rule);
+    }
+    return launch(planner.info, rewrite<int32_t, Rule>, blocks, kThreads, shared_bytes(tables), 0, stream, static_cast<const int32_t *>(ids),
+                  static_cast<int32_t *>(out), tables, runs, rule);
+}
+
+}  // namespace
+
+cudaError_t rewrite_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, void *out,
+                         bool clear_totals, cudaStream_t stream) {
+    const MultiScratch scratch = multi_scratch(planner);
+    const RewriteRuns work{n_ids, runs.length, runs.n, scratch.rows, false, clear_totals ? scratch.totals : nullptr,
+                           planner.counters + LPLBK_COUNTER_INVALID};
+    return launch_rewrite(planner, ids, ids64, out, work, ByPlan{planner.take}, stream);
+}
+
+cudaError_t rewrite_plainly(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, void *out, void *counter,
+                            int32_t counter64, int64_t max_blocks, cudaStream_t stream) {
+    int64_t blocks = min(ceil_div64(n_ids, 2 * kThreads), (int64_t)4 * planner.info.n_sms);
+    if (max_blocks > 0) blocks = min(blocks, max_blocks);
+    blocks = max(blocks, (int64_t)1);
+    const int n_logical = planner.shape.n_logical;
+    const int *code = planner.tables + planner.layout.code;
+    int64_t *invalid = planner.counters + LPLBK_COUNTER_INVALID;
+    if (ids64) {
+        return launch(planner.info, rewrite_slots<int64_t>, (int)blocks, kThreads, 4 * n_logical, 0, stream, static_cast<const int64_t *>(ids),
+                      static_cast<int64_t *>(out), n_ids, code, n_logical, invalid, counter, counter64, planner.shape.n_groups);
+    }
+    return launch(planner.info, rewrite_slots<int32_t>, (int)blocks, kThreads, 4 * n_logical, 0, stream, static_cast<const int32_t *>(ids),
+                  static_cast<int32_t *>(out), n_ids, code, n_logical, invalid, counter, counter64, planner.shape.n_groups);
+}
+
+int32_t prepare_rewrite(const lplbk_planner &planner) {
+    const int bytes = shared_bytes(rewrite_tables(planner));
+    if (bytes > planner.info.shared_bytes) return LPLBK_UNSUPPORTED;
+    cudaError_t error = cudaSuccess;
+    const auto allow = [&](auto kernel) {
+        if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    allow(rewrite<int64_t, ByPlan>);
+    allow(rewrite<int32_t, ByPlan>);
+    allow(rewrite<int64_t, ByRatio>);
+    allow(rewrite<int32_t, ByRatio>);
+    return taken(error);
+}
+
+}  // namespace lplb
+
+extern "C" int32_t lplbk_redirect(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, void *out, int64_t max_blocks,
+                                  void *stream) {
+    using namespace lplb;
+    if (n_ids == 0) return 0;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    const auto queue = static_cast<cudaStream_t>(stream);
+    if (!planner->has_replicas) return taken(rewrite_plainly(*planner, ids, ids64, n_ids, out, nullptr, 0, max_blocks, queue));
+    const Runs runs = runs_of(*planner, n_ids, max_blocks);
+    const cudaError_t error = count_runs(*planner, ids, ids64, n_ids, runs, false, queue);
+    return taken(error != cudaSuccess ? error : rewrite_runs(*planner, ids, ids64, n_ids, runs, out, false, queue));
+}
+
+extern "C" int32_t lplbk_redirect_by_ratio(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const float *ratios,
+                                           const int32_t *cumulative, int64_t n_chunks, void *out, void *stream) {
+    using namespace lplb;
+    if (n_ids == 0) return 0;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    const int *tables = planner->tables;
+    const int64_t length = ceil_div64(ceil_div64(n_ids, n_chunks), 1024) * 1024;
+    const RewriteRuns runs{n_ids, length, (int)n_chunks, cumulative, true, nullptr, planner->counters + LPLBK_COUNTER_INVALID};
+    const ByRatio rule{ratios, cumulative + (n_chunks - 1) * planner->shape.n_logical, tables + planner->layout.expert_class,
+                       tables + planner->layout.expert_copy};
+    return taken(launch_rewrite(*planner, ids, ids64, out, runs, rule, static_cast<cudaStream_t>(stream)));
+}
