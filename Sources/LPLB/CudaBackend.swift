@@ -1,11 +1,255 @@
-// Planning on a GPU.
+// Planning on a GPU: holds the device memory of a planner and launches its kernels.
 
 import CLPLB
 import CLPLBKernels
+import LPLBSolver
 import LPLBTopology
 
 func makeCudaBackend(
     device: Int, solver: Int, shape: ExpertShape, topology: RedundancyTopology?, rank: Int?
 ) throws(Failure) -> any PlannerBackend {
-    throw Failure(LPLB_ERROR_NO_CUDA, "device: must be LPLB_DEVICE_CPU (-1), since this build has no CUDA planner, got \(device)")
+    try CudaBackend(device: Int32(device), solver: Int32(solver), shape: shape, topology: topology, rank: rank)
+}
+
+/// Throws what the kernels' seam reports.
+@inline(__always)
+func check(_ error: Int32, _ doing: @autoclosure () -> String) throws(Failure) {
+    if error != 0 { throw cudaFailure(error, doing()) }
+}
+
+func cudaFailure(_ error: Int32, _ doing: String) -> Failure {
+    let name = String(cString: lplbk_error_name(error))
+    switch Int(lplbk_error_kind(error)) {
+    case LPLBK_KIND_NO_CUDA:
+        return Failure(LPLB_ERROR_NO_CUDA, "\(doing): CUDA cannot be used here (\(name)); LPLB_DEVICE_CPU (-1) plans on the host")
+    case LPLBK_KIND_OUT_OF_MEMORY: return Failure(LPLB_ERROR_OUT_OF_MEMORY, "\(doing): \(name)")
+    case LPLBK_KIND_UNSUPPORTED: return Failure(LPLB_ERROR_UNSUPPORTED, "\(doing): beyond what the kernels can do on this device")
+    default: return Failure(LPLB_ERROR_CUDA, "\(doing): \(name)")
+    }
+}
+
+final class CudaBackend: PlannerBackend {
+    private let shape: ExpertShape
+    private let device: Int32
+    /// What the kernels get; its address stays. Device memory comes with the first placement.
+    private let state: UnsafeMutablePointer<lplbk_planner>
+    private var memory: [UnsafeMutableRawPointer] = []
+
+    init(device: Int32, solver: Int32, shape: ExpertShape, topology: RedundancyTopology?, rank: Int?) throws(Failure) {
+        let limits = [
+            ("group_size", shape.groupSize, Int(LPLB_MAX_RANKS_CUDA)), ("n_logical", shape.nLogical, Int(LPLB_MAX_LOGICAL_CUDA)),
+            ("n_physical", shape.nPhysical, Int(LPLB_MAX_PHYSICAL_CUDA)),
+        ]
+        for (name, value, most) in limits where value > most {
+            throw Failure(LPLB_ERROR_UNSUPPORTED, "\(name): must be at most \(most) on CUDA, got \(value)")
+        }
+        var info = lplbk_device_info()
+        try check(lplbk_device_info_get(device, &info), "device \(device)")
+
+        var planner = lplbk_planner()
+        planner.device = device
+        planner.solver = solver
+        planner.info = info
+        planner.shape = CudaBackend.shape(shape, topology, rank: rank)
+        planner.has_replicas = shape.nPhysical > shape.nLogical ? 1 : 0
+        self.shape = shape
+        self.device = device
+        state = .allocate(capacity: 1)
+        state.initialize(to: planner)
+    }
+
+    deinit {
+        for block in memory { _ = lplbk_free(device, block) }
+        state.deallocate()
+    }
+
+    /// All but pair_slots, which comes with the first placement's colours.
+    private static func shape(_ shape: ExpertShape, _ topology: RedundancyTopology?, rank: Int?) -> lplbk_shape {
+        let redundant = shape.nPhysical - shape.nLogical
+        var of = lplbk_shape()
+        of.ep_size = Int32(shape.epSize)
+        of.group_size = Int32(shape.groupSize)
+        of.n_groups = Int32(shape.nGroups)
+        of.n_nodes = Int32(shape.nNodes)
+        of.n_logical = Int32(shape.nLogical)
+        of.n_physical = Int32(shape.nPhysical)
+        of.rank = rank.map { Int32($0) } ?? -1
+        if let topology, topology.nRedundant > 0 {
+            of.n_redundant = Int32(topology.nRedundant)
+            of.combined = Int32(redundant / shape.epSize / topology.nRedundant)
+            of.max_bundles = Int32(shape.groupSize * topology.nRedundant)
+            of.max_arcs = 2 * of.max_bundles
+        } else {
+            // A bundle of k places takes k slots of its group, k - 1 of them redundant.
+            let slotsOfGroup = shape.nLocal * shape.groupSize
+            of.max_bundles = Int32(min(shape.nLogical, redundant, slotsOfGroup / 2))
+            of.max_arcs = Int32(min(slotsOfGroup, 2 * redundant))
+        }
+        return of
+    }
+
+    // MARK: Placing
+
+    func load(_ tables: SolverTables, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        if memory.isEmpty { try allocate(tables) }
+        let blob = CudaTables(shape: state.pointee.shape, layout: state.pointee.layout, tables: tables).blob()
+        let zeros = [Int32](repeating: 0, count: shape.nPhysical)
+        try upload(zeros, to: state.pointee.quota, stream)
+        try upload(zeros, to: state.pointee.take, stream)
+        try upload(blob, to: state.pointee.tables, stream)
+    }
+
+    private func upload(_ words: [Int32], to memory: UnsafeMutablePointer<Int32>?, _ stream: UnsafeMutableRawPointer?) throws(Failure) {
+        let error = words.withUnsafeBytes { lplbk_upload(device, memory, $0.baseAddress, Int64($0.count), stream) }
+        try check(error, "placing on device \(device)")
+    }
+
+    /// The colours of a topology are the same for every placement, so the layout settled here stays.
+    private func allocate(_ tables: SolverTables) throws(Failure) {
+        state.pointee.shape.pair_slots = CudaBackend.pairSlots(tables, shape)
+        state.pointee.layout = withUnsafePointer(to: &state.pointee.shape) { lplbk_layout_of($0) }
+        try check(lplbk_prepare(state), "device \(device)")
+        var blocks: [UnsafeMutableRawPointer] = []
+        func block(_ bytes: Int) throws(Failure) -> UnsafeMutableRawPointer? {
+            var memory: UnsafeMutableRawPointer?
+            let error = lplbk_alloc(device, Int64(bytes), &memory)
+            if error != 0 {
+                for block in blocks { _ = lplbk_free(device, block) }
+                throw cudaFailure(error, "allocating \(bytes) bytes on device \(device)")
+            }
+            if let memory { blocks.append(memory) }
+            return memory
+        }
+        func words(_ count: Int) throws(Failure) -> UnsafeMutablePointer<Int32>? {
+            try block(4 * count)?.assumingMemoryBound(to: Int32.self)
+        }
+        let tableWords = try words(Int(state.pointee.layout.words))
+        let quota = try words(shape.nPhysical)
+        let take = try words(shape.nPhysical)
+        let info = try words(shape.nGroups * LPLBK_INFO_WORDS)
+        let scratch = try words(Int(lplbk_scratch_words(state)))
+        let counters = try block(8 * LPLBK_COUNTER_WORDS)?.assumingMemoryBound(to: Int64.self)
+        state.pointee.tables = tableWords
+        state.pointee.quota = quota
+        state.pointee.take = take
+        state.pointee.group_info = info
+        state.pointee.scratch = scratch
+        state.pointee.counters = counters
+        memory = blocks
+    }
+
+    /// Groups of at most 32 ranks that sweep are solved in registers, with a register for each colour: 2, 4 or 8. 0: not so.
+    private static func pairSlots(_ tables: SolverTables, _ shape: ExpertShape) -> Int32 {
+        guard tables.nRedundant > 0, shape.groupSize <= 32 else { return 0 }
+        var most: Int32 = 0
+        for group in 0..<shape.nGroups {
+            let colours = tables.groupColourStart[group + 1] - tables.groupColourStart[group]
+            if colours == 0 && tables.groupBundleStart[group + 1] > tables.groupBundleStart[group] { return 0 }
+            most = max(most, colours)
+        }
+        return most <= 2 ? 2 : most <= 4 ? 4 : 8
+    }
+
+    // MARK: Planning
+
+    func count(
+        _ ids: IdBuffer, counts: UnsafeMutablePointer<Int32>, cumulative: UnsafeMutablePointer<Int32>?, chunks: Int,
+        stream: UnsafeMutableRawPointer?
+    ) throws(Failure) {
+        if memory.isEmpty { throw Failure(LPLB_ERROR_WRONG_ORDER, "lplb_planner_count: a CUDA planner needs a placement first") }
+        try check(lplbk_count(state, ids.base, ids.type.is64, Int64(ids.count), counts, cumulative, Int64(chunks), stream), "count")
+    }
+
+    func solve(
+        _ counts: CountBuffer, ratios: UnsafeMutablePointer<Float>?, scaled: UnsafeMutablePointer<Float>?, counter: CounterBuffer,
+        stream: UnsafeMutableRawPointer?
+    ) throws(Failure) {
+        try check(
+            lplbk_solve(
+                state, counts.base, counts.type.is64, Int64(counts.sources), ratios, scaled, counter.base, counter.type.is64, stream),
+            "solve")
+    }
+
+    func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        try check(lplbk_redirect(state, ids.base, ids.type.is64, Int64(ids.count), out.base, Int64(maxBlocks), stream), "redirect")
+    }
+
+    func redirect(
+        _ ids: IdBuffer, byRatios ratios: UnsafePointer<Float>, cumulative: UnsafePointer<Int32>, chunks: Int, to out: IdOutput,
+        stream: UnsafeMutableRawPointer?
+    ) throws(Failure) {
+        try check(
+            lplbk_redirect_by_ratio(
+                state, ids.base, ids.type.is64, Int64(ids.count), ratios, cumulative, Int64(chunks), out.base, stream),
+            "redirect_by_ratio")
+    }
+
+    func run(
+        _ ids: IdBuffer, gathered: UnsafePointer<Int32>?, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
+        stream: UnsafeMutableRawPointer?
+    ) throws(Failure) {
+        try check(
+            lplbk_run(
+                state, ids.base, ids.type.is64, Int64(ids.count), gathered, out.base, counter.base, counter.type.is64, Int64(maxBlocks),
+                stream),
+            "run")
+    }
+
+    // MARK: Reading
+
+    private func download<Word>(
+        _ from: UnsafeMutablePointer<Word>?, count: Int, zero: Word, _ stream: UnsafeMutableRawPointer?
+    ) throws(Failure) -> [Word] {
+        var words = [Word](repeating: zero, count: count)
+        let error = words.withUnsafeMutableBytes { lplbk_download(device, $0.baseAddress, from, Int64($0.count), stream) }
+        try check(error, "reading the plan from device \(device)")
+        return words
+    }
+
+    func readInfo(groups: UnsafeMutablePointer<lplb_group_info>?, stream: UnsafeMutableRawPointer?) throws(Failure) -> PlanTotals {
+        let words = try download(state.pointee.group_info, count: shape.nGroups * LPLBK_INFO_WORDS, zero: 0, stream)
+        let counters = try download(state.pointee.counters, count: LPLBK_COUNTER_WORDS, zero: 0, stream)
+        var totals = PlanTotals(invalidIds: counters[LPLBK_COUNTER_INVALID], overflow: counters[LPLBK_COUNTER_OVERFLOW])
+        for group in 0..<shape.nGroups {
+            let info = words[group * LPLBK_INFO_WORDS..<(group + 1) * LPLBK_INFO_WORDS].map { $0 }
+            if state.pointee.shape.rank >= 0 {
+                totals.ownRank += Int64(info[LPLBK_INFO_OWN_RANK])
+                totals.ownNode += Int64(info[LPLBK_INFO_OWN_NODE])
+                totals.otherNodes += Int64(info[LPLBK_INFO_OTHER_NODES])
+            }
+            if let groups { groups[group] = lplb_group_info(device: info) }
+        }
+        return totals
+    }
+
+    func readSplit(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        let words = try download(state.pointee.quota, count: shape.nPhysical, zero: 0, stream)
+        for slot in 0..<shape.nPhysical { tokens[slot] = Int64(words[slot]) }
+    }
+
+    func readAssignment(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        let words = try download(state.pointee.take, count: shape.nPhysical, zero: 0, stream)
+        for slot in 0..<shape.nPhysical { tokens[slot] = Int64(words[slot]) }
+    }
+}
+
+extension IdType {
+    fileprivate var is64: Int32 { self == .int64 ? 1 : 0 }
+}
+
+extension lplb_group_info {
+    /// One group's result from the words of the device.
+    fileprivate init(device words: [Int32]) {
+        self.init()
+        max_load = Int64(words[LPLBK_INFO_MAX_LOAD])
+        bound = Int64(words[LPLBK_INFO_BOUND])
+        total = Int64(words[LPLBK_INFO_TOTAL])
+        moved = Int64(words[LPLBK_INFO_MOVED])
+        rounds = Int64(words[LPLBK_INFO_ROUNDS])
+        certified = words[LPLBK_INFO_CERTIFIED]
+        witness_size = words[LPLBK_INFO_WITNESS_SIZE]
+        withUnsafeMutableBytes(of: &witness) { bytes in
+            words[LPLBK_INFO_WITNESS...].withUnsafeBytes { bytes.copyMemory(from: $0) }
+        }
+    }
 }
