@@ -226,13 +226,12 @@ class Planner:
         most = ctypes.c_int64()
         handle.check(library.planner_max_replicas(pointer, ctypes.byref(most)))
         phy2log = np.empty(handle.n_physical, dtype=np.int32)
-        log2phy = np.empty((handle.n_logical, most.value), dtype=np.int32)
+        width = max(2, most.value)
+        log2phy = np.empty((handle.n_logical, width), dtype=np.int32)
         logcnt = np.empty(handle.n_logical, dtype=np.int32)
         handle.check(library.planner_phy2log(pointer, address(phy2log), phy2log.size))
-        handle.check(library.planner_log2phy(pointer, address(log2phy), handle.n_logical, most.value))
+        handle.check(library.planner_log2phy(pointer, address(log2phy), handle.n_logical, width))
         handle.check(library.planner_logcnt(pointer, address(logcnt), logcnt.size))
-        if most.value < 2:
-            log2phy = np.pad(log2phy, ((0, 0), (0, 2 - most.value)), constant_values=-1)
         return self._output(phy2log), self._output(log2phy), self._output(logcnt)
 
     # ---- plan ----

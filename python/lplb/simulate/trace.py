@@ -55,7 +55,7 @@ class Trace:
 
 def load_sample(n_experts: int | None = None) -> Trace:
     """The trace that ships with the package."""
-    with resources.as_file(resources.files("lplb").joinpath("data", SAMPLE)) as path:
+    with resources.as_file(resources.files("lplb").joinpath("data").joinpath(SAMPLE)) as path:
         return load(str(path), n_experts)
 
 
