@@ -15,6 +15,8 @@
 
 #include <stdint.h>
 
+#include "kernels.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -100,6 +102,13 @@ int32_t lplbk_exchange_close(int32_t device, lplbk_exchange_view *view, lplbk_ex
  */
 int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, const int32_t *counts, int32_t *gathered, int32_t blocks,
                               void *stream);
+
+/*
+ * lplbk_run for the counts of all ranks, exchanged inside: one launch that counts, exchanges, solves and rewrites. The exchange is that of
+ * the planner's ranks. LPLBK_UNSUPPORTED where this takes several launches (several nodes, large sizes; nothing is queued then).
+ */
+int32_t lplbk_run_exchanging(const lplbk_planner *planner, const lplbk_exchange_view *view, const void *ids, int32_t ids64, int64_t n_ids,
+                             void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream);
 
 #ifdef __cplusplus
 }

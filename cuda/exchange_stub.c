@@ -65,4 +65,11 @@ int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, c
     return LPLBK_NO_CUDA;
 }
 
+int32_t lplbk_run_exchanging(const lplbk_planner *planner, const lplbk_exchange_view *view, const void *ids, int32_t ids64, int64_t n_ids,
+                             void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream) {
+    UNUSED(planner), UNUSED(view), UNUSED(ids), UNUSED(ids64), UNUSED(n_ids), UNUSED(out), UNUSED(counter), UNUSED(counter64);
+    UNUSED(max_blocks), UNUSED(stream);
+    return LPLBK_NO_CUDA;
+}
+
 #endif

@@ -2,7 +2,11 @@
 //
 // One launch: every block of the cluster counts its run of ids, reads the other blocks' counts from their shared memory, and solves for
 // itself (the solver is deterministic, and waiting for another block's answer would take longer); its other warps number the occurrences
-// of replicated experts meanwhile. The ids stay in shared memory in between, 16 bits each.
+// of replicated experts meanwhile. The ids stay in shared memory in between, 16 bits each. With an exchange the blocks send this rank's
+// counts to the peers between them, and each waits for everybody's by itself.
+#include <type_traits>
+
+#include "exchange.cuh"
 #include "ids.cuh"
 #include "launch.cuh"
 #include "multi.cuh"
@@ -30,9 +34,11 @@ struct FusedShape {
 
 // Shared memory of a block beside the solver's, in words from the start.
 struct FusedSpace {
-    int code, step, counts, warp_counts, parts, total, before, number, ids, words;
+    int code, step, counts, warp_counts, parts, total, before, number, ids, everyone, words;
 
-    __host__ __device__ FusedSpace(int solver_words, int n_logical, int max_replicated, int max_arcs, int n_blocks, int per_block) {
+    // n_sources: ranks whose counts are exchanged, 0: none are.
+    __host__ __device__ FusedSpace(int solver_words, int n_logical, int max_replicated, int max_arcs, int n_blocks, int per_block,
+                                   int n_sources) {
         int end = round_up(solver_words, 4);
         const auto section = [&end](int words) {
             const int start = end;
@@ -48,6 +54,7 @@ struct FusedSpace {
         before = section(max_replicated);
         number = section(per_block);
         ids = section(per_block / 2);
+        everyone = section(n_sources * n_logical);
         words = end;
     }
 };
@@ -61,18 +68,30 @@ struct BatchLoads {
     }
 };
 
-// kSlots > 0: PairFlow for all groups; else MaskFlow with kWords. kGathered: solves for `gathered` instead of the ids' own counts.
-template <int kSlots, int kWords, bool kGathered, class Id>
+// Whose counts a plan is made for.
+enum Source {
+    kOwnIds,     // those of the ids alone
+    kGiven,      // everybody's, in global memory
+    kExchanged,  // everybody's, exchanged here
+};
+struct NoExchange {};
+template <Source kSource>
+using ExchangeView = std::conditional_t<kSource == kExchanged, lplbk_exchange_view, NoExchange>;
+
+// kSlots > 0: PairFlow for all groups; else MaskFlow with kWords. given: of kGiven.
+template <int kSlots, int kWords, Source kSource, class Id>
 __global__ void __launch_bounds__(kThreads, 1)
     run_in_cluster(const Id *ids, Id *rewritten, const __grid_constant__ FusedShape f, const __grid_constant__ PairTables pairs,
-                   const __grid_constant__ GeneralTables general, const __grid_constant__ CountMatrix<int32_t> gathered,
-                   const __grid_constant__ PlanOut out) {
+                   const __grid_constant__ GeneralTables general, const __grid_constant__ CountMatrix<int32_t> given,
+                   const __grid_constant__ PlanOut out, const __grid_constant__ ExchangeView<kSource> view) {
+    constexpr bool kGathered = kSource != kOwnIds;
     extern __shared__ int4 memory[];
     int *const words = reinterpret_cast<int *>(memory);
     MARK(0);
     const int solver_words = kSlots > 0 ? PairSpace::words_of(general.shape, pairs.n_groups) : GeneralSpace::words_of(general.shape, general.at);
     const int n_blocks = (int)cluster_size(), block = (int)cluster_rank();
-    const FusedSpace at(solver_words, f.n_logical, f.max_replicated, kSlots > 0 ? 0 : general.shape.max_arcs, n_blocks, f.per_block);
+    const FusedSpace at(solver_words, f.n_logical, f.max_replicated, kSlots > 0 ? 0 : general.shape.max_arcs, n_blocks, f.per_block,
+                        kSource == kExchanged ? given.n_sources : 0);
     const PairSpace pair_space(words, pairs);
     const GeneralSpace general_space(words, general);
     int *const code = words + at.code;
@@ -105,6 +124,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
     for (int i = threadIdx.x; i < at.parts - at.counts; i += kThreads) counts[i] = 0;  // warp_counts follow
     wait_for_stream();
+    exchange::Call call;
+    if constexpr (kSource == kExchanged) call = exchange::begin(view);
 
     // Ids.
     const int64_t start = (int64_t)block * f.per_block;
@@ -179,6 +200,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     MARK(6);
+    CountMatrix<int32_t> gathered = given;
+    if constexpr (kSource == kExchanged) {
+        int *const everyone = words + at.everyone;
+        exchange::send(view, call, totals, 32 * (warp_id() * n_blocks + block) + lane_id(), n_blocks * kThreads);
+        exchange::receive(view, call, totals, threadIdx.x, kThreads,
+                          [&](int row, int column, int32_t count) { everyone[row * f.n_logical + column] = count; });
+        __syncthreads();
+        gathered.counts = everyone;
+        // All blocks have met since they began.
+        if (writes && threadIdx.x == 0) exchange::end(view, call);
+    }
 
     // Loads of ranks and bundles; single places are done with.
     const BatchLoads batch{totals};
@@ -386,13 +418,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     MARK(20);
 }
 
-template <class Id, bool kGathered>
+template <class Id, Source kSource>
 auto fused_kernel(const lplbk_planner &planner) {
     switch (planner.shape.pair_slots) {
-    case 2: return run_in_cluster<2, 0, kGathered, Id>;
-    case 4: return run_in_cluster<4, 0, kGathered, Id>;
-    case 8: return run_in_cluster<8, 0, kGathered, Id>;
-    default: return planner.layout.mask_words == 1 ? run_in_cluster<0, 1, kGathered, Id> : run_in_cluster<0, 2, kGathered, Id>;
+    case 2: return run_in_cluster<2, 0, kSource, Id>;
+    case 4: return run_in_cluster<4, 0, kSource, Id>;
+    case 8: return run_in_cluster<8, 0, kSource, Id>;
+    default: return planner.layout.mask_words == 1 ? run_in_cluster<0, 1, kSource, Id> : run_in_cluster<0, 2, kSource, Id>;
     }
 }
 
@@ -403,11 +435,12 @@ bool fused_shape(const lplbk_shape &shape, const lplbk_layout &at) {
 
 int max_replicated(const lplbk_shape &shape) { return max(1, min(shape.n_logical, shape.n_physical - shape.n_logical)); }
 
-FusedSpace space_of(const lplbk_planner &planner, int n_blocks, int per_block) {
+FusedSpace space_of(const lplbk_planner &planner, int n_blocks, int per_block, int n_sources) {
     const lplbk_shape &shape = planner.shape;
     const bool pairs = shape.pair_slots > 0;
     const int solver_words = pairs ? PairSpace::words_of(shape, shape.n_groups) : GeneralSpace::words_of(shape, planner.layout);
-    return FusedSpace(solver_words, shape.n_logical, max_replicated(shape), pairs ? 0 : shape.max_arcs, n_blocks, per_block);
+    return FusedSpace(solver_words, shape.n_logical, max_replicated(shape), pairs ? 0 : shape.max_arcs, n_blocks, per_block,
+                      n_sources);
 }
 
 struct FusedSize {
@@ -422,9 +455,9 @@ FusedSize fused_size(const lplbk_planner &planner, int64_t n_ids, int64_t max_bl
     return {blocks, (int)min(per_block, (int64_t)1 << 30)};
 }
 
-template <class Id, bool kGathered>
-cudaError_t launch_fused(const lplbk_planner &planner, const void *ids, int64_t n_ids, const int32_t *gathered, void *out, void *counter,
-                         int32_t counter64, int64_t max_blocks, cudaStream_t stream) {
+template <class Id, Source kSource>
+cudaError_t launch_fused(const lplbk_planner &planner, const void *ids, int64_t n_ids, const int32_t *given, void *out, void *counter,
+                         int32_t counter64, int64_t max_blocks, const ExchangeView<kSource> &view, cudaStream_t stream) {
     const lplbk_shape &shape = planner.shape;
     const lplbk_layout &at = planner.layout;
     const FusedSize size = fused_size(planner, n_ids, max_blocks);
@@ -433,16 +466,17 @@ cudaError_t launch_fused(const lplbk_planner &planner, const void *ids, int64_t 
     const PairTables pairs{reinterpret_cast<const int4 *>(planner.tables + at.home), planner.tables + at.lanes, shape.n_groups, 0,
                            shape.group_size, shape.n_redundant, shape.n_logical / shape.ep_size, shape.combined};
     const GeneralTables general{shape, at, planner.tables, planner.scratch};
-    const CountMatrix<int32_t> matrix{gathered, kGathered ? shape.ep_size : 1, shape.n_logical};
+    const CountMatrix<int32_t> matrix{given, kSource == kOwnIds ? 1 : shape.ep_size, shape.n_logical};
     const PlanOut plan = PlanOut::of(planner, nullptr, nullptr, counter, counter64);
-    return launch(planner.info, fused_kernel<Id, kGathered>(planner), size.blocks, kThreads,
-                  4 * space_of(planner, size.blocks, size.per_block).words, planner.info.max_cluster > 1 ? size.blocks : 0, stream,
-                  static_cast<const Id *>(ids), static_cast<Id *>(out), fused, pairs, general, matrix, plan);
+    const int words = space_of(planner, size.blocks, size.per_block, kSource == kExchanged ? shape.ep_size : 0).words;
+    return launch(planner.info, fused_kernel<Id, kSource>(planner), size.blocks, kThreads, 4 * words,
+                  planner.info.max_cluster > 1 ? size.blocks : 0, stream, static_cast<const Id *>(ids), static_cast<Id *>(out), fused,
+                  pairs, general, matrix, plan, view);
 }
 
-template <class Id, bool kGathered>
+template <class Id, Source kSource>
 cudaError_t prepare_fused_kernel(lplbk_planner &planner) {
-    const auto kernel = fused_kernel<Id, kGathered>(planner);
+    const auto kernel = fused_kernel<Id, kSource>(planner);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planner.info.shared_bytes);
     if (error != cudaSuccess || planner.info.max_cluster == 1) return error;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -470,34 +504,41 @@ cudaError_t prepare_fused_kernel(lplbk_planner &planner) {
     return cudaSuccess;
 }
 
-}  // namespace
-
-bool fused_possible(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks) {
+// n_sources: as in FusedSpace.
+bool fused_fits(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks, int n_sources) {
     if (!fused_shape(planner.shape, planner.layout)) return false;
     if (planner.info.max_cluster == 1 && n_ids > kMaxWithoutCluster) return false;
     const FusedSize size = fused_size(planner, n_ids, max_blocks);
     if (size.per_block > kMaxPerBlock) return false;
-    return 4 * space_of(planner, size.blocks, size.per_block).words <= planner.info.shared_bytes;
+    return 4 * space_of(planner, size.blocks, size.per_block, n_sources).words <= planner.info.shared_bytes;
+}
+
+}  // namespace
+
+bool fused_possible(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks) {
+    return fused_fits(planner, n_ids, max_blocks, 0);
 }
 
 cudaError_t run_fused(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *gathered, void *out,
                       void *counter, int32_t counter64, int64_t max_blocks, cudaStream_t stream) {
     const bool many = gathered != nullptr && planner.shape.ep_size > 1;
     if (ids64) {
-        return many ? launch_fused<int64_t, true>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, stream)
-                    : launch_fused<int64_t, false>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, stream);
+        return many ? launch_fused<int64_t, kGiven>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, {}, stream)
+                    : launch_fused<int64_t, kOwnIds>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, {}, stream);
     }
-    return many ? launch_fused<int32_t, true>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, stream)
-                : launch_fused<int32_t, false>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, stream);
+    return many ? launch_fused<int32_t, kGiven>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, {}, stream)
+                : launch_fused<int32_t, kOwnIds>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, {}, stream);
 }
 
 int32_t prepare_fused(lplbk_planner &planner) {
     if (!fused_shape(planner.shape, planner.layout)) return 0;
     if (planner.info.max_cluster > 1) planner.info.max_cluster = 16;
-    cudaError_t error = prepare_fused_kernel<int64_t, false>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, false>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int64_t, true>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, true>(planner);
+    cudaError_t error = prepare_fused_kernel<int64_t, kOwnIds>(planner);
+    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, kOwnIds>(planner);
+    if (error == cudaSuccess) error = prepare_fused_kernel<int64_t, kGiven>(planner);
+    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, kGiven>(planner);
+    if (error == cudaSuccess) error = prepare_fused_kernel<int64_t, kExchanged>(planner);
+    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, kExchanged>(planner);
     return taken(error);
 }
 
@@ -536,6 +577,16 @@ int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, 
     }
     if (error == cudaSuccess) error = rewrite_runs(*planner, ids, ids64, n_ids, runs, out, gathered == nullptr, queue);
     return taken(error);
+}
+
+int32_t lplbk_run_exchanging(const lplbk_planner *planner, const lplbk_exchange_view *view, const void *ids, int32_t ids64, int64_t n_ids,
+                             void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream) {
+    using namespace lplb;
+    if (!planner->has_replicas || view->n_nodes != 1 || !fused_fits(*planner, n_ids, max_blocks, view->n_ranks)) return LPLBK_UNSUPPORTED;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    const auto run = ids64 ? launch_fused<int64_t, kExchanged> : launch_fused<int32_t, kExchanged>;
+    return taken(run(*planner, ids, n_ids, nullptr, out, counter, counter64, max_blocks, *view, static_cast<cudaStream_t>(stream)));
 }
 }
 
