@@ -5,6 +5,7 @@
 
 #include "common.cuh"
 #include "exchange.cuh"
+#include "launch.cuh"
 
 using lplb::OnDevice;
 using lplb::taken;
@@ -29,10 +30,12 @@ constexpr int kPiecesPerWarpAndBlock = 8; // beyond that another block is worth 
 
 __global__ void __launch_bounds__(kMaxThreads)
     exchange_kernel(const __grid_constant__ lplbk_exchange_view view, const int32_t *counts, int32_t *gathered) {
+    lplb::wait_for_stream();
     const exchange::Call call = exchange::begin(view);
     const int thread = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     const int n_threads = (int)(gridDim.x * blockDim.x);
     exchange::send(view, call, counts, thread, n_threads);
+    lplb::let_next_start();
     exchange::receive(view, call, counts, thread, n_threads,
                       [&](int row, int column, int32_t count) { gathered[(int64_t)row * view.n_counts + column] = count; });
     __syncthreads();
@@ -162,6 +165,9 @@ int32_t lplbk_exchange_open(int32_t device, uint32_t first_epoch, lplbk_exchange
     // Loads the kernel now: loading it at the first call would wait for whatever spins on the device, another exchange for one.
     cudaFuncAttributes code;
     cudaError_t error = cudaFuncGetAttributes(&code, exchange_kernel);
+    int major = 0, minor = 0;
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error == cudaSuccess) error = cudaMalloc(&state, sizeof fresh);
     if (error == cudaSuccess) error = cudaMemcpy(state, &fresh, sizeof fresh, cudaMemcpyHostToDevice);
     if (error == cudaSuccess) error = cudaHostAlloc(&page, sizeof(lplbk_exchange_host), cudaHostAllocMapped | cudaHostAllocPortable);
@@ -174,6 +180,7 @@ int32_t lplbk_exchange_open(int32_t device, uint32_t first_epoch, lplbk_exchange
     memset(page, 0, sizeof(lplbk_exchange_host));
     view->state = (uint64_t)(uintptr_t)state;
     view->host = (uint64_t)(uintptr_t)page_on_device;
+    view->capability = 10 * major + minor;
     *host = static_cast<lplbk_exchange_host *>(page);
     return 0;
 }
@@ -199,8 +206,9 @@ int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, c
         blocks = (pieces + warps * kPiecesPerWarpAndBlock - 1) / (warps * kPiecesPerWarpAndBlock);
         if (blocks > kMaxBlocks) blocks = kMaxBlocks;
     }
-    exchange_kernel<<<blocks, warps * 32, 0, static_cast<cudaStream_t>(stream)>>>(*view, counts, gathered);
-    return taken(cudaGetLastError());
+    lplbk_device_info info = {};
+    info.capability = view->capability;
+    return taken(lplb::launch(info, exchange_kernel, blocks, warps * 32, 0, 0, static_cast<cudaStream_t>(stream), *view, counts, gathered));
 }
 
 }  // extern "C"

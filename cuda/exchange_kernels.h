@@ -61,7 +61,7 @@ typedef struct lplbk_exchange_view {
     int32_t n_words;                         /* n_nodes * n_counts: counts from each rank */
     int32_t n_packets;                       /* (n_words + 1) / 2 */
     int32_t policy;                          /* LPLBK_EXCHANGE_TRAP or _REPORT */
-    int32_t unused;
+    int32_t capability;                      /* of the device, as in lplbk_device_info; set by lplbk_exchange_open */
 } lplbk_exchange_view;
 
 /* 8-byte words in a buffer that peers write. */
@@ -91,7 +91,7 @@ void lplbk_exchange_settle(int32_t device);
 
 /* ---- One exchange ------------------------------------------------------------------------------------------------------------ */
 
-/* Makes the state and the host page and enters both in the view. host: where the page is for the host. */
+/* Makes the state and the host page and enters both in the view, and the device's capability. host: where the page is for the host. */
 int32_t lplbk_exchange_open(int32_t device, uint32_t first_epoch, lplbk_exchange_view *view, lplbk_exchange_host **host);
 /* Ends them, also after a trap (then the memory goes with the process). */
 int32_t lplbk_exchange_close(int32_t device, lplbk_exchange_view *view, lplbk_exchange_host *host);

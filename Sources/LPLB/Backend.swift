@@ -1,6 +1,7 @@
 // What a planner asks of the device it plans on. The CPU and CUDA backends answer alike, bit for bit.
 
 import CLPLB
+import CLPLBKernels
 import LPLBSolver
 import LPLBTopology
 
@@ -71,6 +72,12 @@ protocol PlannerBackend: AnyObject {
         _ ids: IdBuffer, gathered: UnsafePointer<Int32>?, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
         stream: UnsafeMutableRawPointer?) throws(Failure)
 
+    /// `run` for the counts of all ranks, which the exchange behind `view` brings, in one launch. False: this takes several, and nothing
+    /// was queued.
+    func run(
+        _ ids: IdBuffer, exchanging view: UnsafePointer<lplbk_exchange_view>, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
+        stream: UnsafeMutableRawPointer?) throws(Failure) -> Bool
+
     /// The latest plan; wait for the stream where there is one. `groups` has room for every group.
     func readInfo(groups: UnsafeMutablePointer<lplb_group_info>?, stream: UnsafeMutableRawPointer?) throws(Failure) -> PlanTotals
 
@@ -79,4 +86,11 @@ protocol PlannerBackend: AnyObject {
 
     /// Tokens per physical expert of this planner's rank, `[nPhysical]`.
     func readAssignment(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure)
+}
+
+extension PlannerBackend {
+    func run(
+        _ ids: IdBuffer, exchanging view: UnsafePointer<lplbk_exchange_view>, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
+        stream: UnsafeMutableRawPointer?
+    ) throws(Failure) -> Bool { false }
 }

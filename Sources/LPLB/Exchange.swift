@@ -78,10 +78,10 @@ final class Exchange {
         view.pointee.n_words = Int32(settings.nodes * settings.counts)
         view.pointee.n_packets = (view.pointee.n_words + 1) / 2
         var info = lplbk_device_info()
-        try Exchange.cuda(lplbk_device_info_get(settings.device, &info), "device \(settings.device)")
-        try Exchange.cuda(lplbk_exchange_open(settings.device, settings.firstEpoch, view, &host), "lplb_exchange: state")
+        try check(lplbk_device_info_get(settings.device, &info), "device \(settings.device)")
+        try check(lplbk_exchange_open(settings.device, settings.firstEpoch, view, &host), "lplb_exchange: state")
         let words = settings.counts * (1 + settings.nodes + settings.nodes * settings.ranks)
-        try Exchange.cuda(lplbk_alloc(settings.device, Int64(words * 4), &scratch), "lplb_exchange: scratch memory")
+        try check(lplbk_alloc(settings.device, Int64(words * 4), &scratch), "lplb_exchange: scratch memory")
     }
 
     deinit {
@@ -100,7 +100,7 @@ final class Exchange {
             setPeer(peer, buffer)
         }
         let filled = lplbk_exchange_fill(settings.device, buffers[settings.rank], settings.bufferWords, settings.firstEpoch)
-        try Exchange.cuda(filled, "buffers[\(settings.rank)]: cannot be filled")
+        try check(filled, "buffers[\(settings.rank)]: cannot be filled")
         stage = .ready
         ownsRail = true
     }
@@ -110,7 +110,7 @@ final class Exchange {
         let settings = try ExchangeSettings(config)
         try self.init(settings, policy: config.policy, timeoutMs: config.timeout_ms)
         let made = lplbk_exchange_alloc(settings.device, settings.bufferWords, settings.firstEpoch, &ownBuffer)
-        try Exchange.cuda(made, "lplb_exchange_begin: buffer of \(settings.bufferWords * 8) bytes")
+        try check(made, "lplb_exchange_begin: buffer of \(settings.bufferWords * 8) bytes")
         setPeer(settings.rank, ownBuffer)
     }
 
@@ -125,8 +125,8 @@ final class Exchange {
 
     func blob() throws(Failure) -> ExchangeBlob {
         var blob = ExchangeBlob(settings, buffer: ownBuffer)
-        try Exchange.cuda(blob.identify(settings.device), "lplb_exchange_begin: identity of device \(settings.device)")
-        try Exchange.cuda(blob.export(settings.device, ownBuffer), "lplb_exchange_begin: the buffer cannot be exported by CUDA IPC")
+        try check(blob.identify(settings.device), "lplb_exchange_begin: identity of device \(settings.device)")
+        try check(blob.export(settings.device, ownBuffer), "lplb_exchange_begin: the buffer cannot be exported by CUDA IPC")
         return blob
     }
 
@@ -147,7 +147,7 @@ final class Exchange {
     private func map(_ blob: ExchangeBlob, of peer: Int, own: ExchangeBlob) throws(Failure) -> UnsafeMutableRawPointer? {
         let here = blob.isOfThisProcess
         var reach: Int32 = 0
-        try Exchange.cuda(blob.reach(from: settings.device, enable: here, &reach), "lplb_exchange_finish: peer access to rank \(peer)")
+        try check(blob.reach(from: settings.device, enable: here, &reach), "lplb_exchange_finish: peer access to rank \(peer)")
         guard reach != 0 else {
             throw Failure(
                 LPLB_ERROR_UNSUPPORTED, "lplb_exchange_finish: the GPU of rank \(settings.rank) cannot write to that of rank \(peer)")
@@ -155,7 +155,7 @@ final class Exchange {
         if here { return blob.buffer }
         var mapped: UnsafeMutableRawPointer?
         let error = blob.map(on: settings.device, &mapped)
-        try Exchange.cuda(error, "lplb_exchange_finish: the buffer of rank \(peer) cannot be mapped here by CUDA IPC")
+        try check(error, "lplb_exchange_finish: the buffer of rank \(peer) cannot be mapped here by CUDA IPC")
         if let mapped { imported.append(mapped) }
         return mapped
     }
@@ -185,7 +185,7 @@ final class Exchange {
             }
             brought = UnsafePointer(target)
         }
-        try Exchange.cuda(
+        try check(
             lplbk_exchange_launch(settings.device, view, brought, gathered, 0, stream), "lplb_exchange_all_gather: launch")
     }
 
@@ -273,19 +273,5 @@ final class Exchange {
         } catch {
             return error.status
         }
-    }
-
-    /// Turns an error number of the kernels' side into a failure.
-    static func cuda(_ error: Int32, _ what: @autoclosure () -> String) throws(Failure) {
-        if error == 0 { return }
-        let name = String(cString: lplbk_error_name(error))
-        let status =
-            switch Int(lplbk_error_kind(error)) {
-            case LPLBK_KIND_NO_CUDA: LPLB_ERROR_NO_CUDA
-            case LPLBK_KIND_OUT_OF_MEMORY: LPLB_ERROR_OUT_OF_MEMORY
-            case LPLBK_KIND_UNSUPPORTED: LPLB_ERROR_UNSUPPORTED
-            default: LPLB_ERROR_CUDA
-            }
-        throw Failure(status, "\(what()): \(name)")
     }
 }

@@ -25,16 +25,19 @@ extension Planner {
         self.exchange = exchange
     }
 
-    /// The counts of all ranks, in memory of the exchange that keeps until its next call.
-    func exchangedCounts(
-        of ids: IdBuffer, by exchange: Exchange, stream: UnsafeMutableRawPointer?
-    ) throws(Failure) -> UnsafePointer<Int32> {
+    /// `run` for the counts of all ranks: in one launch where the backend can, else count, exchange, plan.
+    func run(
+        _ ids: IdBuffer, by exchange: Exchange, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int, stream: UnsafeMutableRawPointer?
+    ) throws(Failure) {
         try exchange.alone { () throws(Failure) in
             try exchange.requireReady()
-            let counts = exchange.plannerCounts
+            let fused = try backend.run(
+                ids, exchanging: exchange.view, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
+            if fused { return }
+            let counts = exchange.plannerCounts, gathered = exchange.plannerGathered
             try backend.count(ids, counts: counts, cumulative: nil, chunks: 1, stream: stream)
-            try exchange.allGather(counts, exchange.plannerGathered, stream: stream)
+            try exchange.allGather(counts, gathered, stream: stream)
+            try backend.run(ids, gathered: gathered, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
         }
-        return UnsafePointer(exchange.plannerGathered)
     }
 }

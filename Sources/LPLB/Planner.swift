@@ -158,9 +158,11 @@ final class Planner {
         if gathered != nil && rank == nil {
             throw Failure("gathered", "needs a planner created with a rank, so that one row is known to be its own", value: "no rank")
         }
-        var gathered = gathered
-        if gathered == nil, hasReplicas, let exchange { gathered = try exchangedCounts(of: ids, by: exchange, stream: stream) }
-        try backend.run(ids, gathered: gathered, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
+        if gathered == nil, hasReplicas, let exchange {
+            try run(ids, by: exchange, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
+        } else {
+            try backend.run(ids, gathered: gathered, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
+        }
         if hasReplicas { hasPlan = true }
     }
 
