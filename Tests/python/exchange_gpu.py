@@ -181,9 +181,8 @@ def planners(kind: str, device: torch.device, ranks: int, rank: int, batches: in
     if r2o is None or n_experts % ranks:
         return True, f"no topology for {ranks} ranks"
     n_physical = n_experts + ranks * r2o.shape[1]
-    rng = np.random.default_rng(3)
-    extra = rng.permutation(n_experts)[:ranks]
-    general = np.concatenate([np.append(np.arange(n_experts).reshape(ranks, -1)[r], extra[r - 1]) for r in range(ranks)])
+    of_rank = np.arange(n_experts).reshape(ranks, -1)
+    general = torch.from_numpy(np.concatenate([np.append(of_rank[r], of_rank[r - 1, 0]) for r in range(ranks)]))
     # Two planners in one stream order share an exchange; each could have its own.
     shared = exchange.create(dist.group.WORLD, device, n_experts, kind)
     both = [Planner(r2o, n_physical, n_experts, group=dist.group.WORLD, device=device, exchange=shared),
