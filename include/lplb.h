@@ -232,7 +232,8 @@ typedef struct lplb_plan_info {
 
 /*
  * The latest plan: plan NULL or one struct, groups NULL or [n_groups] with n_groups = ep_size / group_size. On CUDA waits for the stream.
- * LPLB_ERROR_WRONG_ORDER before the first plan.
+ * LPLB_ERROR_WRONG_ORDER before the first plan, and on the CPU after a new placement until it is planned with. On CUDA, where a captured
+ * graph may plan at any time, everything reads as 0 from a new placement until then.
  */
 lplb_status lplb_planner_info(lplb_planner *planner, lplb_plan_info *plan, lplb_group_info *groups, int64_t n_groups, void *stream);
 

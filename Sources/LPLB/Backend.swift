@@ -49,6 +49,10 @@ struct PlanTotals {
 /// One device's side of a planner. The boundary has checked every pointer and size; the backend checks values (counts, ids).
 /// `stream` is a cudaStream_t and is ignored on the CPU. Calls of the hot path (count ... run) allocate nothing and wait for nothing.
 protocol PlannerBackend: AnyObject {
+    /// Captured graphs may plan again at any time without a call of the host, so what was planned before can be read even after a new
+    /// placement (zeros until the first replay).
+    var replaysGraphs: Bool { get }
+
     /// Takes over a new placement. What was planned before is void. `tables` stay alive and unchanged while they are loaded.
     func load(_ tables: SolverTables, stream: UnsafeMutableRawPointer?) throws(Failure)
 

@@ -5,6 +5,7 @@ import LPLBSolver
 import LPLBTopology
 
 final class CpuBackend: PlannerBackend {
+    let replaysGraphs = false
     private let shape: ExpertShape
     private let rank: Int?
     private let mapper: TokenMapper

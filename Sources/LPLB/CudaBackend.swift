@@ -29,6 +29,7 @@ func cudaFailure(_ error: Int32, _ doing: String) -> Failure {
 }
 
 final class CudaBackend: PlannerBackend {
+    let replaysGraphs = true
     private let shape: ExpertShape
     private let device: Int32
     /// What the kernels get; its address stays. Device memory comes with the first placement.
@@ -96,6 +97,7 @@ final class CudaBackend: PlannerBackend {
         let zeros = [Int32](repeating: 0, count: shape.nPhysical)
         try upload(zeros, to: state.pointee.quota, stream)
         try upload(zeros, to: state.pointee.take, stream)
+        try upload([Int32](repeating: 0, count: shape.nGroups * LPLBK_INFO_WORDS), to: state.pointee.group_info, stream)
         try upload(blob, to: state.pointee.tables, stream)
     }
 

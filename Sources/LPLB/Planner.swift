@@ -21,6 +21,8 @@ final class Planner {
     private(set) var tables: SolverTables?
     /// The latest solve or run left a plan, made under the placement that is in force.
     private(set) var hasPlan = false
+    /// There was a plan under some placement.
+    private var everPlanned = false
 
     private let entered = Atomic<Bool>(false)
     private let words: UnsafeMutablePointer<CChar>
@@ -133,6 +135,7 @@ final class Planner {
         try requireTopology(ratios != nil, "ratios")
         try backend.solve(counts, ratios: ratios, scaled: scaled, counter: counter, stream: stream)
         hasPlan = true
+        everPlanned = true
     }
 
     func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure) {
@@ -163,13 +166,16 @@ final class Planner {
         } else {
             try backend.run(ids, gathered: gathered, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
         }
-        if hasReplicas { hasPlan = true }
+        if hasReplicas {
+            hasPlan = true
+            everPlanned = true
+        }
     }
 
     // MARK: Reading
 
     func requirePlan(_ call: String) throws(Failure) {
-        guard hasPlan else {
+        guard hasPlan || (everPlanned && backend.replaysGraphs) else {
             throw Failure(
                 LPLB_ERROR_WRONG_ORDER,
                 "\(call): there is no plan for this placement yet; call lplb_planner_solve or lplb_planner_run first")

@@ -54,6 +54,13 @@ def assert_same_plan(cpu, gpu):
     assert all(group.certified for group in theirs.groups)
 
 
+def has_choice(planner):
+    """Some expert stands on two ranks; otherwise run plans nothing."""
+    ranks = torch.arange(planner.n_routed_experts) // planner.n_local_routed_experts
+    places = set(zip(planner.phy2log.tolist(), ranks.tolist(), strict=True))
+    return len(places) > planner.n_logical_routed_experts
+
+
 def check_run(rng, cpu, gpu, count, dtype=torch.int64, counter_dtype=torch.int64):
     ids = random_ids(rng, cpu.n_logical_routed_experts, count, dtype)
     counters = torch.zeros(1, dtype=counter_dtype), torch.zeros(1, dtype=counter_dtype, device="cuda")
@@ -61,7 +68,7 @@ def check_run(rng, cpu, gpu, count, dtype=torch.int64, counter_dtype=torch.int64
     actual = gpu.run(ids.cuda(), counters[1])
     assert actual.dtype == dtype and torch.equal(expected, actual.cpu())
     assert counters[0].item() == counters[1].item() == cpu.n_group
-    if cpu.split().sum():
+    if (ids >= 0).any() and has_choice(cpu):
         assert_same_plan(cpu, gpu)
 
 
