@@ -86,25 +86,38 @@ private:
         load -= moved;
     }
 
-    // The best lower bound among the sets of the n busiest ranks.
+    // The best lower bound among the sets of the n busiest ranks. shared: 32 words, 16-byte aligned.
     __device__ __forceinline__ void cut_prefixes(int n_ranks, int base, int *shared) {
+        const int lane = lane_id();
+        shared[lane] = lane < n_ranks ? load : -1;
+        __syncwarp();
+        // Ranks with more tokens, or with as many and a lower number, come before this one.
         int position = 0;
-#pragma unroll 4
-        for (int q = 0; q < n_ranks; ++q) {
-            const int other = __shfl_sync(kFullWarp, load, q);
-            position += other > load || (other == load && q < lane_id());
+#pragma unroll 1
+        for (int q = 0; q < n_ranks; q += 8) {
+            const int4 low = reinterpret_cast<const int4 *>(shared)[q / 4], high = reinterpret_cast<const int4 *>(shared)[q / 4 + 1];
+            const int others[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+            for (int i = 0; i < 8; ++i) position += others[i] > (q + i < lane ? load - 1 : load);
         }
-        if (lane_id() >= n_ranks) position = lane_id();  // keeps the places of the others free
+        if (lane >= n_ranks) position = lane;  // keeps the places of the others free
+        int far[kSlots];
+#pragma unroll
+        for (int c = 0; c < kSlots; ++c) far[c] = max(position, __shfl_sync(kFullWarp, position, partner[c]));
         shared[position] = base;
         __syncwarp();
 #pragma unroll
         for (int c = 0; c < kSlots; ++c) {
-            const int other = __shfl_sync(kFullWarp, position, partner[c]);
-            if (bit[c] != 0 && !is_copy[c]) atomicAdd(&shared[max(position, other)], sum[c]);
+            if (!is_copy[c]) atomicAdd(&shared[far[c]], sum[c]);  // no arc: adds 0
         }
         __syncwarp();
-        const int inside = warp_prefix(shared[lane_id()]);
-        const int candidate = lane_id() < n_ranks ? ceil_share(inside, lane_id() + 1) : 0;
+        int inside = shared[lane];
+#pragma unroll 1
+        for (int step = 1; step < n_ranks; step *= 2) {
+            const int below = __shfl_up_sync(kFullWarp, inside, step);
+            if (lane >= step) inside += below;
+        }
+        const int candidate = lane < n_ranks ? ceil_share(inside, lane + 1) : 0;
         const int best = warp_max(candidate);
         if (best > end.bound) {
             const int n = __ffs(__ballot_sync(kFullWarp, candidate == best));

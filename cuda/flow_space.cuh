@@ -36,11 +36,11 @@ struct ArcEntry {
 
 // Working arrays of a group, in words of shared memory. ranks: rounded up to whole warps.
 struct FlowSpace {
-    int *sum;       // [bundles] tokens of the bundle
+    int *words;     // [64] exchange between warps; 16-byte aligned
     int *base;      // [ranks] tokens of single places
     int *load;      // [ranks]
     int *received;  // [2][ranks]
-    int *words;     // [64] exchange between warps
+    int *sum;       // [bundles] tokens of the bundle
     int *x;         // [arcs] tokens of a bundle on a rank
     int *extra;     // masks: [ranks][ranks] what a rank gave another in this step; else [ranks] level and [bundles] level
 
@@ -51,14 +51,15 @@ struct FlowSpace {
         return cleared_words(shape) + shape.max_arcs + (shape.group_size <= 64 ? n * n : n + shape.max_bundles);
     }
 
+    // memory: 16-byte aligned. The first cleared_words() are to be zero.
     __device__ FlowSpace(int *memory, const lplbk_shape &shape) {
         const int n = ranks(shape.group_size);
-        sum = memory;
-        base = sum + shape.max_bundles;
+        words = memory;
+        base = words + 64;
         load = base + n;
         received = load + n;
-        words = received + 2 * n;
-        x = words + 64;
+        sum = received + 2 * n;
+        x = sum + shape.max_bundles;
         extra = x + shape.max_arcs;
     }
 };

@@ -98,11 +98,13 @@ typedef struct lplbk_layout {
     int32_t bundle_start;  /* [max_bundles + 1] into the arcs */
     int32_t mask;          /* [max_bundles][mask_words] group_size <= 64: bit r: the bundle has a place on rank r; else absent */
     int32_t mask_words;    /* 1, 2 or 0 */
+    int32_t pair_lanes;    /* [LPLBK_MAX_COLOURS][32] lplbk_lane, slot_class being the bundle; group_size <= 32, IMAGE_PAIRS only; else absent */
     int32_t words;         /* of the whole blob */
 } lplbk_layout;
 
 /* Words of an image's header; IMAGE_COLOUR + c: first bundle of colour c, one more than there are colours. */
-enum { LPLBK_IMAGE_BUNDLES = 0, LPLBK_IMAGE_ARCS = 1, LPLBK_IMAGE_COLOURS = 2, LPLBK_IMAGE_COLOUR = 16, LPLBK_IMAGE_HEADER_WORDS = 32 };
+enum { LPLBK_IMAGE_BUNDLES = 0, LPLBK_IMAGE_ARCS = 1, LPLBK_IMAGE_COLOURS = 2 /* 0: the group does not sweep */,
+       LPLBK_IMAGE_PAIRS = 3 /* 1: the group sweeps and pair_lanes are set */, LPLBK_IMAGE_COLOUR = 16, LPLBK_IMAGE_HEADER_WORDS = 32 };
 enum { LPLBK_MAX_COLOURS = 8 };
 
 /* Passes of the solver's loop after which it gives up, as in the solver's tables. */
@@ -141,6 +143,7 @@ static inline lplbk_layout lplbk_layout_of(const lplbk_shape *shape) {
     at.arc_slot = lplbk_section(&end, shape->max_arcs);
     at.bundle_start = lplbk_section(&end, shape->max_bundles + 1);
     at.mask = lplbk_section(&end, (int64_t)shape->max_bundles * at.mask_words);
+    at.pair_lanes = lplbk_section(&end, shape->group_size <= 32 && shape->pair_slots == 0 ? LPLBK_MAX_COLOURS * 32 : 0);
     at.image_words = end;
     end = 0;
     at.n_replicated = lplbk_section(&end, 1);
@@ -174,6 +177,7 @@ typedef struct lplbk_planner {
     int32_t device;
     int32_t solver;          /* LPLB_SOLVER_* */
     int32_t has_replicas;    /* 0: no placement of this planner has any */
+    int32_t fused_ids;       /* set by lplbk_prepare: as many ids at most are planned in one launch */
     lplbk_shape shape;
     lplbk_layout layout;
     lplbk_device_info info;
@@ -190,7 +194,7 @@ typedef struct lplbk_planner {
 int64_t lplbk_scratch_words(const lplbk_planner *planner);
 
 /* Whether the kernels can serve this planner on its device: 0, LPLBK_UNSUPPORTED or a CUDA error. Also opts in to the shared memory and
-   cluster sizes they need, and sets info.max_cluster. Comes once, before the first launch. */
+   cluster sizes they need, and sets info.max_cluster and fused_ids. Comes once, before the first launch. */
 int32_t lplbk_prepare(lplbk_planner *planner);
 
 /* ---- Launches: nothing waits, nothing allocates, all can be captured --------------------------------------------------------- */

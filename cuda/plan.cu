@@ -2,8 +2,9 @@
 //
 // One launch: every block of the cluster counts its run of ids, reads the other blocks' counts from their shared memory, and solves for
 // itself (the solver is deterministic, and waiting for another block's answer would take longer); its other warps number the occurrences
-// of replicated experts meanwhile. The ids stay in shared memory in between, 16 bits each. With an exchange the blocks send this rank's
-// counts to the peers between them, and each waits for everybody's by itself.
+// of replicated experts meanwhile. The ids stay in shared memory in between, 16 bits each; those of replicated experts are also queued,
+// since there are few of them as a rule and numbering is the work that costs. With an exchange the blocks send this rank's counts to the
+// peers between them, and each waits for everybody's by itself.
 #include <type_traits>
 
 #include "exchange.cuh"
@@ -19,6 +20,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSolvers = 8;        // warps that solve; the others number occurrences
+constexpr int kFusedIds = 1 << 17;     // beyond, three launches are faster (measured on an H200)
 constexpr int kMaxWithoutCluster = 2048;  // ids that one block takes alone where there are no clusters
 constexpr int kMaxPerBlock = 1 << 14;  // ids; counters have 16 bits
 
@@ -32,9 +34,21 @@ struct FusedShape {
     int64_t *invalid;
 };
 
+// A queued id: its place in the block's run, and which occurrence of its expert in the warp's run it is.
+struct Queued {
+    unsigned word;
+    __device__ unsigned place() const { return word & (kMaxPerBlock - 1); }
+    __device__ unsigned number() const { return word / kMaxPerBlock; }
+    __device__ static unsigned of(unsigned place, unsigned number) { return place | number * kMaxPerBlock; }
+};
+
+// A rewritten id among the kept ones: its slot, marked.
+constexpr unsigned kSlotMark = 0x8000;
+static_assert((kSlotMark | (LPLBK_MAX_PHYSICAL - 1)) < kBadId && LPLBK_MAX_LOGICAL <= kSlotMark, "kSlotMark");
+
 // Shared memory of a block beside the solver's, in words from the start.
 struct FusedSpace {
-    int code, step, counts, warp_counts, parts, total, before, number, ids, everyone, words;
+    int code, step, counts, packed, warp_counts, parts, total, before, queue, ids, everyone, words;
 
     // n_sources: ranks whose counts are exchanged, 0: none are.
     __host__ __device__ FusedSpace(int solver_words, int n_logical, int max_replicated, int max_arcs, int n_blocks, int per_block,
@@ -47,12 +61,13 @@ struct FusedSpace {
         };
         code = section(n_logical);
         step = section(max_arcs > 4 * max_replicated ? max_arcs : 4 * max_replicated);
-        counts = section(counter_words(n_logical));
+        counts = section(n_logical);
+        packed = section(counter_words(n_logical));
         warp_counts = section(kWarps * counter_words(max_replicated));
         parts = section(n_blocks * round_up(counter_words(n_logical), 4));
         total = section(2 * counter_words(n_logical));
         before = section(max_replicated);
-        number = section(per_block);
+        queue = section(per_block);
         ids = section(per_block / 2);
         everyone = section(n_sources * n_logical);
         words = end;
@@ -95,12 +110,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const PairSpace pair_space(words, pairs);
     const GeneralSpace general_space(words, general);
     int *const code = words + at.code;
-    unsigned *const counts = reinterpret_cast<unsigned *>(words + at.counts);
+    int *const counts = words + at.counts;
+    unsigned *const packed = reinterpret_cast<unsigned *>(words + at.packed);
     unsigned *const warp_counts = reinterpret_cast<unsigned *>(words + at.warp_counts);
     int *const totals = words + at.total;
     int *const before = words + at.before;
     uint16_t *const kept_ids = reinterpret_cast<uint16_t *>(words + at.ids);
-    unsigned *const numbers = reinterpret_cast<unsigned *>(words + at.number);
+    unsigned *const queue = reinterpret_cast<unsigned *>(words + at.queue);
     const int count_words = round_up(counter_words(f.n_logical), 4);
     const int row_words = counter_words(f.max_replicated);
     const bool writes = block == 0;
@@ -113,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (kSlots > 0) {
         if (warp_id() < n_solvers) load_lanes<kSlots>(pairs, warp_id(), lanes);
         if (threadIdx.x < f.n_logical) first_home.word = pairs.home[threadIdx.x];
-        pair_space.clear(words, pairs);
+        pair_space.clear(pairs);
     } else {
         if (threadIdx.x < f.n_logical) first_record = record_of(general, threadIdx.x);
         general_space.open(words, general, 0);
@@ -122,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
     for (int e = threadIdx.x; e < f.n_logical; e += kThreads) code[e] = f.code[e];
 #pragma unroll 1
-    for (int i = threadIdx.x; i < at.parts - at.counts; i += kThreads) counts[i] = 0;  // warp_counts follow
+    for (int i = threadIdx.x; i < at.parts - at.counts; i += kThreads) counts[i] = 0;  // packed and warp_counts follow
     wait_for_stream();
     exchange::Call call;
     if constexpr (kSource == kExchanged) call = exchange::begin(view);
@@ -132,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int n = (int)max(min(f.n_ids - start, (int64_t)f.per_block), (int64_t)0);
     const int rows = ceil_div(n, 32);
     int bad = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = threadIdx.x; i < 32 * rows; i += kThreads) {
         const unsigned id = i < n ? packed_id(ids[start + i], f.n_logical) : kNoExpert;
         bad += id == kBadId;
@@ -143,33 +159,31 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     MARK(2);
 
-    // Counts. Rows belong to warps from here on.
+    // Counts. Rows of 32 ids belong to warps from here on.
     const int rows_of_warp = ceil_div(rows, kWarps - n_solvers);
     const int first_row = (warp_id() - n_solvers) * rows_of_warp;
     const int last_row = warp_id() < n_solvers ? first_row : min(first_row + rows_of_warp, rows);
-    unsigned *const mine = warp_counts + warp_id() * row_words;
-#pragma unroll 1
+    unsigned *const my_queue = queue + 32 * first_row;  // warps that solve have none, and no rows
+    int n_queued = 0;
+#pragma unroll 4
     for (int row = first_row; row < last_row; ++row) {
         const unsigned id = kept_ids[32 * row + lane_id()];
+        int c = 0;
         if (id < kBadId) {
-            count_one(counts, id);
-            if (code[id] < 0) count_one(mine, -1 - code[id]);
+            atomicAdd(&counts[id], 1);
+            c = code[id];
         }
+        const unsigned replicated = __ballot_sync(kFullWarp, c < 0);
+        if (c < 0) my_queue[n_queued + __popc(replicated & lanes_below())] = Queued::of(32 * row + lane_id(), 0);
+        n_queued += __popc(replicated);
     }
     __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < counter_words(f.n_logical); i += kThreads) {
+        packed[i] = counts[2 * i] | (2 * i + 1 < f.n_logical ? counts[2 * i + 1] << 16 : 0);
+    }
     MARK(3);
     cluster_arrive();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n_replicated; i += kThreads) {
-        uint16_t *column = reinterpret_cast<uint16_t *>(warp_counts) + i;
-        unsigned sum = 0;
-#pragma unroll 4
-        for (int w = 0; w < kWarps; ++w) {
-            const unsigned count = column[2 * w * row_words];
-            column[2 * w * row_words] = (uint16_t)sum;
-            sum += count;
-        }
-    }
     cluster_wait();
     MARK(4);
     int4 *const parts = reinterpret_cast<int4 *>(words + at.parts);
@@ -177,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int b = warp_id(); b < n_blocks; b += kWarps) {
 #pragma unroll 1
         for (int i = lane_id(); i < count_words / 4; i += 32) {
-            parts[b * (count_words / 4) + i] = cluster_load(reinterpret_cast<const int4 *>(counts) + i, b);
+            parts[b * (count_words / 4) + i] = cluster_load(reinterpret_cast<const int4 *>(packed) + i, b);
         }
     }
     __syncthreads();
@@ -289,20 +303,35 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = threadIdx.x; i < pairs.n_groups * LPLBK_INFO_WORDS; i += kThreads) out.group_info[i] = 0;
         if (threadIdx.x == 0) out.count_overflow();
     }
+    // The others number what they queued, each warp from 0.
     const int bits = bits_for(n_replicated);
+    unsigned *const my_counts = warp_counts + warp_id() * row_words;
 #pragma unroll 1
-    for (int row = first_row; row < last_row; ++row) {
-        const unsigned id = kept_ids[32 * row + lane_id()];
-        const int c = id < kBadId ? code[id] : 0;
-        if (__any_sync(kFullWarp, c < 0)) {
-            const int i = c < 0 ? -1 - c : 0;
-            const unsigned k = occurrence(c < 0, i, bits, reinterpret_cast<uint16_t *>(mine));
-            numbers[32 * row + lane_id()] = before[i] + k;
-        }
+    for (int first = 0; first < n_queued; first += 32) {
+        const bool active = first + lane_id() < n_queued;
+        const unsigned place = active ? my_queue[first + lane_id()] : 0;
+        const int i = active ? -1 - code[kept_ids[place]] : 0;
+        const unsigned number = occurrence(active, i, bits, reinterpret_cast<uint16_t *>(my_counts));
+        if (active) my_queue[first + lane_id()] = Queued::of(place, number);
     }
     MARK(16);
     __syncthreads();
     MARK(17);
+
+    // Occurrences in the warps before each warp.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n_replicated; i += kThreads) {
+        uint16_t *column = reinterpret_cast<uint16_t *>(warp_counts) + i;
+        unsigned count[kWarps];
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) count[w] = column[2 * w * row_words];
+        unsigned sum = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+            column[2 * w * row_words] = (uint16_t)sum;
+            sum += count[w];
+        }
+    }
 
     // Tokens of replicated experts.
     int moved = 0;
@@ -347,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
     } else {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < n_replicated; i += kThreads) {
+        for (int i = threadIdx.x; i < general_space.tables.n_bundles(); i += kThreads) {
             const int first = general_space.tables.bundle_start[i];
             const int n_places = general_space.tables.bundle_start[i + 1] - first;
             const int expert = (general.tables + general.at.bundle_expert)[i];
@@ -384,20 +413,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     MARK(18);
 
-    // Rewrite.
-#pragma unroll 4
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-        const unsigned id = kept_ids[i];
-        int slot = id < kBadId ? code[id] : -1;
-        if (id < kBadId && slot < 0) {
-            const int r = -1 - slot;
-            const unsigned number = numbers[i];
-            if constexpr (kSlots > 0) {
-                const int4 step = steps[r];
-                slot = number >= (unsigned)step.x && number < (unsigned)step.y ? step.w : step.z;
-            } else {
-                const int first = general_space.tables.bundle_start[r], last = general_space.tables.bundle_start[r + 1];
-                int left = (int)number, there = first;
+    // Slots of the queued ids.
+#pragma unroll 1
+    for (int q = lane_id(); q < n_queued; q += 32) {
+        const Queued entry{my_queue[q]};
+        const int i = -1 - code[kept_ids[entry.place()]];
+        const int number = (int)(before[i] + reinterpret_cast<const uint16_t *>(my_counts)[i] + entry.number());
+        int slot;
+        if constexpr (kSlots > 0) {
+            const int4 step = steps[i];
+            slot = number >= step.x && number < step.y ? step.w : step.z;
+        } else {
+            if (i < general_space.tables.n_bundles()) {
+                const int first = general_space.tables.bundle_start[i], last = general_space.tables.bundle_start[i + 1];
+                int left = number, there = first;
 #pragma unroll 1
                 for (int arc = first; arc < last; ++arc) {
                     left -= arc_take[arc];
@@ -407,7 +436,24 @@ __global__ void __launch_bounds__(kThreads, 1)
                     }
                 }
                 slot = general_space.tables.arc_slot[there] & 0x7fffffff;
+            } else {
+                slot = record_of(general, kept_ids[entry.place()]).slot();  // its copy is beside the original
             }
+        }
+        kept_ids[entry.place()] = (uint16_t)(kSlotMark | slot);
+    }
+    __syncthreads();
+    MARK(23);
+
+    // Rewrite.
+#pragma unroll 4
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+        const unsigned id = kept_ids[i];
+        int slot = -1;
+        if (id < kSlotMark) {
+            slot = code[id];
+        } else if (id < kBadId) {
+            slot = id - kSlotMark;
         }
         rewritten[start + i] = (Id)slot;
     }
@@ -428,9 +474,11 @@ auto fused_kernel(const lplbk_planner &planner) {
     }
 }
 
-bool fused_shape(const lplbk_shape &shape, const lplbk_layout &at) {
+bool fused_shape(const lplbk_planner &planner) {
+    const lplbk_shape &shape = planner.shape;
+    if (planner.solver != 0) return false;  // LPLB_SOLVER_FLOW only
     if (shape.pair_slots > 0) return shape.n_groups <= 4 * kMaxSolvers;
-    return shape.n_groups == 1 && at.mask_words > 0 && shape.combined <= 1;
+    return shape.n_groups == 1 && planner.layout.mask_words > 0 && shape.combined <= 1;
 }
 
 int max_replicated(const lplbk_shape &shape) { return max(1, min(shape.n_logical, shape.n_physical - shape.n_logical)); }
@@ -506,7 +554,7 @@ cudaError_t prepare_fused_kernel(lplbk_planner &planner) {
 
 // n_sources: as in FusedSpace.
 bool fused_fits(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks, int n_sources) {
-    if (!fused_shape(planner.shape, planner.layout)) return false;
+    if (!fused_shape(planner) || n_ids > planner.fused_ids) return false;
     if (planner.info.max_cluster == 1 && n_ids > kMaxWithoutCluster) return false;
     const FusedSize size = fused_size(planner, n_ids, max_blocks);
     if (size.per_block > kMaxPerBlock) return false;
@@ -531,7 +579,8 @@ cudaError_t run_fused(const lplbk_planner &planner, const void *ids, int32_t ids
 }
 
 int32_t prepare_fused(lplbk_planner &planner) {
-    if (!fused_shape(planner.shape, planner.layout)) return 0;
+    planner.fused_ids = kFusedIds;
+    if (!fused_shape(planner)) return 0;
     if (planner.info.max_cluster > 1) planner.info.max_cluster = 16;
     cudaError_t error = prepare_fused_kernel<int64_t, kOwnIds>(planner);
     if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, kOwnIds>(planner);

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(512, 1) solve_pairs(const __grid_constant__ Pa
     if (warp_id() == 0) load_lanes<kSlots>(t, 0, lanes);
     HomeEntry first_home;
     if (threadIdx.x < slots) first_home.word = t.home[threadIdx.x];
-    space.clear(words, t);
+    space.clear(t);
     wait_for_stream();
     int64_t first_total = 0;
     if (threadIdx.x < slots) first_total = loads.template total<kMany>(first_home.expert());
@@ -68,13 +68,6 @@ __global__ void __launch_bounds__(512, 1) solve_pairs(const __grid_constant__ Pa
     PairFlow<kSlots> flow;
     if (warp_id() == 0 && !overflow) solve_pair_group<kSlots>(t, space, 0, lanes, flow);
     MARK(5);
-#ifdef LPLB_PROFILE
-    // The same once more: what it takes when its instructions are there.
-    const long long again = clock64();
-    if (warp_id() == 0 && !overflow) solve_pair_group<kSlots>(t, space, 0, lanes, flow);
-    if (threadIdx.x == 0 && blockIdx.x == 0) profile_marks[20] = profile_marks[0] + clock64() - again;
-    MARK(5);
-#endif
     __syncthreads();
     MARK(6);
 #pragma unroll 1
@@ -103,6 +96,7 @@ __global__ void __launch_bounds__(512, 1) solve_pairs(const __grid_constant__ Pa
             own.add(out, home.copy_slot() / out.n_local, take.y);
         }
     }
+    MARK(21);
     if (warp_id() == 0) {
         if (!overflow) {
             write_pair_info<kSlots>(out, group, flow);
@@ -111,6 +105,7 @@ __global__ void __launch_bounds__(512, 1) solve_pairs(const __grid_constant__ Pa
             if (lane_id() == 0) out.count_overflow();
         }
     }
+    MARK(22);
     if (out.ratios != nullptr) write_pair_ratios(t, space, out, overflow);
     if (out.rank >= 0) {
         own.join(space.own);
@@ -121,7 +116,7 @@ __global__ void __launch_bounds__(512, 1) solve_pairs(const __grid_constant__ Pa
 }
 
 // kSimple: one source and bundles of one expert, so tokens of arcs are tokens of slots.
-template <int kWords, bool kSimple, class Count>
+template <int kGeneral, bool kSimple, class Count>
 __global__ void __launch_bounds__(512, 1) solve_general(const __grid_constant__ GeneralTables t, const __grid_constant__ CountMatrix<Count> loads,
                                                      const __grid_constant__ PlanOut out) {
     extern __shared__ int4 memory[];
@@ -177,7 +172,7 @@ __global__ void __launch_bounds__(512, 1) solve_general(const __grid_constant__ 
     }
     MARK(4);
     if (!overflow) {
-        solve_general_group<kWords>(t, space, group, out, true);
+        solve_general_group<kGeneral>(t, space, group, out, true);
     } else if (threadIdx.x < LPLBK_INFO_WORDS) {
         out.info(group)[threadIdx.x] = 0;
         if (threadIdx.x == 0) out.count_overflow();
@@ -256,6 +251,9 @@ __global__ void scale(const __grid_constant__ CountMatrix<Count> loads, const __
     }
 }
 
+constexpr int kSolverInterior = 1;  // LPLB_SOLVER_IPM
+constexpr int kMaxInteriorGroup = 128;
+
 int general_threads(const lplbk_shape &shape) { return shape.group_size > 256 || shape.n_logical > 256 ? 512 : 256; }
 
 int pair_threads(const lplbk_shape &shape) {
@@ -263,8 +261,12 @@ int pair_threads(const lplbk_shape &shape) {
     return min(max(round_up(slots, 32), 64), 512);
 }
 
-int shared_bytes(const lplbk_planner &planner) {
-    return 4 * (planner.shape.pair_slots > 0 ? PairSpace::words_of(planner.shape, 1) : GeneralSpace::words_of(planner.shape, planner.layout));
+bool interior(const lplbk_planner &planner) { return planner.solver == kSolverInterior; }
+bool by_pairs(const lplbk_planner &planner) { return planner.shape.pair_slots > 0 && !interior(planner); }
+
+int64_t shared_bytes(const lplbk_planner &planner) {
+    if (interior(planner)) return 4ll * interior_words(planner.shape, planner.layout);
+    return 4 * (by_pairs(planner) ? PairSpace::words_of(planner.shape, 1) : GeneralSpace::words_of(planner.shape, planner.layout));
 }
 
 template <bool kMany, class Count>
@@ -273,10 +275,11 @@ auto pair_kernel(int pair_slots) {
 }
 
 template <bool kSimple, class Count>
-auto general_kernel(int mask_words) {
-    return mask_words == 1   ? solve_general<1, kSimple, Count>
-           : mask_words == 2 ? solve_general<2, kSimple, Count>
-                             : solve_general<0, kSimple, Count>;
+auto general_kernel(const lplbk_planner &planner) {
+    if (interior(planner)) return solve_general<kInterior, kSimple, Count>;
+    return planner.layout.mask_words == 1   ? solve_general<kOneWord, kSimple, Count>
+           : planner.layout.mask_words == 2 ? solve_general<kTwoWords, kSimple, Count>
+                                            : solve_general<kScan, kSimple, Count>;
 }
 
 template <class Count>
@@ -291,8 +294,8 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_so
         if (error != cudaSuccess) return error;
         out.scaled = nullptr;
     }
-    const int bytes = shared_bytes(planner);
-    if (shape.pair_slots > 0) {
+    const int bytes = (int)shared_bytes(planner);
+    if (by_pairs(planner)) {
         const PairTables tables{reinterpret_cast<const int4 *>(planner.tables + planner.layout.home), planner.tables + planner.layout.lanes, 1, 0,
                                 shape.group_size, shape.n_redundant, shape.n_logical / shape.ep_size, shape.combined};
         const auto kernel = n_sources > 1 ? pair_kernel<true, Count>(shape.pair_slots) : pair_kernel<false, Count>(shape.pair_slots);
@@ -300,7 +303,7 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_so
     }
     const GeneralTables tables{shape, planner.layout, planner.tables, planner.scratch};
     const bool simple = n_sources == 1 && shape.combined <= 1;
-    const auto kernel = simple ? general_kernel<true, Count>(planner.layout.mask_words) : general_kernel<false, Count>(planner.layout.mask_words);
+    const auto kernel = simple ? general_kernel<true, Count>(planner) : general_kernel<false, Count>(planner);
     return launch(planner.info, kernel, shape.n_groups, general_threads(shape), bytes, 0, stream, tables, loads, out);
 }
 
@@ -311,13 +314,13 @@ cudaError_t allow_shared(Kernel kernel, int bytes) {
 
 template <class Count>
 cudaError_t prepare(const lplbk_planner &planner) {
-    const int bytes = shared_bytes(planner);
-    if (planner.shape.pair_slots > 0) {
+    const int bytes = (int)shared_bytes(planner);
+    if (by_pairs(planner)) {
         const cudaError_t error = allow_shared(pair_kernel<false, Count>(planner.shape.pair_slots), bytes);
         return error != cudaSuccess ? error : allow_shared(pair_kernel<true, Count>(planner.shape.pair_slots), bytes);
     }
-    const cudaError_t error = allow_shared(general_kernel<false, Count>(planner.layout.mask_words), bytes);
-    return error != cudaSuccess ? error : allow_shared(general_kernel<true, Count>(planner.layout.mask_words), bytes);
+    const cudaError_t error = allow_shared(general_kernel<false, Count>(planner), bytes);
+    return error != cudaSuccess ? error : allow_shared(general_kernel<true, Count>(planner), bytes);
 }
 
 }  // namespace
@@ -336,6 +339,7 @@ cudaError_t solve_gathered(const lplbk_planner &planner, const int32_t *gathered
 }
 
 int32_t prepare_solve(const lplbk_planner &planner) {
+    if (interior(planner) && planner.shape.group_size > kMaxInteriorGroup) return LPLBK_UNSUPPORTED;
     if (shared_bytes(planner) > planner.info.shared_bytes) return LPLBK_UNSUPPORTED;
     const cudaError_t error = prepare<int32_t>(planner);
     return taken(error != cudaSuccess ? error : prepare<int64_t>(planner));

@@ -1,12 +1,16 @@
 // Solving any placement: a block a group; the block adds up loads and writes tokens, its first warps run MaskFlow (up to 64 ranks) or all
-// of them ScanFlow.
+// of them ScanFlow or InteriorPoint.
 #pragma once
 
+#include "flow_ipm.cuh"
 #include "flow_mask.cuh"
 #include "flow_scan.cuh"
 #include "solve_common.cuh"
 
 namespace lplb {
+
+// How a group is solved: by MaskFlow with that many words, by ScanFlow, by InteriorPoint.
+enum General { kScan = 0, kOneWord = 1, kTwoWords = 2, kInterior = 3 };
 
 struct GeneralTables {
     lplbk_shape shape;
@@ -28,6 +32,7 @@ struct ExpertRecord {
 
 // Shared memory of a group: [16 words][image][FlowSpace][tokens].
 struct GeneralSpace {
+    int *start;
     WideSum *wide;
     int *own;      // [3]
     int *highest;
@@ -38,12 +43,12 @@ struct GeneralSpace {
     FlowSpace flow;
 
     __host__ __device__ static int words_of(const lplbk_shape &shape, const lplbk_layout &at) {
-        return 16 + at.image_words + shape.n_logical + FlowSpace::words_of(shape);
+        return 16 + at.image_words + round_up(shape.n_logical, 4) + FlowSpace::words_of(shape);
     }
     // memory: 16-byte aligned.
     __device__ GeneralSpace(int *memory, const GeneralTables &t)
-        : wide(reinterpret_cast<WideSum *>(memory)), own(memory + 3), highest(memory + 6), moved(memory + 7), image(memory + 16),
-          tokens(image + t.at.image_words), tables(image, t.at), flow(tokens + t.shape.n_logical, t.shape) {}
+        : start(memory), wide(reinterpret_cast<WideSum *>(memory)), own(memory + 3), highest(memory + 6), moved(memory + 7), image(memory + 16),
+          tokens(image + t.at.image_words), tables(image, t.at), flow(tokens + round_up(t.shape.n_logical, 4), t.shape) {}
 
     // Clears the working arrays and fetches the tables.
     __device__ void open(int *memory, const GeneralTables &t, int group) const {
@@ -53,7 +58,7 @@ struct GeneralSpace {
         if (threadIdx.x < 16) memory[threadIdx.x] = 0;
         const int n = FlowSpace::cleared_words(t.shape);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < n; i += blockDim.x) flow.sum[i] = 0;
+        for (int i = threadIdx.x; i < n; i += blockDim.x) flow.words[i] = 0;
     }
 };
 
@@ -64,17 +69,67 @@ __device__ __forceinline__ int2 place_of(const GeneralTables &t, int place) {
     return reinterpret_cast<const int2 *>(t.tables + t.at.place)[place];
 }
 
+// The same by one warp, for a group that PairFlow takes. (Placements whose experts have two places at most are common, and twice as fast.)
+__device__ __forceinline__ void solve_as_pairs(const GeneralTables &t, const GeneralSpace &space, int *info, bool ours, bool write) {
+    constexpr int kSlots = LPLBK_MAX_COLOURS;
+    int words[kSlots];
+#pragma unroll
+    for (int c = 0; c < kSlots; ++c) words[c] = space.image[t.at.pair_lanes + 32 * c + lane_id()];
+    PairFlow<kSlots> flow;
+    flow.open(words);
+    flow.solve(t.shape.group_size, lane_id() < t.shape.group_size ? space.flow.base[lane_id()] : 0, space.flow.sum, space.flow.words);
+#pragma unroll
+    for (int c = 0; c < kSlots; ++c) {
+        if (flow.bit[c] != 0) space.flow.x[2 * flow.slot_class[c] + (flow.is_copy[c] ? 1 : 0)] = flow.x[c];
+    }
+    if (!write) return;
+    const int max_load = warp_max(flow.load);
+    flow.end.witness_size = __popc(flow.witness);
+    const int value = lane_id() == LPLBK_INFO_WITNESS ? (int)flow.witness : info_word(lane_id(), max_load, flow.end, flow.total, 0);
+    if (ours) info[lane_id()] = value;
+}
+
+// The space of InteriorPoint stands behind the general one.
+__host__ __device__ inline int interior_words(const lplbk_shape &shape, const lplbk_layout &at) {
+    return round_up(GeneralSpace::words_of(shape, at), 2) + 2 * (int)IpmSpace::doubles_of(shape);
+}
+
+// Writes a group's witness, one bit a thread; by the whole block.
+__device__ __forceinline__ void write_witness(int *info, bool in_witness) {
+    const unsigned witness = __ballot_sync(kFullWarp, in_witness);
+    if (lane_id() == 0 && warp_id() < LPLBK_INFO_WORDS - LPLBK_INFO_WITNESS) info[LPLBK_INFO_WITNESS + warp_id()] = witness;
+}
+
 // Solves a group and writes its information. By the whole block, between barriers of the caller; ends without one.
-template <int kWords>
+template <int kGeneral>
 __device__ __forceinline__ void solve_general_group(const GeneralTables &t, const GeneralSpace &space, int group, const PlanOut &out,
                                                     bool write) {
-    split_evenly(space.tables, space.flow);
-    __syncthreads();
     const int n_ranks = t.shape.group_size;
     int *info = out.info(group);
     const int word = threadIdx.x;
     const bool ours = word != LPLBK_INFO_MOVED && (word < LPLBK_INFO_OWN_RANK || word > LPLBK_INFO_OTHER_NODES || out.rank < 0);
-    if constexpr (kWords > 0) {
+    if constexpr (kGeneral == kInterior) {
+        double *memory = reinterpret_cast<double *>(space.start + round_up(GeneralSpace::words_of(t.shape, t.at), 2));
+        const IpmSpace real(memory, t.shape);
+        InteriorPoint method(space.tables, space.flow, real, n_ranks);
+        method.solve();
+        if (!write) return;
+        if (word < LPLBK_INFO_WITNESS && ours) info[word] = info_word(word, method.max_load, method.end, method.total, 0);
+        write_witness(info, method.in_witness);
+        if (threadIdx.x == 0) out.count_solved();
+        return;
+    }
+    if constexpr (kGeneral == kOneWord) {
+        if (space.tables.header[LPLBK_IMAGE_PAIRS] != 0) {
+            if (threadIdx.x < 32) solve_as_pairs(t, space, info, ours, write);
+            if (threadIdx.x == 0 && write) out.count_solved();
+            return;
+        }
+    }
+    split_evenly(space.tables, space.flow);
+    __syncthreads();
+    if constexpr (kGeneral == kOneWord || kGeneral == kTwoWords) {
+        constexpr int kWords = kGeneral;
         if (threadIdx.x >= 32 * kWords) return;
         MaskFlow<kWords> flow(space.tables, space.flow, n_ranks);
         flow.solve();
@@ -87,7 +142,7 @@ __device__ __forceinline__ void solve_general_group(const GeneralTables &t, cons
             if (word == LPLBK_INFO_WITNESS + w) value = flow.witness.word[w];
         }
         if (word < LPLBK_INFO_WORDS && ours) info[word] = value;
-    } else {
+    } else if constexpr (kGeneral == kScan) {
         uint2 *given = reinterpret_cast<uint2 *>(t.scratch) + (int64_t)group * n_ranks * n_ranks;
         unsigned *stamps = reinterpret_cast<unsigned *>(reinterpret_cast<uint2 *>(t.scratch) + (int64_t)t.shape.n_groups * n_ranks * n_ranks);
         ScanFlow flow(space.tables, space.flow, t.shape, given, stamps + group);
@@ -95,8 +150,7 @@ __device__ __forceinline__ void solve_general_group(const GeneralTables &t, cons
         if (!write) return;
         const int max_load = flow.max_load();
         if (word < LPLBK_INFO_WITNESS && ours) info[word] = info_word(word, max_load, flow.end, flow.total, 0);
-        const unsigned witness = __ballot_sync(kFullWarp, flow.in_witness);
-        if (lane_id() == 0 && warp_id() < LPLBK_INFO_WORDS - LPLBK_INFO_WITNESS) info[LPLBK_INFO_WITNESS + warp_id()] = witness;
+        write_witness(info, flow.in_witness);
     }
     if (threadIdx.x == 0) out.count_solved();
 }

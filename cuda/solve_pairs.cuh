@@ -18,13 +18,13 @@ struct PairTables {
 
 // Shared memory of a block that solves n_groups groups.
 struct PairSpace {
+    int *prefixes;    // [n_groups][32] of PairFlow
     WideSum *wide;    // [n_groups] used only where kSurelyFits says no
     int *own;         // [3] see OwnTokens
     int *highest;     // tokens of the most loaded expert
     int *base;        // [n_groups * n_ranks] tokens of single places
     int *class_sum;   // [n_groups * n_ranks * n_redundant] tokens of a slot class
     int *class_kept;  // the same: of them at the original
-    int *prefixes;    // [n_groups][32]
     int *tokens;      // [n_groups * n_ranks * n_own] by original slot
 
     __host__ __device__ static int cleared_words(int n_groups, int n_ranks, int n_redundant) {
@@ -36,21 +36,23 @@ struct PairSpace {
                ranks * (shape.n_logical / shape.ep_size);
     }
 
+    // memory: 16-byte aligned.
     __device__ PairSpace(int *memory, const PairTables &t) {
         const int ranks = t.n_groups * t.n_ranks;
-        wide = reinterpret_cast<WideSum *>(memory);
-        own = memory + 3 * t.n_groups;
-        highest = memory + 3 * t.n_groups + 3;
+        prefixes = memory;
+        wide = reinterpret_cast<WideSum *>(memory + 32 * t.n_groups);
+        own = memory + 35 * t.n_groups;
+        highest = own + 3;
         base = highest + 1;
         class_sum = base + ranks;
         class_kept = class_sum + ranks * t.n_redundant;
-        prefixes = class_kept + ranks * t.n_redundant;
-        tokens = prefixes + 32 * t.n_groups;
+        tokens = class_kept + ranks * t.n_redundant;
     }
-    __device__ void clear(int *memory, const PairTables &t) const {
+    __device__ void clear(const PairTables &t) const {
         const int n = cleared_words(t.n_groups, t.n_ranks, t.n_redundant);
+        int *const first = reinterpret_cast<int *>(wide);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < n; i += blockDim.x) memory[i] = 0;
+        for (int i = threadIdx.x; i < n; i += blockDim.x) first[i] = 0;
     }
 };
 

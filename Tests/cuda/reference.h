@@ -227,6 +227,17 @@ inline vector<int32_t> tables(const Instance &in) {
             }
         }
         image[at.rank_start + s.group_size] = entry;
+        if (s.group_size <= 32 && s.pair_slots == 0 && in.n_colours[g] > 0) {
+            image[LPLBK_IMAGE_PAIRS] = 1;
+            int32_t *lanes = image + at.pair_lanes;
+            for (int i = 0; i < LPLBK_MAX_COLOURS * 32; ++i) lanes[i] = lplbk_no_lane(i % 32);
+            for (int b = 0; b < n_bundles; ++b) {
+                const auto &bundle = in.bundles[first_bundle[g] + b];
+                const int u = bundle.ranks[0] % s.group_size, v = bundle.ranks[1] % s.group_size;
+                lanes[bundle.colour * 32 + u] = lplbk_lane(v, b, 0);
+                lanes[bundle.colour * 32 + v] = lplbk_lane(u, b, 1);
+            }
+        }
         for (int c = 0; c < s.pair_slots; ++c) {
             for (int lane = 0; lane < 32; ++lane) t[at.lanes + (g * s.pair_slots + c) * 32 + lane] = lplbk_no_lane(lane);
         }

@@ -244,8 +244,11 @@ static void check(const string &name, const reference::Instance &in, Random &ran
     fflush(stdout);
 }
 
-static void timing(const string &name, const reference::Instance &in, int n_tokens, int family, int n, Random &random, int64_t max_blocks = 0) {
+// fused: ids that are planned in one launch at most, -1: as the library says.
+static void timing(const string &name, const reference::Instance &in, int n_tokens, int family, int n, Random &random, int64_t max_blocks = 0,
+                   int fused = -1) {
     Planner planner(in);
+    if (fused >= 0) planner.p.fused_ids = fused;
     const int n_ids = 8 * n_tokens;
     const int sets = std::min(n, 32);
     vector<int64_t> all;
@@ -260,8 +263,8 @@ static void timing(const string &name, const reference::Instance &in, int n_toke
         CHECK(lplbk_run(&planner.p, from.data + (size_t)(k++ % sets) * n_ids, 1, n_ids, nullptr, to.data, counter.data, 1, max_blocks, stream));
     });
     const Spread t = spread(times);
-    printf("TIME run %-34s %6d tokens x 8, ids %d, blocks %3lld: p50 %6.2f max %6.2f us\n", name.c_str(), n_tokens, family, (long long)max_blocks,
-           t.p50, t.max);
+    printf("TIME run %-34s %6d tokens x 8, ids %d, blocks %3lld, %s: p50 %6.2f max %6.2f us\n", name.c_str(), n_tokens, family,
+           (long long)max_blocks, n_ids <= planner.p.fused_ids ? "one launch" : "several", t.p50, t.max);
     fflush(stdout);
 }
 
@@ -317,8 +320,8 @@ int main(int argc, char **argv) {
         topology("torus 8x8x2, 64 ranks", 64, 64, 2, torus(8, 8), 4, 1, 8, 11, n);
         topology("torus 8x8x2, 64 ranks, m 2", 64, 64, 2, torus(8, 8), 4, 2, 8, -1, n / 2);
         topology("torus 12x12x2, 144 ranks", 144, 144, 2, torus(12, 12), 4, 1, 18, -1, n / 2);
-        for (int k = 0; k < 6; ++k) {
-            const int g = 2 + random() % 31, d = 1 + random() % 4, m = 1 + random() % 3;
+        for (int k = 0; k < 10; ++k) {
+            const int g = 2 + random() % 31, d = k < 4 ? 4 : 1 + random() % 4, m = k < 4 ? 1 : 1 + random() % 3;
             topology("random columns " + std::to_string(g) + "x" + std::to_string(d) + " m " + std::to_string(m), g, g, d,
                      random_columns(random, g, d), m * d + random() % 5, m, 1, (int)(random() % g), n / 2);
         }
@@ -348,7 +351,9 @@ int main(int argc, char **argv) {
         profile("EPLB 256/32/288", placed, 4096, random);
         return 0;
 #endif
-        for (int tokens : {128, 1024, 4096, 8192, 16384, 32768, 65536}) timing("cube 8x2, 256 experts", big_cube, tokens, kUniform, timed, random);
+        for (int tokens : {128, 1024, 4096, 8192, 16384, 32768, 65536}) {
+            for (int fused : {1 << 20, 0}) timing("cube 8x2, 256 experts", big_cube, tokens, kUniform, timed, random, 0, fused);
+        }
         for (int tokens : {4096, 16384}) timing("cube 8x2, 256 experts", big_cube, tokens, kSkewed, timed, random);
         for (int64_t blocks : {1, 4, 8, 16}) timing("cube 8x2, 256 experts", big_cube, 4096, kUniform, timed, random, blocks);
         for (int64_t blocks : {8, 16}) timing("cube 8x2, 256 experts", big_cube, 16384, kUniform, timed, random, blocks);

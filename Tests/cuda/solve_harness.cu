@@ -113,6 +113,75 @@ static void check(const string &name, const reference::Instance &in, Random &ran
     fflush(stdout);
 }
 
+// The interior point method: every expert keeps its tokens, the bound is a bound, and how near both are to the optimum.
+static void check_interior(const string &name, const reference::Instance &in, Random &random, int n) {
+    Planner planner(in, 1);
+    const lplbk_shape &s = in.shape;
+    Buffer<int32_t> counts(s.n_logical);
+    Buffer<float> ratios(std::max(1, s.ep_size * s.n_redundant));
+    int64_t most_steps = 0, over = 0, under = 0, certified = 0;
+    double steps = 0, gap = 0;
+    const int before = failures;
+    for (int i = 0; i < n; ++i) {
+        const int family = i % kFamilies;
+        const auto load = loads(random, s.n_logical, family, 1500);
+        const auto plan = reference::solve(in, load, 1);
+        counts.set(vector<int32_t>(load.begin(), load.end()));
+        vector<int32_t> first;
+        for (int pass = 0; pass < 2; ++pass) {
+            CHECK(lplbk_solve(&planner.p, counts.data, 0, 1, s.n_redundant ? ratios.data : nullptr, nullptr, nullptr, 0, nullptr));
+            const auto quota = planner.read(planner.p.quota, s.n_physical);
+            if (pass == 1) expect(quota == first, name, "the same twice", 0, 0);
+            first = quota;
+        }
+        const string where = name + " " + name_of(family) + " #" + std::to_string(i);
+        vector<int64_t> rank(s.ep_size, 0);
+        for (int e = 0; e < s.n_logical; ++e) {
+            int64_t sum = 0;
+            for (size_t j = 0; j < in.place_slot[e].size(); ++j) {
+                const int64_t q = first[in.place_slot[e][j]];
+                expect(q >= 0, where, "quota below 0", q, 0);
+                sum += q;
+                rank[in.place_rank[e][j]] += q;
+            }
+            expect(sum == load[e], where, "tokens of an expert", sum, load[e]);
+        }
+        for (float r : ratios.get()) expect(!s.n_redundant || (r >= 0 && r <= 1), where, "ratio", (long long)(1e6 * r), 0);
+        const auto info = planner.read(planner.p.group_info, s.n_groups * LPLBK_INFO_WORDS);
+        for (int g = 0; g < s.n_groups; ++g) {
+            const int32_t *at = &info[g * LPLBK_INFO_WORDS];
+            const int64_t best = plan.groups[g].max_load;
+            const int64_t peak = *std::max_element(rank.begin() + g * s.group_size, rank.begin() + (g + 1) * s.group_size);
+            expect(at[LPLBK_INFO_MAX_LOAD] == peak, where, "max load", at[LPLBK_INFO_MAX_LOAD], peak);
+            expect(at[LPLBK_INFO_BOUND] <= best, where, "bound", at[LPLBK_INFO_BOUND], best);
+            expect(peak <= best + 1 + best / 1000 + s.max_bundles, where, "far from the best", peak, best);
+            expect(at[LPLBK_INFO_CERTIFIED] == (peak == at[LPLBK_INFO_BOUND]), where, "certified", at[LPLBK_INFO_CERTIFIED], peak);
+            most_steps = std::max<int64_t>(most_steps, at[LPLBK_INFO_ROUNDS]);
+            steps += at[LPLBK_INFO_ROUNDS];
+            over = std::max(over, peak - best);
+            under += at[LPLBK_INFO_BOUND] < best;
+            certified += at[LPLBK_INFO_CERTIFIED];
+            gap = std::max(gap, best ? (double)(peak - best) / best : 0.0);
+            // The witness is a set of ranks whose own tokens give the bound.
+            int64_t inside = 0, size = 0;
+            const auto in_set = [&](int r) { return ((uint32_t)at[LPLBK_INFO_WITNESS + r % s.group_size / 32] >> (r % 32 % s.group_size) & 1) != 0; };
+            for (int r = 0; r < s.group_size; ++r) size += in_set(r);
+            for (int e = 0; e < s.n_logical; ++e) {
+                bool all = in.place_rank[e][0] / s.group_size == g;
+                for (int r : in.place_rank[e]) all = all && in_set(r - g * s.group_size);
+                if (all) inside += load[e];
+            }
+            expect(size == at[LPLBK_INFO_WITNESS_SIZE] && size > 0, where, "witness size", at[LPLBK_INFO_WITNESS_SIZE], size);
+            if (size > 0) expect((inside + size - 1) / size == at[LPLBK_INFO_BOUND], where, "witness", (inside + size - 1) / size, at[LPLBK_INFO_BOUND]);
+        }
+    }
+    printf("interior %-35s %d solves: steps %.1f, most %lld; max load over the best by %lld tokens at most (%.4f%%), bound below it %lld times, "
+           "certified %lld, %s\n",
+           name.c_str(), n, steps / n / s.n_groups, (long long)most_steps, (long long)over, 100 * gap, (long long)under, (long long)certified,
+           failures == before ? "right" : "WRONG");
+    fflush(stdout);
+}
+
 static void overflow() {
     Random random(3);
     for (int kind = 0; kind < 2; ++kind) {
@@ -135,9 +204,18 @@ static void overflow() {
     }
 }
 
-static void timing(const string &name, const vector<reference::Instance> &placements, int family, int n, double mean, Random &random) {
+// Loads of the placement's own history, drifted.
+static vector<int64_t> drifted(Random &random, const vector<int64_t> &history) {
+    std::normal_distribution<double> normal;
+    vector<int64_t> tokens;
+    for (int64_t h : history) tokens.push_back((int64_t)(h * std::exp(0.4 * normal(random))));
+    return tokens;
+}
+
+static void timing(const string &name, const vector<reference::Instance> &placements, int family, int n, double mean, Random &random,
+                   int solver = 0) {
     vector<std::unique_ptr<Planner>> planners;
-    for (auto &in : placements) planners.push_back(std::make_unique<Planner>(in));
+    for (auto &in : placements) planners.push_back(std::make_unique<Planner>(in, solver));
     const int n_logical = placements[0].shape.n_logical;
     vector<int32_t> all;
     for (int i = 0; i < n; ++i) {
@@ -267,6 +345,18 @@ int main(int argc, char **argv) {
         placement("random 1024 on 512, 4096 slots", 512, 512, 64, -1, 1024, random_placement(random, 1024, 4096, 1), n / 30 + 1);
         placement("1 rank", 1, 1, 1, 0, 4, {0, 1, 2, 3, 0}, 9);
         overflow();
+        const auto order = [&](int n) { return random_order(random, n); };
+        check_interior("cube 8x2, 8 a rank", reference::topology(8, 8, 2, cube(), 64, 1, 1, 2, order(64)), random, n / 2);
+        check_interior("cube 8x2, 32 a rank, m 3", reference::topology(8, 8, 2, cube(), 256, 3, 1, -1, order(256)), random, n / 2);
+        check_interior("ring 8x1, 8 a rank", reference::topology(8, 8, 1, ring(8), 64, 1, 1, -1, order(64)), random, n / 2);
+        check_interior("4 cubes", reference::topology(32, 8, 2, cube(), 256, 1, 1, -1, order(256)), random, n / 4);
+        check_interior("torus 8x4x2, 8 a rank", reference::topology(32, 32, 2, torus(8, 4), 256, 1, 1, -1, order(256)), random, n / 4);
+        check_interior("torus 10x12x2", reference::topology(120, 120, 2, torus(10, 12), 480, 1, 1, -1, order(480)), random, n / 12);
+        check_interior("random 64 on 8, 80 slots", reference::general(8, 8, 1, 1, 64, random_placement(random, 64, 80, 1)), random, n / 4);
+        const auto history = loads(random, 256, kZipf);
+        const vector<double> weight(history.begin(), history.end());
+        check_interior("EPLB 256/32/320", reference::general(32, 32, 4, -1, 256, eplb(weight, 320, 32)), random, n / 4);
+        check_interior("EPLB 256/64/320", reference::general(64, 64, 4, -1, 256, eplb(weight, 320, 64)), random, n / 8);
         printf("%d wrong\n", failures);
     }
     if (timed > 0) {
@@ -289,6 +379,7 @@ int main(int argc, char **argv) {
         for (int family : {kNormal, kZipf, kLogNormal}) {
             timing("cube 8x2, 8 a rank", {reference::topology(8, 8, 2, cube(), 64, 1, 1, -1, identity(64))}, family, timed, 2000, random);
             timing("cube 8x2, 32 a rank", {reference::topology(8, 8, 2, cube(), 256, 1, 1, -1, identity(256))}, family, timed, 2000, random);
+            timing("interior, cube 8x2, 8 a rank", {reference::topology(8, 8, 2, cube(), 64, 1, 1, -1, identity(64))}, family, timed / 8, 2000, random, 1);
             timing("ring 8x1, 8 a rank", {reference::topology(8, 8, 1, ring(8), 64, 1, 1, -1, identity(64))}, family, timed, 2000, random);
             timing("hypercube 16x2, 16 a rank", {reference::topology(16, 16, 2, hypercube(), 256, 1, 2, -1, identity(256))}, family, timed, 2000, random);
             timing("torus 8x4x2, 8 a rank", {reference::topology(32, 32, 2, torus(8, 4), 256, 1, 4, -1, identity(256))}, family, timed, 2000, random);
@@ -301,6 +392,7 @@ int main(int argc, char **argv) {
                     const auto h = loads(random, 256, family);
                     placements.push_back(reference::general(ranks, ranks, ranks / 8, -1, 256, eplb(vector<double>(h.begin(), h.end()), slots, ranks)));
                 }
+                if (slots == 320) timing("interior, EPLB 256 on " + std::to_string(ranks), placements, family, timed / 8, 2000, random, 1);
                 timing("EPLB 256 on " + std::to_string(ranks) + ", " + std::to_string(slots) + " slots", placements, family, timed, 2000, random);
             }
         }
