@@ -89,7 +89,11 @@ struct CudaTables {
         }
         image[Int(layout.bundle_start) + endBundle - firstBundle] = image[LPLBK_IMAGE_ARCS]
         writeRanks(group, firstBundle, firstArc, image)
-        if shape.pair_slots > 0 { writeLanes(group, colours, t) }
+        if shape.pair_slots > 0 {
+            writeLanes(group, colours, t)
+        } else if shape.group_size <= 32 && colours.count > 0 {
+            writePairLanes(firstBundle, colours, image)
+        }
     }
 
     private func writeBundle(_ bundle: Int, _ local: Int, _ firstArc: Int, _ image: UnsafeMutablePointer<Int32>) {
@@ -133,6 +137,21 @@ struct CudaTables {
                 let d = tables.placeSlot[Int(tables.expertStart[Int(first)])] % nLocal
                 column[32 * c + Int(u)] = lplbk_lane(v, u * shape.n_redundant + d, 0)
                 column[32 * c + Int(v)] = lplbk_lane(u, u * shape.n_redundant + d, 1)
+            }
+        }
+    }
+
+    /// The same inside the image of a group that is all pairs, bundles in place of slot classes.
+    private func writePairLanes(_ firstBundle: Int, _ colours: Range<Int>, _ image: UnsafeMutablePointer<Int32>) {
+        let column = image + Int(layout.pair_lanes)
+        image[LPLBK_IMAGE_PAIRS] = 1
+        for lane in 0..<32 * LPLBK_MAX_COLOURS { column[lane] = lplbk_no_lane(Int32(lane % 32)) }
+        for (c, colour) in colours.enumerated() {
+            for bundle in Int(tables.colourBegin[colour])..<Int(tables.colourEnd[colour]) {
+                let arc = Int(tables.bundleStart[bundle])
+                let u = tables.arcRank[arc] % shape.group_size, v = tables.arcRank[arc + 1] % shape.group_size
+                column[32 * c + Int(u)] = lplbk_lane(v, Int32(bundle - firstBundle), 0)
+                column[32 * c + Int(v)] = lplbk_lane(u, Int32(bundle - firstBundle), 1)
             }
         }
     }
