@@ -137,7 +137,7 @@ lplb_status lplb_planner_place(lplb_planner *planner, const double *history, voi
 /*
  * Sets a general placement: phy2log [n_physical], the logical expert that each slot holds; every logical expert at least once, all
  * replicas of an expert within one group. Several replicas of an expert on one rank are accepted: the first of them takes that rank's
- * share, since splitting it further can only make the work of that rank smaller pieces. Replicas are ordered by slot, the first is the
+ * share, since splitting it further would only cut that rank's work into smaller pieces. Replicas are ordered by slot, the first is the
  * original. Planners created without r2o only. May allocate at the first call; later ones update the tables in place.
  */
 lplb_status lplb_planner_set_placement(lplb_planner *planner, const int32_t *phy2log, int64_t n_physical, void *stream);
@@ -151,7 +151,8 @@ lplb_status lplb_planner_logcnt(lplb_planner *planner, int32_t *logcnt, int64_t 
 /* ---- 3. Planner: plan ------------------------------------------------------------------------------------------------------- */
 
 /*
- * Ids: n_ids logical experts, -1 .. n_logical-1, in row-major order of whatever shape the caller has; -1 means "no expert" and stays -1.
+ * Ids: n_ids (at most 2^31 - 1) logical experts, -1 .. n_logical-1, in row-major order of whatever shape the caller has; -1 means "no
+ * expert" and stays -1.
  * Any other id is never used as an index: it is counted in lplb_plan_info.invalid_ids and comes back as -1.
  * max_blocks: upper bound of the CUDA blocks used, 0: as many as measured best. CPU planners ignore it.
  */
@@ -159,7 +160,7 @@ lplb_status lplb_planner_logcnt(lplb_planner *planner, int32_t *logcnt, int64_t 
 /*
  * counts[n_logical] (int32) = tokens per logical expert among the ids. cumulative: NULL, or int32 [n_chunks][n_logical]: the ids are cut
  * into n_chunks equal runs (of ceil(n_ids / n_chunks) ids, rounded up to a multiple of 1024; the last ones may be empty) and row i
- * counts the runs 0 .. i. n_chunks >= 1 when cumulative is given.
+ * counts the runs 0 .. i. n_chunks lies in 1 .. 65536 when cumulative is given. A CUDA planner must have a placement.
  */
 lplb_status lplb_planner_count(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, int32_t *counts,
                                int32_t *cumulative, int64_t n_chunks, void *stream);
