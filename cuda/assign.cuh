@@ -9,7 +9,8 @@ namespace lplb {
 __device__ __forceinline__ int overlap(int a, int a_end, int b, int b_end) { return max(min(a_end, b_end) - max(a, b), 0); }
 
 // By one thread for one expert with n places. quota(j): tokens of place j; rank(j): its rank in EP; count(s): tokens of source s.
-// own: the source; per_node: ranks of a node. emit(j, tokens) once for every place, in order. O(places * (places + ranks of a node) + ranks).
+// own: the source; per_node: ranks of a node. emit(j, tokens) once for every place, in order.
+// O(places * (places + ranks of a node) + ranks).
 template <class Quota, class RankOf, class Count, class Emit>
 __device__ __forceinline__ void assign_tokens(int n, Quota quota, RankOf rank, Count count, int own, int per_node, Emit emit) {
     const int own_node = own / per_node;

@@ -22,8 +22,28 @@ __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b)
 // ceil(a / b) for 0 <= a < 2^31, 0 < b < 2^16: in unsigned, since a + b - 1 may pass 2^31.
 __device__ __forceinline__ int ceil_share(int a, int b) { return (int)(((unsigned)a + (unsigned)b - 1u) / (unsigned)b); }
 
+// ceil(a / b) for many a and one b, 0 <= a < 2^31, 0 < b <= 2^10. Made before the hurry starts.
+class ShareOf {
+public:
+    ShareOf() = default;
+    __device__ explicit ShareOf(unsigned ranks) : ranks_(ranks), inverse_(0xffffffffu / ranks) {}
+    __device__ __forceinline__ int operator()(int tokens) const {
+        const unsigned a = (unsigned)tokens + ranks_ - 1;
+        unsigned share = __umulhi(a, inverse_);  // at most 2 too low
+        unsigned rest = a - share * ranks_;
+        if (rest >= ranks_) ++share, rest -= ranks_;
+        if (rest >= ranks_) ++share;
+        return (int)share;
+    }
+
+private:
+    unsigned ranks_, inverse_;
+};
+
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
+// The same as warp_id(), but known to the compiler to be one number for the warp, so that what depends on it is not taken for divergent.
+__device__ __forceinline__ int uniform_warp_id() { return __reduce_max_sync(kFullWarp, (int)(threadIdx.x >> 5)); }
 __device__ __forceinline__ unsigned lanes_below() {
     unsigned mask;
     asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
@@ -90,10 +110,12 @@ __device__ __forceinline__ unsigned cluster_size() {
 #endif
 }
 
-// What the threads of the cluster wrote to shared memory before arrive() can be read by all of them after wait().
+// What the threads of the cluster wrote to shared memory before arrive() can be read by all of them after wait(). The fence is for shared
+// memory alone: releasing global memory too, as arrive does by itself, takes the better part of a microsecond.
 __device__ __forceinline__ void cluster_arrive() {
 #ifdef LPLB_CLUSTERS
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
@@ -102,6 +124,20 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
     __syncthreads();
+#endif
+}
+
+// The word at the same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ unsigned cluster_load(const unsigned *shared, unsigned rank) {
+#ifdef LPLB_CLUSTERS
+    const uint32_t here = (uint32_t)__cvta_generic_to_shared(shared);
+    uint32_t there;
+    unsigned value;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(there) : "memory");
+    return value;
+#else
+    return *shared;
 #endif
 }
 

@@ -19,8 +19,8 @@ struct CountOut {
 };
 
 template <class Id>
-__global__ void __launch_bounds__(kThreads) count_ids(const Id *ids, int64_t n_ids, int64_t run_length, int n_runs, int n_logical,
-                                                      const __grid_constant__ CountOut out) {
+__global__ void __launch_bounds__(kThreads)
+    count_ids(const Id *ids, int64_t n_ids, int64_t run_length, int n_runs, int n_logical, const __grid_constant__ CountOut out) {
     extern __shared__ int histogram[];
     __shared__ int is_last;
     wait_for_stream();
@@ -83,8 +83,8 @@ template <class Id>
 cudaError_t count(const lplbk_planner &planner, const void *ids, int64_t n_ids, int64_t run_length, int64_t n_runs, const CountOut &out,
                   cudaStream_t stream) {
     const int blocks = (int)min(n_runs, (int64_t)4 * planner.info.n_sms);
-    return launch(planner.info, count_ids<Id>, blocks, kThreads, 4 * planner.shape.n_logical, 0, stream, static_cast<const Id *>(ids), n_ids,
-                  run_length, (int)n_runs, planner.shape.n_logical, out);
+    return launch(planner.info, count_ids<Id>, blocks, kThreads, 4 * planner.shape.n_logical, 0, stream, static_cast<const Id *>(ids),
+                  n_ids, run_length, (int)n_runs, planner.shape.n_logical, out);
 }
 
 cudaError_t count(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, int64_t run_length, int64_t n_runs,

@@ -36,9 +36,12 @@ extern "C" {
 
 int32_t lplbk_error_kind(int32_t error) {
     switch (error) {
-    case cudaSuccess: return LPLBK_KIND_OK;
-    case cudaErrorMemoryAllocation: return LPLBK_KIND_OUT_OF_MEMORY;
-    case LPLBK_UNSUPPORTED: return LPLBK_KIND_UNSUPPORTED;
+    case cudaSuccess:
+        return LPLBK_KIND_OK;
+    case cudaErrorMemoryAllocation:
+        return LPLBK_KIND_OUT_OF_MEMORY;
+    case LPLBK_UNSUPPORTED:
+        return LPLBK_KIND_UNSUPPORTED;
     case LPLBK_NO_CUDA:
     case cudaErrorInsufficientDriver:
     case cudaErrorNoDevice:
@@ -48,8 +51,10 @@ int32_t lplbk_error_kind(int32_t error) {
     case cudaErrorStubLibrary:
     case cudaErrorDevicesUnavailable:
     case cudaErrorNoKernelImageForDevice:
-    case cudaErrorSystemNotReady: return LPLBK_KIND_NO_CUDA;
-    default: return LPLBK_KIND_FAILED;
+    case cudaErrorSystemNotReady:
+        return LPLBK_KIND_NO_CUDA;
+    default:
+        return LPLBK_KIND_FAILED;
     }
 }
 

@@ -1,10 +1,11 @@
 // An interior point method for the same split, on one block in double precision: the classic way, kept for comparison and as a cross-check.
 //
 // With C tokens of a bundle, b single-place tokens of a rank: minimise t over x >= 0, s >= 0 with sum_r x[u,r] = C[u] and
-// b[r] + sum_u x[u,r] + s[r] = t. Duals p >= 0 with sum p = 1, z[u,r] = p[r] - y[u] >= 0. Eliminating dx, ds and dy from a Newton step leaves
-// K dp = h - dt 1, 1'dp = 1 - sum p, with th = x / z, sig = s / p, Th[u] = sum_r th[u,r] and K = diag(sig) + sum_u (diag(th_u) - th_u th_u' / Th[u]),
-// a symmetric positive definite matrix of one row a rank. Predictor and corrector (Mehrotra) share its factors. No big constants, no
-// fixed number of steps: the start is feasible, and the loop ends when primal and dual are less than half a token apart.
+// b[r] + sum_u x[u,r] + s[r] = t. Duals p >= 0 with sum p = 1, z[u,r] = p[r] - y[u] >= 0. Eliminating dx, ds and dy from a Newton step
+// leaves K dp = h - dt 1, 1'dp = 1 - sum p, with th = x / z, sig = s / p, Th[u] = sum_r th[u,r] and
+// K = diag(sig) + sum_u (diag(th_u) - th_u th_u' / Th[u]), symmetric and positive definite, one row a rank. Predictor and corrector
+// (Mehrotra) share its factors. No big constants, no fixed number of steps: the start is feasible, and the loop ends when primal and dual
+// are less than half a token apart.
 //
 // The real split is then rounded, by largest remainder, so that every bundle keeps its tokens. The reported bound is a cut of integers: the
 // best of the sets {r : p[r] >= p[q]}, which hold the critical ranks, so it needs no trust in floating point.
@@ -17,16 +18,15 @@ namespace lplb {
 
 // Doubles in shared memory.
 struct IpmSpace {
-    double *x, *z, *th, *corrector;           // [arcs]
-    double *inverse_sum, *push, *dy;          // [bundles]
-    double *p, *s, *sig, *h, *ones, *dp, *corrector_s;  // [ranks]
-    double *inverse_pivot;                    // [ranks]
-    double *matrix;                           // [ranks][ranks + 1]
-    double *partial;                          // [32]
+    double *x, *z, *inverse_z, *th, *corrector;  // [arcs]
+    double *inverse_sum, *push, *dy;  // [bundles]
+    double *p, *inverse_p, *s, *sig, *h, *ones, *dp, *corrector_s, *inverse_pivot;  // [ranks]
+    double *matrix;  // [ranks][ranks + 1]
+    double *partial;  // [3][16]
 
     __host__ __device__ static int64_t doubles_of(const lplbk_shape &shape) {
         const int64_t n = shape.group_size;
-        return 4ll * shape.max_arcs + 3ll * shape.max_bundles + 8 * n + n * (n + 1) + 32;
+        return 5ll * shape.max_arcs + 3ll * shape.max_bundles + 9 * n + n * (n + 1) + 48;
     }
     __device__ IpmSpace(double *memory, const lplbk_shape &shape) {
         const auto section = [&memory](int n) {
@@ -35,12 +35,13 @@ struct IpmSpace {
             return start;
         };
         const int n = shape.group_size;
-        x = section(shape.max_arcs), z = section(shape.max_arcs), th = section(shape.max_arcs), corrector = section(shape.max_arcs);
+        x = section(shape.max_arcs), z = section(shape.max_arcs), inverse_z = section(shape.max_arcs), th = section(shape.max_arcs);
+        corrector = section(shape.max_arcs);
         inverse_sum = section(shape.max_bundles), push = section(shape.max_bundles), dy = section(shape.max_bundles);
-        p = section(n), s = section(n), sig = section(n), h = section(n), ones = section(n), dp = section(n), corrector_s = section(n);
-        inverse_pivot = section(n);
+        p = section(n), inverse_p = section(n), s = section(n), sig = section(n), h = section(n), ones = section(n), dp = section(n);
+        corrector_s = section(n), inverse_pivot = section(n);
         matrix = section(n * (n + 1));
-        partial = section(32);
+        partial = section(48);
     }
 };
 
@@ -81,34 +82,58 @@ private:
     const int n_;
     const int rank_;
     const bool valid_;
-    double scale_;   // tokens in one unit of x, s and t
-    double t_value_; // t
-    double n_pairs_; // of complementary variables
+    double scale_;  // tokens in one unit of x, s and t
+    double t_value_;  // t
+    double n_pairs_;  // of complementary variables
 
     // ---- Reductions, in a fixed order, so that equal inputs give equal bits
 
-    template <class Join>
-    __device__ double across(double value, Join join) {
+    template <int kValues, class Join>
+    __device__ void across(double (&values)[kValues], Join join) {
 #pragma unroll 1
-        for (int step = 16; step > 0; step /= 2) value = join(value, __shfl_xor_sync(kFullWarp, value, step));
-        if (lane_id() == 0) r_.partial[warp_id()] = value;
+        for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+            for (int i = 0; i < kValues; ++i) values[i] = join(values[i], __shfl_xor_sync(kFullWarp, values[i], step));
+        }
+        if (lane_id() == 0) {
+#pragma unroll
+            for (int i = 0; i < kValues; ++i) r_.partial[16 * i + warp_id()] = values[i];
+        }
         __syncthreads();
-        value = r_.partial[0];
+#pragma unroll
+        for (int i = 0; i < kValues; ++i) values[i] = r_.partial[16 * i];
 #pragma unroll 1
-        for (int w = 1; w < (int)blockDim.x / 32; ++w) value = join(value, r_.partial[w]);
+        for (int w = 1; w < (int)blockDim.x / 32; ++w) {
+#pragma unroll
+            for (int i = 0; i < kValues; ++i) values[i] = join(values[i], r_.partial[16 * i + w]);
+        }
         __syncthreads();
-        return value;
     }
-    __device__ double sum(double value) { return across(value, [](double a, double b) { return a + b; }); }
-    __device__ double highest(double value) { return across(value, [](double a, double b) { return a > b ? a : b; }); }
-    __device__ double lowest(double value) { return across(value, [](double a, double b) { return a < b ? a : b; }); }
+    template <int kValues>
+    __device__ void sum(double (&values)[kValues]) {
+        across(values, [](double a, double b) { return a + b; });
+    }
+    __device__ double sum(double value) {
+        double values[1] = {value};
+        sum(values);
+        return values[0];
+    }
+    __device__ double highest(double value) {
+        double values[1] = {value};
+        across(values, [](double a, double b) { return a > b ? a : b; });
+        return values[0];
+    }
+    template <int kValues>
+    __device__ void lowest(double (&values)[kValues]) {
+        across(values, [](double a, double b) { return a < b ? a : b; });
+    }
 
     // ---- One direction. x == 0 marks the arcs of bundles without tokens, which take no part.
 
     __device__ double gain(int arc, double centre) const {
-        return r_.x[arc] > 0 ? (centre - r_.corrector[arc]) / r_.z[arc] - r_.x[arc] : 0.0;
+        return r_.x[arc] > 0 ? (centre - r_.corrector[arc]) * r_.inverse_z[arc] - r_.x[arc] : 0.0;
     }
-    __device__ double gain_s(int rank, double centre) const { return (centre - r_.corrector_s[rank]) / r_.p[rank] - r_.s[rank]; }
+    __device__ double gain_s(int rank, double centre) const { return (centre - r_.corrector_s[rank]) * r_.inverse_p[rank] - r_.s[rank]; }
 
     struct Change {
         double primal, dual;
@@ -117,9 +142,7 @@ private:
         const double dual = r_.dp[t_.arc_rank[arc]] - r_.dy[bundle];
         return {gain(arc, centre) - r_.th[arc] * dual, dual};
     }
-    __device__ Change change_s(double centre) const {
-        return {gain_s(rank_, centre) - r_.sig[rank_] * r_.dp[rank_], r_.dp[rank_]};
-    }
+    __device__ Change change_s(double centre) const { return {gain_s(rank_, centre) - r_.sig[rank_] * r_.dp[rank_], r_.dp[rank_]}; }
 
     __device__ void start() {
         double peak = 0, pairs = valid_ ? 1 : 0;
@@ -154,7 +177,9 @@ private:
         const double peak = highest(valid_ ? load_of_rank() : 0.0);
         double value = valid_ ? f_.base[rank_] * r_.p[rank_] : 0.0;
         for (int u = threadIdx.x; u < t_.n_bundles(); u += blockDim.x) value += f_.sum[u] * lowest_price(u);
-        const double bound = sum(value) / sum(valid_ ? r_.p[rank_] : 0.0);
+        double sums[2] = {value, valid_ ? r_.p[rank_] : 0.0};
+        sum(sums);
+        const double bound = sums[0] / sums[1];
         return peak * scale_ - bound < kTokensApart;
     }
     __device__ double lowest_price(int bundle) const {
@@ -170,11 +195,13 @@ private:
         double product = valid_ ? r_.s[rank_] * r_.p[rank_] : 0.0;
         for (int arc = threadIdx.x; arc < n_arcs; arc += blockDim.x) {
             product += r_.x[arc] * r_.z[arc];
-            r_.th[arc] = r_.x[arc] / r_.z[arc];
+            r_.inverse_z[arc] = 1.0 / r_.z[arc];
+            r_.th[arc] = r_.x[arc] * r_.inverse_z[arc];
             r_.corrector[arc] = 0;
         }
         if (valid_) {
-            r_.sig[rank_] = r_.s[rank_] / r_.p[rank_];
+            r_.inverse_p[rank_] = 1.0 / r_.p[rank_];
+            r_.sig[rank_] = r_.s[rank_] * r_.inverse_p[rank_];
             r_.corrector_s[rank_] = 0;
             r_.ones[rank_] = 1;
         }
@@ -303,8 +330,10 @@ private:
         if (warp_id() == 0) back_solve(r_.h);
         if (warp_id() == 1 && with_ones) back_solve(r_.ones);
         __syncthreads();
-        const double missing = 1.0 - sum(valid_ ? r_.p[rank_] : 0.0);
-        const double dt = (sum(valid_ ? r_.h[rank_] : 0.0) - missing) / sum(valid_ ? r_.ones[rank_] : 0.0);
+        double sums[3] = {0, 0, 0};
+        if (valid_) sums[0] = r_.p[rank_], sums[1] = r_.h[rank_], sums[2] = r_.ones[rank_];
+        sum(sums);
+        const double dt = (sums[1] - (1.0 - sums[0])) / sums[2];
         if (valid_) r_.dp[rank_] = r_.h[rank_] - dt * r_.ones[rank_];
         __syncthreads();
         for (int u = threadIdx.x; u < n_bundles; u += blockDim.x) {
@@ -321,10 +350,10 @@ private:
     };
     // How far the direction can be followed, 1 / kStep at most.
     __device__ Lengths lengths(double centre) {
-        double primal = 1.0 / kStep, dual = 1.0 / kStep;
+        double length[2] = {1.0 / kStep, 1.0 / kStep};
         const auto limit = [&](double x, double z, const Change &at) {
-            if (at.primal < 0) primal = min(primal, -x / at.primal);
-            if (at.dual < 0) dual = min(dual, -z / at.dual);
+            if (at.primal < 0) length[0] = min(length[0], -x / at.primal);
+            if (at.dual < 0) length[1] = min(length[1], -z / at.dual);
         };
         const int n_arcs = t_.n_arcs();
         for (int i = threadIdx.x; i < n_arcs; i += blockDim.x) {
@@ -332,7 +361,8 @@ private:
             if (r_.x[entry.arc()] > 0) limit(r_.x[entry.arc()], r_.z[entry.arc()], change(entry.arc(), entry.bundle(), centre));
         }
         if (valid_) limit(r_.s[rank_], r_.p[rank_], change_s(centre));
-        return {lowest(primal), lowest(dual)};
+        lowest(length);
+        return {length[0], length[1]};
     }
 
     // ---- From reals to tokens
@@ -384,7 +414,7 @@ private:
             bound = max(bound, f_.base[rank_]);
         }
         end.bound = (int)highest(bound);
-        const int chosen = (int)lowest(valid_ && bound == end.bound ? rank_ : n_);
+        const int chosen = n_ - (int)highest(valid_ && bound == end.bound ? n_ - rank_ : 0);
         const bool by_itself = __syncthreads_or(rank_ == chosen && alone) != 0;
         in_witness = valid_ && (by_itself ? rank_ == chosen : r_.p[rank_] >= r_.p[chosen]);
         end.witness_size = __syncthreads_count(in_witness);

@@ -31,20 +31,28 @@ struct PairFlow {
     unsigned witness;
     FlowEnd end;
 
-    // words: the lane's column of the table `lanes`.
-    __device__ __forceinline__ void open(const int (&words)[kSlots]) {
+    // words: the lane's column of the table `lanes`. All that can be done before the loads are known.
+    __device__ __forceinline__ void open(const int (&words)[kSlots], int n_ranks) {
+        n_ranks_ = n_ranks;
+        everybody_ = n_ranks == 32 ? kFullWarp : (1u << n_ranks) - 1;
+        mean_ = ShareOf(n_ranks);
+        mean_of_first_ = ShareOf(lane_id() + 1);
+        bool twice = false;
 #pragma unroll
         for (int c = 0; c < kSlots; ++c) {
             partner[c] = words[c] & 31;
             slot_class[c] = words[c] >> LPLBK_LANE_CLASS & 0xffff;
             is_copy[c] = (words[c] >> LPLBK_LANE_COPY & 1) != 0;
             bit[c] = (words[c] >> LPLBK_LANE_ARC & 1) != 0 ? 1u << partner[c] : 0u;
+#pragma unroll
+            for (int d = 0; d < c; ++d) twice |= bit[c] == bit[d] && bit[c] != 0;
         }
+        some_twice_ = __any_sync(kFullWarp, twice) != 0;
     }
 
-    // base: tokens of this rank's single places; class_sum: tokens of each slot class; shared: 32 words.
-    __device__ __forceinline__ void solve(int n_ranks, int base, const int *class_sum, int *shared) {
-        const bool valid = lane_id() < n_ranks;
+    // base: tokens of this rank's single places; class_sum: tokens of each slot class; shared: 32 words, 16-byte aligned.
+    __device__ __forceinline__ void solve(int base, const int *class_sum, int *shared) {
+        const bool valid = lane_id() < n_ranks_;
         load = base;
 #pragma unroll
         for (int c = 0; c < kSlots; ++c) {
@@ -54,8 +62,8 @@ struct PairFlow {
         }
         total = warp_sum(load);
         const int highest_base = warp_max(base);
-        end.bound = ceil_share(total, n_ranks);
-        witness = n_ranks == 32 ? kFullWarp : (1u << n_ranks) - 1;
+        end.bound = mean_(total);
+        witness = everybody_;
         if (highest_base > end.bound) {
             end.bound = highest_base;
             witness = 1u << (__ffs(__ballot_sync(kFullWarp, valid && base == highest_base)) - 1);
@@ -72,12 +80,18 @@ struct PairFlow {
         }
         if (!__any_sync(kFullWarp, load > end.bound)) return;
         MARK(9);
-        cut_prefixes(n_ranks, base, shared);
+        cut_prefixes(base, shared);
         MARK(10);
-        rounds(valid, lplbk_max_rounds(n_ranks));
+        rounds(valid, lplbk_max_rounds(n_ranks_));
     }
 
 private:
+    int n_ranks_;
+    unsigned everybody_;
+    ShareOf mean_;           // of all ranks
+    ShareOf mean_of_first_;  // of as many ranks as there are lanes up to this one
+    bool some_twice_;        // some rank has two arcs to the same partner
+
     // Both ends see the same numbers with opposite signs, and rounding toward zero and clipping are odd.
     __device__ __forceinline__ void even_out(int c) {
         const int difference = load - __shfl_sync(kFullWarp, load, partner[c]);
@@ -87,7 +101,8 @@ private:
     }
 
     // The best lower bound among the sets of the n busiest ranks. shared: 32 words, 16-byte aligned.
-    __device__ __forceinline__ void cut_prefixes(int n_ranks, int base, int *shared) {
+    __device__ __forceinline__ void cut_prefixes(int base, int *shared) {
+        const int n_ranks = n_ranks_;
         const int lane = lane_id();
         shared[lane] = lane < n_ranks ? load : -1;
         __syncwarp();
@@ -117,7 +132,7 @@ private:
             const int below = __shfl_up_sync(kFullWarp, inside, step);
             if (lane >= step) inside += below;
         }
-        const int candidate = lane < n_ranks ? ceil_share(inside, lane + 1) : 0;
+        const int candidate = lane < n_ranks ? mean_of_first_(inside) : 0;
         const int best = warp_max(candidate);
         if (best > end.bound) {
             const int n = __ffs(__ballot_sync(kFullWarp, candidate == best));
@@ -127,13 +142,6 @@ private:
     }
 
     __device__ __forceinline__ void rounds(bool valid, int max_rounds) {
-        bool twice = false;  // two arcs to the same partner
-#pragma unroll
-        for (int c = 1; c < kSlots; ++c) {
-#pragma unroll
-            for (int d = 0; d < c; ++d) twice |= bit[c] == bit[d] && bit[c] != 0;
-        }
-        const bool some_twice = __any_sync(kFullWarp, twice) != 0;
 #pragma unroll 1
         for (;;) {
             const int bound = end.bound;
@@ -187,7 +195,7 @@ private:
                 available[c] = (bit[c] & toward) != 0 ? x[c] : 0;
                 if (level == 1) {
                     int free = room[c];
-                    if (some_twice) {
+                    if (some_twice_) {
 #pragma unroll
                         for (int d = 0; d < c; ++d) {
                             if (bit[c] == bit[d]) free -= available[d];

@@ -14,12 +14,18 @@ public:
     int load;         // of this thread's rank
     int total;        // of all ranks
 
-    // given: [ranks][ranks] pairs {stamp, tokens} in global memory, what a rank gave another in the step with that stamp. stamp: the last one
-    // used with this memory, kept from solve to solve, so that it never has to be cleared.
+    // given: [ranks][ranks] pairs {stamp, tokens} in global memory, what a rank gave another in the step with that stamp. stamp: the last
+    // one used with this memory, kept from solve to solve, so that it never has to be cleared.
     __device__ ScanFlow(const FlowTables &tables, const FlowSpace &space, const lplbk_shape &shape, uint2 *given, unsigned *stamp)
-        : t_(tables), s_(space), n_ranks_(shape.group_size), rank_(threadIdx.x), valid_(threadIdx.x < shape.group_size),
-          level_of_(space.extra), bundle_level_(space.extra + FlowSpace::ranks(shape.group_size)),
-          given_(given), stamp_memory_(stamp) {}
+        : t_(tables),
+          s_(space),
+          n_ranks_(shape.group_size),
+          rank_(threadIdx.x),
+          valid_(threadIdx.x < shape.group_size),
+          level_of_(space.extra),
+          bundle_level_(space.extra + FlowSpace::ranks(shape.group_size)),
+          given_(given),
+          stamp_memory_(stamp) {}
 
     // By all threads of the block, at least one a rank, after split_evenly() and a barrier.
     __device__ void solve() {

@@ -16,8 +16,12 @@ struct FlowTables {
     const unsigned *mask;
 
     __device__ FlowTables(const int *image, const lplbk_layout &at)
-        : header(image), rank_start(image + at.rank_start), rank_arc(reinterpret_cast<const unsigned *>(image + at.rank_arc)),
-          arc_rank(image + at.arc_rank), arc_slot(image + at.arc_slot), bundle_start(image + at.bundle_start),
+        : header(image),
+          rank_start(image + at.rank_start),
+          rank_arc(reinterpret_cast<const unsigned *>(image + at.rank_arc)),
+          arc_rank(image + at.arc_rank),
+          arc_slot(image + at.arc_slot),
+          bundle_start(image + at.bundle_start),
           mask(reinterpret_cast<const unsigned *>(image + at.mask)) {}
 
     __device__ int n_bundles() const { return header[LPLBK_IMAGE_BUNDLES]; }

@@ -37,7 +37,8 @@ __device__ __forceinline__ unsigned lanes_alike(bool active, unsigned number, in
     return alike;
 }
 
-// The number of this occurrence of a replicated expert within the run that `next` counts, for 32 consecutive ids, one a lane; advances next.
+// The number of this occurrence of a replicated expert within the run that `next` counts, for 32 consecutive ids, one a lane; advances
+// next.
 __device__ __forceinline__ unsigned occurrence(bool active, int replicated, int bits, uint16_t *next) {
     const unsigned alike = lanes_alike(active, (unsigned)replicated, bits);
     const unsigned before = __popc(alike & lanes_below());

@@ -80,7 +80,7 @@ typedef struct lplbk_shape {
 typedef struct lplbk_layout {
     int32_t n_replicated;  /* one word: experts in bundle_expert */
     int32_t code;          /* [n_logical]: slot of the only replica; -1 - i: expert i of bundle_expert */
-    int32_t expert;        /* [n_logical][4]: bundle, or -1 - rank in group of the single place; places | group << 16; first place; its slot */
+    int32_t expert;        /* [n_logical][4]: bundle, or -1 - rank in group if single; places | group << 16; first place; its slot */
     int32_t place;         /* [n_physical][2]: slot, rank in EP */
     int32_t bundle_expert_start; /* [n_groups * max_bundles + 1] of bundle group * max_bundles + b: its experts are .. */
     int32_t bundle_expert; /* [n_logical] .. here, bundle by bundle; then a topology's experts whose copy is on their own rank */
@@ -98,7 +98,7 @@ typedef struct lplbk_layout {
     int32_t bundle_start;  /* [max_bundles + 1] into the arcs */
     int32_t mask;          /* [max_bundles][mask_words] group_size <= 64: bit r: the bundle has a place on rank r; else absent */
     int32_t mask_words;    /* 1, 2 or 0 */
-    int32_t pair_lanes;    /* [LPLBK_MAX_COLOURS][32] lplbk_lane, slot_class being the bundle; group_size <= 32, IMAGE_PAIRS only; else absent */
+    int32_t pair_lanes;    /* [LPLBK_MAX_COLOURS][32] lplbk_lane, slot_class being the bundle; group_size <= 32 and pair_slots 0 only */
     int32_t words;         /* of the whole blob */
 } lplbk_layout;
 
@@ -110,7 +110,7 @@ enum { LPLBK_MAX_COLOURS = 8 };
 /* Passes of the solver's loop after which it gives up, as in the solver's tables. */
 LPLBK_BOTH int32_t lplbk_max_rounds(int32_t group_size) { return 4096 + 64 * group_size; }
 
-/* One word of `lanes` for the arc of colour c on a rank: where its bundle's other place is. A rank without that colour is its own partner. */
+/* One word of `lanes` for the arc of colour c on a rank: where its bundle's other place is. A rank without it is its own partner. */
 enum { LPLBK_LANE_CLASS = 8, LPLBK_LANE_COPY = 24, LPLBK_LANE_ARC = 25 };
 static inline int32_t lplbk_lane(int32_t partner, int32_t slot_class, int32_t is_copy) {
     return partner | slot_class << LPLBK_LANE_CLASS | is_copy << LPLBK_LANE_COPY | 1 << LPLBK_LANE_ARC;
@@ -119,7 +119,8 @@ static inline int32_t lplbk_no_lane(int32_t rank) { return rank; }
 
 /* Words of `home`: expert | 1 << 31 if it has two places; rank in group | slot class << 16 (rank in group * n_redundant + d; any class if
    it has one place); slot; slot of the copy, or -1. */
-static inline void lplbk_home(int32_t *words, int32_t expert, int32_t paired, int32_t rank, int32_t slot_class, int32_t slot, int32_t copy) {
+static inline void lplbk_home(int32_t *words, int32_t expert, int32_t paired, int32_t rank, int32_t slot_class, int32_t slot,
+                              int32_t copy) {
     words[0] = paired ? (int32_t)((uint32_t)expert | 0x80000000u) : expert;
     words[1] = (int32_t)((uint32_t)rank | (uint32_t)slot_class << 16);
     words[2] = slot;

@@ -27,8 +27,13 @@ RewriteTables rewrite_tables(const lplbk_planner &planner) {
     const int *tables = planner.tables;
     const lplbk_layout &at = planner.layout;
     const lplbk_shape &shape = planner.shape;
-    return {tables + at.code, tables + at.n_replicated, tables + at.bundle_expert, reinterpret_cast<const int4 *>(tables + at.expert),
-            reinterpret_cast<const int2 *>(tables + at.place), shape.n_logical, shape.n_physical,
+    return {tables + at.code,
+            tables + at.n_replicated,
+            tables + at.bundle_expert,
+            reinterpret_cast<const int4 *>(tables + at.expert),
+            reinterpret_cast<const int2 *>(tables + at.place),
+            shape.n_logical,
+            shape.n_physical,
             max(1, min(shape.n_logical, shape.n_physical - shape.n_logical))};
 }
 
@@ -195,8 +200,8 @@ __global__ void __launch_bounds__(kThreads) rewrite(const Id *ids, Id *out, cons
 }
 
 template <class Id>
-__global__ void __launch_bounds__(kThreads) rewrite_slots(const Id *ids, Id *out, int64_t n_ids, const int *code, int n_logical, int64_t *invalid,
-                                                          void *counter, int counter64, int n_groups) {
+__global__ void __launch_bounds__(kThreads) rewrite_slots(const Id *ids, Id *out, int64_t n_ids, const int *code, int n_logical,
+                                                          int64_t *invalid, void *counter, int counter64, int n_groups) {
     extern __shared__ int slots[];
     for (int e = threadIdx.x; e < n_logical; e += kThreads) slots[e] = code[e];
     wait_for_stream();
@@ -224,16 +229,16 @@ __global__ void __launch_bounds__(kThreads) rewrite_slots(const Id *ids, Id *out
 int shared_bytes(const RewriteTables &t) { return 4 * RewriteSpace::words_of(t.n_logical, t.n_physical, t.max_replicated); }
 
 template <class Rule>
-cudaError_t launch_rewrite(const lplbk_planner &planner, const void *ids, int32_t ids64, void *out, const RewriteRuns &runs, const Rule &rule,
-                           cudaStream_t stream) {
+cudaError_t launch_rewrite(const lplbk_planner &planner, const void *ids, int32_t ids64, void *out, const RewriteRuns &runs,
+                           const Rule &rule, cudaStream_t stream) {
     const RewriteTables tables = rewrite_tables(planner);
     const int blocks = min(runs.n, 4 * planner.info.n_sms);
     if (ids64) {
         return launch(planner.info, rewrite<int64_t, Rule>, blocks, kThreads, shared_bytes(tables), 0, stream,
                       static_cast<const int64_t *>(ids), static_cast<int64_t *>(out), tables, runs, rule);
     }
-    return launch(planner.info, rewrite<int32_t, Rule>, blocks, kThreads, shared_bytes(tables), 0, stream, static_cast<const int32_t *>(ids),
-                  static_cast<int32_t *>(out), tables, runs, rule);
+    return launch(planner.info, rewrite<int32_t, Rule>, blocks, kThreads, shared_bytes(tables), 0, stream,
+                  static_cast<const int32_t *>(ids), static_cast<int32_t *>(out), tables, runs, rule);
 }
 
 }  // namespace
@@ -241,8 +246,8 @@ cudaError_t launch_rewrite(const lplbk_planner &planner, const void *ids, int32_
 cudaError_t rewrite_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, void *out,
                          bool clear_totals, cudaStream_t stream) {
     const MultiScratch scratch = multi_scratch(planner);
-    const RewriteRuns work{n_ids, runs.length, runs.n, scratch.rows, false, clear_totals ? scratch.totals : nullptr,
-                           planner.counters + LPLBK_COUNTER_INVALID};
+    const RewriteRuns work{
+        n_ids, runs.length, runs.n, scratch.rows, false, clear_totals ? scratch.totals : nullptr, planner.counters + LPLBK_COUNTER_INVALID};
     return launch_rewrite(planner, ids, ids64, out, work, ByPlan{planner.take}, stream);
 }
 
@@ -255,8 +260,9 @@ cudaError_t rewrite_plainly(const lplbk_planner &planner, const void *ids, int32
     const int *code = planner.tables + planner.layout.code;
     int64_t *invalid = planner.counters + LPLBK_COUNTER_INVALID;
     if (ids64) {
-        return launch(planner.info, rewrite_slots<int64_t>, (int)blocks, kThreads, 4 * n_logical, 0, stream, static_cast<const int64_t *>(ids),
-                      static_cast<int64_t *>(out), n_ids, code, n_logical, invalid, counter, counter64, planner.shape.n_groups);
+        return launch(planner.info, rewrite_slots<int64_t>, (int)blocks, kThreads, 4 * n_logical, 0, stream,
+                      static_cast<const int64_t *>(ids), static_cast<int64_t *>(out), n_ids, code, n_logical, invalid, counter, counter64,
+                      planner.shape.n_groups);
     }
     return launch(planner.info, rewrite_slots<int32_t>, (int)blocks, kThreads, 4 * n_logical, 0, stream, static_cast<const int32_t *>(ids),
                   static_cast<int32_t *>(out), n_ids, code, n_logical, invalid, counter, counter64, planner.shape.n_groups);
@@ -278,8 +284,8 @@ int32_t prepare_rewrite(const lplbk_planner &planner) {
 
 }  // namespace lplb
 
-extern "C" int32_t lplbk_redirect(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, void *out, int64_t max_blocks,
-                                  void *stream) {
+extern "C" int32_t lplbk_redirect(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, void *out,
+                                  int64_t max_blocks, void *stream) {
     using namespace lplb;
     if (n_ids == 0) return 0;
     OnDevice on(planner->device);

@@ -45,8 +45,18 @@ struct PlanOut {
     static PlanOut of(const lplbk_planner &planner, float *ratios, float *scaled, void *counter, int32_t counter64) {
         const lplbk_shape &shape = planner.shape;
         const int per_node = shape.ep_size / shape.n_nodes;
-        return {planner.quota, planner.take, planner.group_info, planner.counters, counter, ratios, scaled, counter64, shape.rank, per_node,
-                shape.rank < 0 ? 0 : shape.rank / per_node * per_node, shape.n_physical / shape.ep_size};
+        return {planner.quota,
+                planner.take,
+                planner.group_info,
+                planner.counters,
+                counter,
+                ratios,
+                scaled,
+                counter64,
+                shape.rank,
+                per_node,
+                shape.rank < 0 ? 0 : shape.rank / per_node * per_node,
+                shape.n_physical / shape.ep_size};
     }
 
     __device__ void count_solved() const {
@@ -57,9 +67,7 @@ struct PlanOut {
             atomicAdd(static_cast<int *>(counter), 1);
         }
     }
-    __device__ void count_overflow() const {
-        atomicAdd(reinterpret_cast<unsigned long long *>(counters + LPLBK_COUNTER_OVERFLOW), 1ull);
-    }
+    __device__ void count_overflow() const { atomicAdd(reinterpret_cast<unsigned long long *>(counters + LPLBK_COUNTER_OVERFLOW), 1ull); }
     __device__ int *info(int group) const { return group_info + group * LPLBK_INFO_WORDS; }
 };
 
@@ -116,14 +124,22 @@ __device__ __forceinline__ int info_word(int word, int max_load, const FlowEnd &
     return value;
 }
 
-// floor(x * part / whole) for 0 <= x, part <= whole < 2^31.
-__device__ __forceinline__ int share_of(int x, int part, int whole) {
-    if (whole == 0) return 0;
-    int64_t share = (int64_t)((double)x * (double)part / (double)whole);
-    const int64_t rest = (int64_t)x * part - share * whole;
+// floor(x * part / whole) for 0 <= x, part <= whole < 2^31, whole > 0; inverse: 1.0 / whole.
+__device__ __forceinline__ int floor_share(int x, int part, int whole, double inverse) {
+    const int64_t product = (int64_t)x * part;
+    int64_t share = (int64_t)((double)product * inverse);
+    const int64_t rest = product - share * whole;
     if (rest < 0) --share;
     if (rest >= whole) ++share;
     return (int)share;
+}
+
+// Of x tokens that a bundle of `whole` tokens sends to its second place: the part of the expert that has `tokens`, `before` being those of
+// the experts before it.
+static __device__ __noinline__ int share_of(int x, int before, int tokens, int whole) {
+    if (whole == 0) return 0;
+    const double inverse = 1.0 / whole;
+    return floor_share(x, before + tokens, whole, inverse) - floor_share(x, before, whole, inverse);
 }
 
 }  // namespace lplb

@@ -11,103 +11,123 @@ __device__ __forceinline__ void write_scaled(const PlanOut &out, int expert, int
     out.scaled[expert] = highest > 0 ? __fdiv_rn(__int2float_rn(tokens), __int2float_rn(highest)) : 0.0f;
 }
 
-// kMany: several sources.
-template <int kSlots, bool kMany, class Count>
-__global__ void __launch_bounds__(512, 1) solve_pairs(const __grid_constant__ PairTables tables, const __grid_constant__ CountMatrix<Count> loads,
-                                                   const __grid_constant__ PlanOut out) {
+// kPlain: one source, a planner without a rank, and nothing but the plan to write. The first warp solves, the others hold one original slot
+// a thread.
+template <int kSlots, bool kPlain, class Count>
+__global__ void __launch_bounds__(512, 1)
+    solve_pairs(const __grid_constant__ PairTables tables, const __grid_constant__ CountMatrix<Count> loads,
+                const __grid_constant__ PlanOut out) {
     extern __shared__ int4 memory[];
-    int *const words = reinterpret_cast<int *>(memory);
     MARK(0);
     PairTables t = tables;
     const int slots = t.n_ranks * t.n_own;
     const int group = blockIdx.x;
+    const bool solver = uniform_warp_id() < t.n_groups;  // one group a block, one warp a group
+    const int first_slot = (int)threadIdx.x - 32, stride = (int)blockDim.x - 32;
     t.home += group * slots;
-    t.lanes += group * kSlots * 32;
     t.first_group = group;
-    const PairSpace space(words, t);
-    int lanes[kSlots];
-    if (warp_id() == 0) load_lanes<kSlots>(t, 0, lanes);
-    HomeEntry first_home;
-    if (threadIdx.x < slots) first_home.word = t.home[threadIdx.x];
-    space.clear(t);
+    const PairSpace space(reinterpret_cast<int *>(memory), t);
+    const bool assigned = !kPlain && loads.n_sources > 1 && out.rank >= 0;
+    const bool warp_on_one_rank = (t.n_own & 31) == 0;
+    int lanes[kSlots] = {};
+    HomeEntry first_home{make_int4(0, 0, 0, 0)};
+    if (solver) {
+        load_lanes<kSlots>(t, group, lanes);
+    } else {
+        if (first_slot < slots) first_home.word = t.home[first_slot];
+        space.clear(t, first_slot, stride);
+    }
     wait_for_stream();
-    int64_t first_total = 0;
-    if (threadIdx.x < slots) first_total = loads.template total<kMany>(first_home.expert());
+    const auto tokens_of = [&](const HomeEntry &home, bool &large) {
+        if constexpr (kPlain && sizeof(Count) == 4) {
+            const int tokens = max((int)loads.counts[home.expert()], 0);
+            large |= tokens > kSurelyFits;
+            return tokens;
+        } else {
+            const int64_t total = loads.template total<!kPlain>(home.expert());
+            large |= total > kSurelyFits;
+            return fitted(total);
+        }
+    };
+    bool large = false;
+    int first_tokens = 0;
+    if (!solver && first_slot < slots) first_tokens = tokens_of(first_home, large);
     let_next_start();
+    PairFlow<kSlots> flow;
+    flow.open(lanes, t.n_ranks);
     MARK(1);
     __syncthreads();
     MARK(2);
-    const bool warp_on_one_rank = (t.n_own & 31) == 0;
-    const bool assigned = kMany && out.rank >= 0;
     OwnTokens own;
-    bool large = false;
     int highest = 0;
+    if (!solver) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < slots; i += blockDim.x) {
-        const bool first = i == threadIdx.x;
-        const HomeEntry home = first ? first_home : HomeEntry{t.home[i]};
-        const int64_t total = first ? first_total : loads.template total<kMany>(home.expert());
-        large |= gather_slot(t, space, i, home, total, warp_on_one_rank, [&](const HomeEntry &at, int tokens) {
-            const int take = assigned ? loads.of(out.rank, at.expert()) : tokens;
-            out.quota[at.slot()] = tokens;
-            out.take[at.slot()] = take;
-            if (out.rank >= 0) own.add(out, group * t.n_ranks + at.rank(), take);
-        });
-        highest = max(highest, fitted(total));
+        for (int i = first_slot; i < slots; i += stride) {
+            const HomeEntry home = i == first_slot ? first_home : HomeEntry{t.home[i]};
+            const int tokens = i == first_slot ? first_tokens : tokens_of(home, large);
+            gather_slot(space, i, home, tokens, warp_on_one_rank);
+            if (!home.paired()) {
+                const int take = assigned ? loads.of(out.rank, home.expert()) : tokens;
+                out.quota[home.slot()] = tokens;
+                out.take[home.slot()] = take;
+                if (!kPlain && out.rank >= 0) own.add(out, group * t.n_ranks + home.rank(), take);
+            }
+            if (!kPlain) highest = max(highest, tokens);
+        }
+        if (!kPlain && out.scaled != nullptr) atomicMax(space.highest, highest);
     }
-    if (out.scaled != nullptr) atomicMax(space.highest, highest);
     bool overflow = false;
     MARK(3);
     if (__syncthreads_or(large)) {
+        if (!solver) {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < slots; i += blockDim.x) space.wide->add(loads.template total<kMany>(HomeEntry{t.home[i]}.expert()));
+            for (int i = first_slot; i < slots; i += stride) space.wide->add(loads.template total<!kPlain>(HomeEntry{t.home[i]}.expert()));
+        }
         __syncthreads();
         overflow = space.wide->overflow();
     }
     MARK(4);
-    PairFlow<kSlots> flow;
-    if (warp_id() == 0 && !overflow) solve_pair_group<kSlots>(t, space, 0, lanes, flow);
+    // A vote is one number for the warp, and the compiler knows it.
+    if (solver && !__any_sync(kFullWarp, overflow)) solve_pair_group<kSlots>(t, space, 0, flow);
     MARK(5);
     __syncthreads();
     MARK(6);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < slots; i += blockDim.x) {
-        const HomeEntry home = i == threadIdx.x ? first_home : HomeEntry{t.home[i]};
-        if (out.scaled != nullptr) write_scaled(out, home.expert(), space.tokens[i], *space.highest);
-        if (!home.paired()) continue;
-        const int2 quota = pair_quotas(t, space, i, home, overflow);
-        int2 take = quota;
-        if constexpr (kMany) {
-            if (assigned) {
-                const int n_local = out.n_local;
-                const int ranks[2] = {home.slot() / n_local, home.copy_slot() / n_local};
-                assign_tokens(
-                    2, [&](int j) { return j == 0 ? quota.x : quota.y; }, [&](int j) { return j == 0 ? ranks[0] : ranks[1]; },
-                    [&](int s) { return loads.of(s, home.expert()); }, out.rank, out.per_node,
-                    [&](int j, int tokens) { (j == 0 ? take.x : take.y) = tokens; });
-            }
-        }
-        out.quota[home.slot()] = quota.x;
-        out.quota[home.copy_slot()] = quota.y;
-        out.take[home.slot()] = take.x;
-        out.take[home.copy_slot()] = take.y;
-        if (out.rank >= 0) {
-            own.add(out, home.slot() / out.n_local, take.x);
-            own.add(out, home.copy_slot() / out.n_local, take.y);
-        }
-    }
-    MARK(21);
-    if (warp_id() == 0) {
+    if (solver) {
         if (!overflow) {
             write_pair_info<kSlots>(out, group, flow);
         } else {
             out.info(group)[lane_id()] = 0;
             if (lane_id() == 0) out.count_overflow();
         }
+    } else {
+#pragma unroll 1
+        for (int i = first_slot; i < slots; i += stride) {
+            const HomeEntry home = i == first_slot ? first_home : HomeEntry{t.home[i]};
+            if (!kPlain && out.scaled != nullptr) write_scaled(out, home.expert(), space.tokens[i], *space.highest);
+            if (!home.paired()) continue;
+            const int2 quota = pair_quotas(t, space, i, home, overflow);
+            int2 take = quota;
+            if constexpr (!kPlain) {
+                const int ranks[2] = {home.slot() / out.n_local, home.copy_slot() / out.n_local};
+                if (assigned) {
+                    assign_tokens(
+                        2, [&](int j) { return j == 0 ? quota.x : quota.y; }, [&](int j) { return j == 0 ? ranks[0] : ranks[1]; },
+                        [&](int s) { return loads.of(s, home.expert()); }, out.rank, out.per_node,
+                        [&](int j, int tokens) { (j == 0 ? take.x : take.y) = tokens; });
+                }
+                if (out.rank >= 0) {
+                    own.add(out, ranks[0], take.x);
+                    own.add(out, ranks[1], take.y);
+                }
+            }
+            out.quota[home.slot()] = quota.x;
+            out.quota[home.copy_slot()] = quota.y;
+            out.take[home.slot()] = take.x;
+            out.take[home.copy_slot()] = take.y;
+        }
+        if (!kPlain && out.ratios != nullptr) write_pair_ratios(t, space, out, first_slot, stride, overflow);
     }
-    MARK(22);
-    if (out.ratios != nullptr) write_pair_ratios(t, space, out, overflow);
-    if (out.rank >= 0) {
+    if (!kPlain && out.rank >= 0) {
         own.join(space.own);
         __syncthreads();
         if (threadIdx.x < 3) out.info(group)[LPLBK_INFO_OWN_RANK + threadIdx.x] = space.own[threadIdx.x];
@@ -117,8 +137,9 @@ __global__ void __launch_bounds__(512, 1) solve_pairs(const __grid_constant__ Pa
 
 // kSimple: one source and bundles of one expert, so tokens of arcs are tokens of slots.
 template <int kGeneral, bool kSimple, class Count>
-__global__ void __launch_bounds__(512, 1) solve_general(const __grid_constant__ GeneralTables t, const __grid_constant__ CountMatrix<Count> loads,
-                                                     const __grid_constant__ PlanOut out) {
+__global__ void __launch_bounds__(512, 1)
+    solve_general(const __grid_constant__ GeneralTables t, const __grid_constant__ CountMatrix<Count> loads,
+                  const __grid_constant__ PlanOut out) {
     extern __shared__ int4 memory[];
     int *const words = reinterpret_cast<int *>(memory);
     const int group = blockIdx.x;
@@ -241,7 +262,8 @@ template <class Count>
 __global__ void scale(const __grid_constant__ CountMatrix<Count> loads, const __grid_constant__ PlanOut out) {
     __shared__ int highest[32];
     int most = 0;
-    for (int expert = threadIdx.x; expert < loads.n_logical; expert += blockDim.x) most = max(most, fitted(loads.template total<true>(expert)));
+    for (int expert = threadIdx.x; expert < loads.n_logical; expert += blockDim.x)
+        most = max(most, fitted(loads.template total<true>(expert)));
     most = warp_max(most);
     if (lane_id() == 0) highest[warp_id()] = most;
     __syncthreads();
@@ -254,11 +276,15 @@ __global__ void scale(const __grid_constant__ CountMatrix<Count> loads, const __
 constexpr int kSolverInterior = 1;  // LPLB_SOLVER_IPM
 constexpr int kMaxInteriorGroup = 128;
 
-int general_threads(const lplbk_shape &shape) { return shape.group_size > 256 || shape.n_logical > 256 ? 512 : 256; }
+int general_threads(const lplbk_planner &planner) {
+    const lplbk_shape &shape = planner.shape;
+    if (planner.solver == kSolverInterior) return shape.group_size <= 32 ? 128 : 256;  // its sums over the block are many
+    return shape.group_size > 256 || shape.n_logical > 256 ? 512 : 256;
+}
 
 int pair_threads(const lplbk_shape &shape) {
     const int slots = shape.group_size * (shape.n_logical / shape.ep_size);
-    return min(max(round_up(slots, 32), 64), 512);
+    return min(32 + round_up(slots, 32), 512);
 }
 
 bool interior(const lplbk_planner &planner) { return planner.solver == kSolverInterior; }
@@ -269,9 +295,11 @@ int64_t shared_bytes(const lplbk_planner &planner) {
     return 4 * (by_pairs(planner) ? PairSpace::words_of(planner.shape, 1) : GeneralSpace::words_of(planner.shape, planner.layout));
 }
 
-template <bool kMany, class Count>
+template <bool kPlain, class Count>
 auto pair_kernel(int pair_slots) {
-    return pair_slots == 2 ? solve_pairs<2, kMany, Count> : pair_slots == 4 ? solve_pairs<4, kMany, Count> : solve_pairs<8, kMany, Count>;
+    return pair_slots == 2   ? solve_pairs<2, kPlain, Count>
+           : pair_slots == 4 ? solve_pairs<4, kPlain, Count>
+                             : solve_pairs<8, kPlain, Count>;
 }
 
 template <bool kSimple, class Count>
@@ -296,15 +324,22 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_so
     }
     const int bytes = (int)shared_bytes(planner);
     if (by_pairs(planner)) {
-        const PairTables tables{reinterpret_cast<const int4 *>(planner.tables + planner.layout.home), planner.tables + planner.layout.lanes, 1, 0,
-                                shape.group_size, shape.n_redundant, shape.n_logical / shape.ep_size, shape.combined};
-        const auto kernel = n_sources > 1 ? pair_kernel<true, Count>(shape.pair_slots) : pair_kernel<false, Count>(shape.pair_slots);
+        const PairTables tables{reinterpret_cast<const int4 *>(planner.tables + planner.layout.home),
+                                planner.tables + planner.layout.lanes,
+                                1,
+                                0,
+                                shape.group_size,
+                                shape.n_redundant,
+                                shape.n_logical / shape.ep_size,
+                                shape.combined};
+        const bool plain = n_sources == 1 && shape.rank < 0 && ratios == nullptr && out.scaled == nullptr;
+        const auto kernel = plain ? pair_kernel<true, Count>(shape.pair_slots) : pair_kernel<false, Count>(shape.pair_slots);
         return launch(planner.info, kernel, shape.n_groups, pair_threads(shape), bytes, 0, stream, tables, loads, out);
     }
     const GeneralTables tables{shape, planner.layout, planner.tables, planner.scratch};
     const bool simple = n_sources == 1 && shape.combined <= 1;
     const auto kernel = simple ? general_kernel<true, Count>(planner) : general_kernel<false, Count>(planner);
-    return launch(planner.info, kernel, shape.n_groups, general_threads(shape), bytes, 0, stream, tables, loads, out);
+    return launch(planner.info, kernel, shape.n_groups, general_threads(planner), bytes, 0, stream, tables, loads, out);
 }
 
 template <class Kernel>

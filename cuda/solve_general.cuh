@@ -47,8 +47,15 @@ struct GeneralSpace {
     }
     // memory: 16-byte aligned.
     __device__ GeneralSpace(int *memory, const GeneralTables &t)
-        : start(memory), wide(reinterpret_cast<WideSum *>(memory)), own(memory + 3), highest(memory + 6), moved(memory + 7), image(memory + 16),
-          tokens(image + t.at.image_words), tables(image, t.at), flow(tokens + round_up(t.shape.n_logical, 4), t.shape) {}
+        : start(memory),
+          wide(reinterpret_cast<WideSum *>(memory)),
+          own(memory + 3),
+          highest(memory + 6),
+          moved(memory + 7),
+          image(memory + 16),
+          tokens(image + t.at.image_words),
+          tables(image, t.at),
+          flow(tokens + round_up(t.shape.n_logical, 4), t.shape) {}
 
     // Clears the working arrays and fetches the tables.
     __device__ void open(int *memory, const GeneralTables &t, int group) const {
@@ -76,8 +83,8 @@ __device__ __forceinline__ void solve_as_pairs(const GeneralTables &t, const Gen
 #pragma unroll
     for (int c = 0; c < kSlots; ++c) words[c] = space.image[t.at.pair_lanes + 32 * c + lane_id()];
     PairFlow<kSlots> flow;
-    flow.open(words);
-    flow.solve(t.shape.group_size, lane_id() < t.shape.group_size ? space.flow.base[lane_id()] : 0, space.flow.sum, space.flow.words);
+    flow.open(words, t.shape.group_size);
+    flow.solve(lane_id() < t.shape.group_size ? space.flow.base[lane_id()] : 0, space.flow.sum, space.flow.words);
 #pragma unroll
     for (int c = 0; c < kSlots; ++c) {
         if (flow.bit[c] != 0) space.flow.x[2 * flow.slot_class[c] + (flow.is_copy[c] ? 1 : 0)] = flow.x[c];
@@ -144,7 +151,8 @@ __device__ __forceinline__ void solve_general_group(const GeneralTables &t, cons
         if (word < LPLBK_INFO_WORDS && ours) info[word] = value;
     } else if constexpr (kGeneral == kScan) {
         uint2 *given = reinterpret_cast<uint2 *>(t.scratch) + (int64_t)group * n_ranks * n_ranks;
-        unsigned *stamps = reinterpret_cast<unsigned *>(reinterpret_cast<uint2 *>(t.scratch) + (int64_t)t.shape.n_groups * n_ranks * n_ranks);
+        unsigned *stamps =
+            reinterpret_cast<unsigned *>(reinterpret_cast<uint2 *>(t.scratch) + (int64_t)t.shape.n_groups * n_ranks * n_ranks);
         ScanFlow flow(space.tables, space.flow, t.shape, given, stamps + group);
         flow.solve();
         if (!write) return;
@@ -180,7 +188,7 @@ __device__ __forceinline__ GeneralQuota quota_of(const GeneralTables &t, const G
             before += space.tokens[experts[k]];
         }
         const int x = space.flow.x[arc + 1], sum = space.flow.sum[record.bundle()];
-        second = share_of(x, before + tokens, sum) - share_of(x, before, sum);
+        second = share_of(x, before, tokens, sum);
     }
     return {space.flow.x + arc, tokens, second};
 }

@@ -48,11 +48,11 @@ struct PairSpace {
         class_kept = class_sum + ranks * t.n_redundant;
         tokens = class_kept + ranks * t.n_redundant;
     }
-    __device__ void clear(const PairTables &t) const {
+    // By the threads first, first + stride, ..
+    __device__ void clear(const PairTables &t, int first, int stride) const {
         const int n = cleared_words(t.n_groups, t.n_ranks, t.n_redundant);
-        int *const first = reinterpret_cast<int *>(wide);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < n; i += blockDim.x) first[i] = 0;
+        for (int i = first; i < n; i += stride) reinterpret_cast<int *>(wide)[i] = 0;
     }
 };
 
@@ -66,27 +66,17 @@ struct HomeEntry {
     __device__ int copy_slot() const { return word.w; }
 };
 
-// Adds up the loads of original slot i; tells whether sums may not fit. single(home, tokens): called for single places.
-template <class Single>
-__device__ __forceinline__ bool gather_slot(const PairTables &t, const PairSpace &space, int i, const HomeEntry &home, int64_t total,
-                                            bool warp_on_one_rank, Single single) {
-    const int tokens = fitted(total);
-    const int group = t.n_groups == 1 ? 0 : i / (t.n_ranks * t.n_own);
-    const int rank = group * t.n_ranks + home.rank();
+// Adds the tokens of original slot i of the only group to the loads. Single places are the caller's to write.
+__device__ __forceinline__ void gather_slot(const PairSpace &space, int i, const HomeEntry &home, int tokens, bool warp_on_one_rank) {
     space.tokens[i] = tokens;
-    if (home.paired()) {
-        atomicAdd(&space.class_sum[group * t.n_ranks * t.n_redundant + home.slot_class()], tokens);
-    } else {
-        single(home, tokens);
-    }
+    if (home.paired()) atomicAdd(&space.class_sum[home.slot_class()], tokens);
     const int alone = home.paired() ? 0 : tokens;
     if (warp_on_one_rank) {
         const int sum = warp_sum(alone);
-        if (lane_id() == 0) atomicAdd(&space.base[rank], sum);
+        if (lane_id() == 0) atomicAdd(&space.base[home.rank()], sum);
     } else if (alone != 0) {
-        atomicAdd(&space.base[rank], alone);
+        atomicAdd(&space.base[home.rank()], alone);
     }
-    return total > kSurelyFits;
 }
 
 // The lane's column of `lanes`.
@@ -99,11 +89,9 @@ __device__ __forceinline__ void load_lanes(const PairTables &t, int group, int (
 
 // By one warp: solves one group of the block and leaves class_kept.
 template <int kSlots>
-__device__ __forceinline__ void solve_pair_group(const PairTables &t, const PairSpace &space, int group, const int (&words)[kSlots],
-                                                 PairFlow<kSlots> &flow) {
+__device__ __forceinline__ void solve_pair_group(const PairTables &t, const PairSpace &space, int group, PairFlow<kSlots> &flow) {
     const int classes = t.n_ranks * t.n_redundant;
-    flow.open(words);
-    flow.solve(t.n_ranks, lane_id() < t.n_ranks ? space.base[group * t.n_ranks + lane_id()] : 0, space.class_sum + group * classes,
+    flow.solve(lane_id() < t.n_ranks ? space.base[group * t.n_ranks + lane_id()] : 0, space.class_sum + group * classes,
                space.prefixes + 32 * group);
 #pragma unroll
     for (int c = 0; c < kSlots; ++c) {
@@ -129,31 +117,29 @@ __device__ __forceinline__ void write_pair_info(const PlanOut &out, int group, c
     if (lane_id() == 0) out.count_solved();
 }
 
-// Tokens of the two places of a replicated expert in original slot i. overflow: all stays at the original.
+// Tokens of the two places of a replicated expert in original slot i of the only group. overflow: all stays at the original.
 __device__ __forceinline__ int2 pair_quotas(const PairTables &t, const PairSpace &space, int i, const HomeEntry &home, bool overflow) {
     const int tokens = space.tokens[i];
     if (overflow) return make_int2(tokens, 0);
-    const int group = t.n_groups == 1 ? 0 : i / (t.n_ranks * t.n_own);
-    const int of_class = group * t.n_ranks * t.n_redundant + home.slot_class();
-    int copied = space.class_sum[of_class] - space.class_kept[of_class];
+    const int sum = space.class_sum[home.slot_class()];
+    int copied = sum - space.class_kept[home.slot_class()];
     if (t.combined > 1) {
         // The class's experts stand n_redundant slots apart; those before this one come first.
-        const int first = i - (i % t.n_own) + home.slot_class() % t.n_redundant;
+        const int first = home.rank() * t.n_own + home.slot_class() - home.rank() * t.n_redundant;
         int before = 0;
 #pragma unroll 1
         for (int k = first; k < i; k += t.n_redundant) before += space.tokens[k];
-        const int sum = space.class_sum[of_class];
-        copied = share_of(copied, before + tokens, sum) - share_of(copied, before, sum);
+        copied = share_of(copied, before, tokens, sum);
     }
     return make_int2(tokens - copied, copied);
 }
 
 // Ratios of all classes of the block.
-__device__ __forceinline__ void write_pair_ratios(const PairTables &t, const PairSpace &space, const PlanOut &out,
+__device__ __forceinline__ void write_pair_ratios(const PairTables &t, const PairSpace &space, const PlanOut &out, int first, int stride,
                                                   bool overflow) {
     const int classes = t.n_groups * t.n_ranks * t.n_redundant;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < classes; i += blockDim.x) {
+    for (int i = first; i < classes; i += stride) {
         const int rank = i / t.n_redundant;
         const HomeEntry home{t.home[rank * t.n_own + i - rank * t.n_redundant]};
         const int sum = space.class_sum[i];

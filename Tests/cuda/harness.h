@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -17,13 +18,13 @@ namespace harness {
 using std::string;
 using std::vector;
 
-#define CHECK(call)                                                                                             \
-    do {                                                                                                        \
-        const int error_ = (int)(call);                                                                         \
-        if (error_ != 0) {                                                                                      \
-            printf("%s:%d: %s: %d %s\n", __FILE__, __LINE__, #call, error_, lplbk_error_name(error_));           \
-            exit(2);                                                                                            \
-        }                                                                                                       \
+#define CHECK(call)                                                                                    \
+    do {                                                                                               \
+        const int error_ = (int)(call);                                                                \
+        if (error_ != 0) {                                                                             \
+            printf("%s:%d: %s: %d %s\n", __FILE__, __LINE__, #call, error_, lplbk_error_name(error_)); \
+            exit(2);                                                                                   \
+        }                                                                                              \
     } while (0)
 
 template <class T>
@@ -68,7 +69,8 @@ struct Planner {
         CHECK(lplbk_upload(0, p.take, zeros.data(), 4 * zeros.size(), nullptr));
     }
     ~Planner() {
-        for (void *memory : {(void *)p.tables, (void *)p.quota, (void *)p.take, (void *)p.group_info, (void *)p.counters, (void *)p.scratch}) {
+        for (void *memory :
+             {(void *)p.tables, (void *)p.quota, (void *)p.take, (void *)p.group_info, (void *)p.counters, (void *)p.scratch}) {
             lplbk_free(0, memory);
         }
     }
@@ -182,11 +184,14 @@ inline vector<int64_t> loads(Random &random, int n, int family, double mean = 10
     case kLogNormal:
         for (auto &v : w) v = std::exp(normal(random));
         break;
-    case kZero: return tokens;
+    case kZero:
+        return tokens;
     case kEqual:
         for (auto &t : tokens) t = (int64_t)mean;
         return tokens;
-    case kOneHot: tokens[random() % n] = (int64_t)(mean * n); return tokens;
+    case kOneHot:
+        tokens[random() % n] = (int64_t)(mean * n);
+        return tokens;
     case kSparse:
         for (auto &t : tokens) t = random() % 8 == 0 ? random() % (int)(8 * mean) : 0;
         return tokens;

@@ -104,11 +104,21 @@ inline void finish(Instance &in) {
     }
 }
 
-inline Instance topology(int ep_size, int group_size, int n_redundant, const vector<int> &r2o, int n_logical, int combined, int n_nodes, int rank,
-                         const vector<int> &order) {
+inline Instance topology(int ep_size, int group_size, int n_redundant, const vector<int> &r2o, int n_logical, int combined, int n_nodes,
+                         int rank, const vector<int> &order) {
     Instance in;
-    in.shape = {ep_size, group_size, ep_size / group_size, n_nodes, n_logical, n_logical + ep_size * combined * n_redundant, n_redundant, combined,
-                rank, 0, group_size * n_redundant, 2 * group_size * n_redundant};
+    in.shape = {ep_size,
+                group_size,
+                ep_size / group_size,
+                n_nodes,
+                n_logical,
+                n_logical + ep_size * combined * n_redundant,
+                n_redundant,
+                combined,
+                rank,
+                0,
+                group_size * n_redundant,
+                2 * group_size * n_redundant};
     in.r2o = r2o;
     in.order = order;
     in.replicas.assign(n_logical, {});
@@ -417,7 +427,9 @@ inline Plan::Group flow(const Instance &in, int g, const vector<int64_t> &loads,
     return {*std::max_element(load.begin(), load.end()), T, total, 0, rounds, certified, witness};
 }
 
-inline int64_t overlap(int64_t a, int64_t an, int64_t b, int64_t bn) { return std::max<int64_t>(std::min(a + an, b + bn) - std::max(a, b), 0); }
+inline int64_t overlap(int64_t a, int64_t an, int64_t b, int64_t bn) {
+    return std::max<int64_t>(std::min(a + an, b + bn) - std::max(a, b), 0);
+}
 
 // take[source][place] of one expert, tokens handed out one step at a time.
 inline vector<vector<int64_t>> assign(vector<int64_t> supply, vector<int64_t> quota, const vector<int> &rank, int per_node) {

@@ -1,4 +1,6 @@
-// count, redirect, redirect_by_ratio and run against the reference, then times of run. Arguments: [checks per shape] [timed inputs].
+// count, redirect, redirect_by_ratio and run against the reference, then times of run. Arguments: [checks per shape] [timed inputs]
+// [most ids of a check].
+#include "../../cuda/exchange_kernels.h"
 #include "harness.h"
 
 using namespace harness;
@@ -25,10 +27,17 @@ static vector<int64_t> make_ids(Random &random, int n, int n_logical, int family
             id = order[std::lower_bound(sums.begin(), sums.end(), at) - sums.begin()];
             break;
         }
-        case kSame: id = order[0]; break;
-        case kHoles: id = random() % 3 ? -1 : (int64_t)(random() % n_logical); break;
-        case kBad: id = random() % 5 ? (int64_t)(random() % n_logical) : (int64_t)(random() % 7) - 3 + (random() % 2 ? n_logical : 0); break;
-        default: id = random() % n_logical;
+        case kSame:
+            id = order[0];
+            break;
+        case kHoles:
+            id = random() % 3 ? -1 : (int64_t)(random() % n_logical);
+            break;
+        case kBad:
+            id = random() % 5 ? (int64_t)(random() % n_logical) : (int64_t)(random() % 7) - 3 + (random() % 2 ? n_logical : 0);
+            break;
+        default:
+            id = random() % n_logical;
         }
     }
     return ids;
@@ -85,8 +94,8 @@ static void check_one(const string &name, const reference::Instance &in, Random 
     const lplbk_shape &s = in.shape;
     Planner planner(in);
     const auto ids = make_ids(random, n, s.n_logical, family);
-    const string where = name + " " + std::to_string(n) + " ids of " + std::to_string(sizeof(Id)) + " bytes, family " + std::to_string(family) +
-                         ", blocks " + std::to_string(max_blocks);
+    const string where = name + " " + std::to_string(n) + " ids of " + std::to_string(sizeof(Id)) + " bytes, family " +
+                         std::to_string(family) + ", blocks " + std::to_string(max_blocks);
     const int misaligned = random() % 2;
     Buffer<Id> from(n + 1), to(n + 1);
     const vector<Id> narrow(ids.begin(), ids.end());
@@ -146,7 +155,9 @@ static void check_one(const string &name, const reference::Instance &in, Random 
             if (ids[at] >= 0 && ids[at] < s.n_logical) ++running[ids[at]];
         }
         for (int e = 0; e < s.n_logical; ++e) {
-            if (!expect(got_sums[(size_t)c * s.n_logical + e] == running[e], where, "running sum", got_sums[(size_t)c * s.n_logical + e], running[e])) break;
+            if (!expect(got_sums[(size_t)c * s.n_logical + e] == running[e], where, "running sum", got_sums[(size_t)c * s.n_logical + e],
+                        running[e]))
+                break;
         }
     }
     for (int e = 0; e < s.n_logical; ++e) expect(got2[e] == counts[e], where, "count 2", got2[e], counts[e]);
@@ -171,7 +182,8 @@ static void check_one(const string &name, const reference::Instance &in, Random 
     // by ratio
     if (s.n_redundant) {
         vector<float> ratios(s.ep_size * s.n_redundant);
-        for (auto &r : ratios) r = random() % 8 == 0 ? NAN : random() % 8 == 0 ? 2.0f : random() % 8 == 0 ? -1.0f : (random() % 1000) / 1000.0f;
+        for (auto &r : ratios)
+            r = random() % 8 == 0 ? NAN : random() % 8 == 0 ? 2.0f : random() % 8 == 0 ? -1.0f : (random() % 1000) / 1000.0f;
         Buffer<float> device(ratios);
         CHECK(lplbk_redirect_by_ratio(&planner.p, from.data + misaligned, wide, n, device.data, sums.data, chunks, to.data, nullptr));
         vector<int64_t> seen(s.n_logical, 0), expected;
@@ -227,11 +239,14 @@ static void check_one(const string &name, const reference::Instance &in, Random 
     }
 }
 
+static int most_ids = 1 << 30;  // in a check; the short suite of the sanitizers takes few
+
 static void check(const string &name, const reference::Instance &in, Random &random, int n) {
+    if (most_ids < 1 << 20 && in.shape.ep_size > 64) return;
     const int before = failures;
     static const int sizes[] = {0, 1, 31, 33, 512, 1000, 4097, 8 * 4096, 65536, 131072 + 77, 1 << 20};
     for (int i = 0; i < n; ++i) {
-        const int size = sizes[i % 11] + (i >= 11 ? (int)(random() % 100) : 0);
+        const int size = std::min(sizes[i % 11], most_ids) + (i >= 11 ? (int)(random() % 100) : 0);
         const int64_t blocks = i % 3 == 0 ? 0 : 1 + random() % 132;
         if (i % 2) {
             check_one<int32_t>(name, in, random, size, (i / 3) % kIdFamilies, blocks);
@@ -244,9 +259,68 @@ static void check(const string &name, const reference::Instance &in, Random &ran
     fflush(stdout);
 }
 
+// Every rank of an EP group on this one GPU, each on a stream of its own: run with the exchange inside.
+static void check_exchanging(const string &name, const std::function<reference::Instance(int)> &of_rank, int n_ranks, int64_t max_blocks,
+                             Random &random) {
+    const int before = failures;
+    const int n_logical = of_rank(0).shape.n_logical, rounds = 6;
+    const int64_t words = lplbk_exchange_buffer_words(n_ranks, 1, n_logical);
+    vector<void *> buffers(n_ranks);
+    for (void *&buffer : buffers) CHECK(lplbk_exchange_alloc(0, words, 7, &buffer));
+    vector<lplbk_exchange_view> views(n_ranks);
+    vector<lplbk_exchange_host *> hosts(n_ranks);
+    vector<reference::Instance> instances;
+    vector<std::unique_ptr<Planner>> planners;
+    vector<cudaStream_t> streams(n_ranks);
+    for (int r = 0; r < n_ranks; ++r) {
+        lplbk_exchange_view &view = views[r];
+        memset(&view, 0, sizeof view);
+        for (int peer = 0; peer < n_ranks; ++peer) view.peer[peer] = (uint64_t)(uintptr_t)buffers[peer];
+        view.timeout_ns = 2000000000;
+        view.rank = r, view.n_ranks = n_ranks, view.n_nodes = 1, view.n_counts = n_logical;
+        view.n_words = n_logical, view.n_packets = (n_logical + 1) / 2, view.policy = LPLBK_EXCHANGE_REPORT;
+        CHECK(lplbk_exchange_open(0, 7, &view, &hosts[r]));
+        instances.push_back(of_rank(r));
+        planners.push_back(std::make_unique<Planner>(instances[r]));
+        CHECK(cudaStreamCreateWithFlags(&streams[r], cudaStreamNonBlocking));
+    }
+    for (int round = 0; round < rounds; ++round) {
+        vector<vector<int64_t>> ids(n_ranks);
+        vector<int64_t> gathered;
+        vector<Buffer<int64_t>> from, to;
+        for (int r = 0; r < n_ranks; ++r) {
+            ids[r] = make_ids(random, round == 1 ? 0 : 200 + random() % 3000, n_logical, round % kIdFamilies);
+            const auto counts = counts_of(ids[r], n_logical);
+            gathered.insert(gathered.end(), counts.begin(), counts.end());
+            from.emplace_back(ids[r]);
+            to.emplace_back(ids[r].size());
+        }
+        for (int r = 0; r < n_ranks; ++r) {
+            CHECK(lplbk_run_exchanging(&planners[r]->p, &views[r], from[r].data, 1, ids[r].size(), to[r].data, nullptr, 0, max_blocks,
+                                       streams[r]));
+        }
+        CHECK(cudaDeviceSynchronize());
+        for (int r = 0; r < n_ranks; ++r) {
+            const string where = name + " exchanging, rank " + std::to_string(r) + " round " + std::to_string(round);
+            const auto plan = reference::solve(instances[r], gathered, n_ranks);
+            check_ids(where, to[r].get(), rewrite(instances[r], ids[r], plan.take).ids);
+            const auto take = planners[r]->read(planners[r]->p.take, instances[r].shape.n_physical);
+            for (size_t p = 0; p < take.size(); ++p) expect(take[p] == plan.take[p], where, "take", take[p], plan.take[p]);
+            expect(hosts[r]->code == 0, where, "exchange", hosts[r]->code, 0);
+        }
+    }
+    for (int r = 0; r < n_ranks; ++r) {
+        CHECK(cudaStreamDestroy(streams[r]));
+        CHECK(lplbk_exchange_close(0, &views[r], hosts[r]));
+        lplbk_free(0, buffers[r]);
+    }
+    printf("%-44s exchanging, %d ranks: %s\n", name.c_str(), n_ranks, failures == before ? "equal" : "DIFFERENT");
+    fflush(stdout);
+}
+
 // fused: ids that are planned in one launch at most, -1: as the library says.
-static void timing(const string &name, const reference::Instance &in, int n_tokens, int family, int n, Random &random, int64_t max_blocks = 0,
-                   int fused = -1) {
+static void timing(const string &name, const reference::Instance &in, int n_tokens, int family, int n, Random &random,
+                   int64_t max_blocks = 0, int fused = -1) {
     Planner planner(in);
     if (fused >= 0) planner.p.fused_ids = fused;
     const int n_ids = 8 * n_tokens;
@@ -260,7 +334,8 @@ static void timing(const string &name, const reference::Instance &in, int n_toke
     Buffer<int64_t> counter(1);
     // The chain of runs in a graph takes every set in turn.
     const auto times = time_in_graphs(n / 8, 32, [&, k = 0](int, cudaStream_t stream) mutable {
-        CHECK(lplbk_run(&planner.p, from.data + (size_t)(k++ % sets) * n_ids, 1, n_ids, nullptr, to.data, counter.data, 1, max_blocks, stream));
+        CHECK(lplbk_run(&planner.p, from.data + (size_t)(k++ % sets) * n_ids, 1, n_ids, nullptr, to.data, counter.data, 1, max_blocks,
+                        stream));
     });
     const Spread t = spread(times);
     printf("TIME run %-34s %6d tokens x 8, ids %d, blocks %3lld, %s: p50 %6.2f max %6.2f us\n", name.c_str(), n_tokens, family,
@@ -299,6 +374,7 @@ static void profile(const string &name, const reference::Instance &in, int n_tok
 
 int main(int argc, char **argv) {
     const int n = argc > 1 ? atoi(argv[1]) : 22, timed = argc > 2 ? atoi(argv[2]) : 64;
+    if (argc > 3) most_ids = atoi(argv[3]);
     Random random(7);
     const auto identity = [](int n) {
         vector<int> order(n);
@@ -306,7 +382,8 @@ int main(int argc, char **argv) {
         return order;
     };
     if (n > 0) {
-        const auto topology = [&](const string &name, int ep, int group, int d, const vector<int> &r2o, int own, int m, int nodes, int rank, int count) {
+        const auto topology = [&](const string &name, int ep, int group, int d, const vector<int> &r2o, int own, int m, int nodes, int rank,
+                                  int count) {
             check(name, reference::topology(ep, group, d, r2o, own * ep, m, nodes, rank, random_order(random, own * ep)), random, count);
         };
         topology("cube 8x2, 8 a rank", 8, 8, 2, cube(), 8, 1, 1, 3, n);
@@ -325,9 +402,8 @@ int main(int argc, char **argv) {
             topology("random columns " + std::to_string(g) + "x" + std::to_string(d) + " m " + std::to_string(m), g, g, d,
                      random_columns(random, g, d), m * d + random() % 5, m, 1, (int)(random() % g), n / 2);
         }
-        const auto placement = [&](const string &name, int ep, int group, int nodes, int rank, int logical, const vector<int> &phy2log, int count) {
-            check(name, reference::general(ep, group, nodes, rank, logical, phy2log), random, count);
-        };
+        const auto placement = [&](const string &name, int ep, int group, int nodes, int rank, int logical, const vector<int> &phy2log,
+                                   int count) { check(name, reference::general(ep, group, nodes, rank, logical, phy2log), random, count); };
         const auto h = loads(random, 256, kZipf);
         const vector<double> weight(h.begin(), h.end());
         placement("EPLB 256/32/288", 32, 32, 4, 13, 256, eplb(weight, 288, 32), n);
@@ -337,6 +413,12 @@ int main(int argc, char **argv) {
         placement("random 1024 on 32, 2048 slots", 32, 32, 4, 9, 1024, random_placement(random, 1024, 2048, 1), n);
         placement("random 1024 on 512, 4096 slots", 512, 512, 64, -1, 1024, random_placement(random, 1024, 4096, 1), n / 4 + 1);
         placement("no replicas", 8, 8, 1, 2, 64, random_order(random, 64), n);
+        if (most_ids == 1 << 30) {  // the ranks must run at the same time, which a sanitizer may not allow
+            const auto order = random_order(random, 64);
+            const auto phy2log = eplb(weight, 272, 4);
+            check_exchanging("cube 8x2", [&](int r) { return reference::topology(8, 8, 2, cube(), 64, 1, 2, r, order); }, 8, 4, random);
+            check_exchanging("EPLB 256/4/272", [&](int r) { return reference::general(4, 4, 2, r, 256, phy2log); }, 4, 8, random);
+        }
         placement("1 rank", 1, 1, 1, 0, 4, {0, 1, 2, 3, 0}, n / 2);
         printf("%d wrong\n", failures);
     }

@@ -53,7 +53,10 @@ static vector<int64_t> matrix(Random &random, const vector<int64_t> &loads, int 
         int64_t rest = loads[e];
         const int kind = random() % 4;
         for (int s = 0; s < n_sources; ++s) {
-            int64_t mine = s == n_sources - 1 ? rest : kind == 0 ? 0 : kind == 1 ? loads[e] / n_sources : random() % (2 * loads[e] / n_sources + 1);
+            int64_t mine = s == n_sources - 1 ? rest
+                           : kind == 0        ? 0
+                           : kind == 1        ? loads[e] / n_sources
+                                              : random() % (2 * loads[e] / n_sources + 1);
             mine = std::min(mine, rest);
             counts[s * loads.size() + e] = mine;
             rest -= mine;
@@ -104,12 +107,13 @@ static void check(const string &name, const reference::Instance &in, Random &ran
                 const int64_t sum = plan.x[u][0] + plan.x[u][1];
                 if (sum) want[slot / in.n_local() * s.n_redundant + slot % in.n_local()] = (float)plan.x[u][0] / (float)sum;
             }
-            for (size_t k = 0; k < want.size(); ++k) expect(got[k] == want[k], where, "ratio", (long long)(1e6 * got[k]), (long long)(1e6 * want[k]));
+            for (size_t k = 0; k < want.size(); ++k)
+                expect(got[k] == want[k], where, "ratio", (long long)(1e6 * got[k]), (long long)(1e6 * want[k]));
         }
     }
     expect(counter.get()[0] == n * s.n_groups, name, "counter", counter.get()[0], n * s.n_groups);
-    printf("%-44s pairs %d masks %d: %d solves, mean rounds %.1f, most %lld, %s\n", name.c_str(), s.pair_slots, planner.p.layout.mask_words, n,
-           (double)rounds / n / s.n_groups, (long long)most, failures == before ? "equal" : "DIFFERENT");
+    printf("%-44s pairs %d masks %d: %d solves, mean rounds %.1f, most %lld, %s\n", name.c_str(), s.pair_slots, planner.p.layout.mask_words,
+           n, (double)rounds / n / s.n_groups, (long long)most, failures == before ? "equal" : "DIFFERENT");
     fflush(stdout);
 }
 
@@ -164,7 +168,9 @@ static void check_interior(const string &name, const reference::Instance &in, Ra
             gap = std::max(gap, best ? (double)(peak - best) / best : 0.0);
             // The witness is a set of ranks whose own tokens give the bound.
             int64_t inside = 0, size = 0;
-            const auto in_set = [&](int r) { return ((uint32_t)at[LPLBK_INFO_WITNESS + r % s.group_size / 32] >> (r % 32 % s.group_size) & 1) != 0; };
+            const auto in_set = [&](int r) {
+                return ((uint32_t)at[LPLBK_INFO_WITNESS + r % s.group_size / 32] >> (r % 32 % s.group_size) & 1) != 0;
+            };
             for (int r = 0; r < s.group_size; ++r) size += in_set(r);
             for (int e = 0; e < s.n_logical; ++e) {
                 bool all = in.place_rank[e][0] / s.group_size == g;
@@ -172,13 +178,17 @@ static void check_interior(const string &name, const reference::Instance &in, Ra
                 if (all) inside += load[e];
             }
             expect(size == at[LPLBK_INFO_WITNESS_SIZE] && size > 0, where, "witness size", at[LPLBK_INFO_WITNESS_SIZE], size);
-            if (size > 0) expect((inside + size - 1) / size == at[LPLBK_INFO_BOUND], where, "witness", (inside + size - 1) / size, at[LPLBK_INFO_BOUND]);
+            if (size > 0)
+                expect((inside + size - 1) / size == at[LPLBK_INFO_BOUND], where, "witness", (inside + size - 1) / size,
+                       at[LPLBK_INFO_BOUND]);
         }
     }
-    printf("interior %-35s %d solves: steps %.1f, most %lld; max load over the best by %lld tokens at most (%.4f%%), bound below it %lld times, "
-           "certified %lld, %s\n",
-           name.c_str(), n, steps / n / s.n_groups, (long long)most_steps, (long long)over, 100 * gap, (long long)under, (long long)certified,
-           failures == before ? "right" : "WRONG");
+    printf(
+        "interior %-35s %d solves: steps %.1f, most %lld; max load over the best by %lld tokens at most (%.4f%%), bound below it %lld "
+        "times, "
+        "certified %lld, %s\n",
+        name.c_str(), n, steps / n / s.n_groups, (long long)most_steps, (long long)over, 100 * gap, (long long)under, (long long)certified,
+        failures == before ? "right" : "WRONG");
     fflush(stdout);
 }
 
@@ -204,13 +214,7 @@ static void overflow() {
     }
 }
 
-// Loads of the placement's own history, drifted.
-static vector<int64_t> drifted(Random &random, const vector<int64_t> &history) {
-    std::normal_distribution<double> normal;
-    vector<int64_t> tokens;
-    for (int64_t h : history) tokens.push_back((int64_t)(h * std::exp(0.4 * normal(random))));
-    return tokens;
-}
+__global__ void empty() {}
 
 static void timing(const string &name, const vector<reference::Instance> &placements, int family, int n, double mean, Random &random,
                    int solver = 0) {
@@ -224,14 +228,22 @@ static void timing(const string &name, const vector<reference::Instance> &placem
     Buffer<int32_t> counts(all);
     Buffer<int64_t> counter(1);
     const auto times = time_in_graphs(n, 20, [&](int i, cudaStream_t stream) {
-        CHECK(lplbk_solve(&planners[i % planners.size()]->p, counts.data + (size_t)i * n_logical, 0, 1, nullptr, nullptr, counter.data, 1, stream));
+        CHECK(lplbk_solve(&planners[i % planners.size()]->p, counts.data + (size_t)i * n_logical, 0, 1, nullptr, nullptr, counter.data, 1,
+                          stream));
     });
+    // The same with an empty kernel of the ordinary kind after each, less that kernel: what a solve among other people's kernels takes.
+    const auto apart = time_in_graphs(n / 4 + 1, 20, [&](int i, cudaStream_t stream) {
+        CHECK(lplbk_solve(&planners[i % planners.size()]->p, counts.data + (size_t)i * n_logical, 0, 1, nullptr, nullptr, counter.data, 1,
+                          stream));
+        empty<<<1, 32, 0, stream>>>();
+    });
+    static const double empty_us = spread(time_in_graphs(8, 200, [](int, cudaStream_t s) { empty<<<1, 32, 0, s>>>(); })).p50;
     const Spread t = spread(times);
-    printf("TIME %-36s %-10s p50 %6.2f p99 %6.2f max %6.2f us\n", name.c_str(), name_of(family), t.p50, t.p99, t.max);
+    printf("TIME %-36s %-10s p50 %6.2f p99 %6.2f max %6.2f us, p50 apart %6.2f\n", name.c_str(), name_of(family), t.p50, t.p99, t.max,
+           spread(apart).p50 - empty_us);
     fflush(stdout);
 }
 
-__global__ void empty() {}
 struct Large {
     int words[128];
 };
@@ -256,7 +268,8 @@ static void floors() {
     show("empty, 256 threads", time_in_graphs(8, 200, [](int, cudaStream_t s) { empty<<<1, 256, 0, s>>>(); }));
     show("load, store", time_in_graphs(8, 200, [&](int, cudaStream_t s) { one_load<<<1, 256, 0, s>>>(a.data, b.data); }));
     show("load, load, store", time_in_graphs(8, 200, [&](int, cudaStream_t s) { two_loads<<<1, 256, 0, s>>>(c.data, a.data, b.data); }));
-    show("load, store, 512 B arguments", time_in_graphs(8, 200, [&](int, cudaStream_t s) { large_arguments<<<1, 256, 0, s>>>(Large{}, a.data, b.data); }));
+    show("load, store, 512 B arguments",
+         time_in_graphs(8, 200, [&](int, cudaStream_t s) { large_arguments<<<1, 256, 0, s>>>(Large{}, a.data, b.data); }));
     Buffer<long long> clocks(2);
     cudaEvent_t start, stop;
     CHECK(cudaEventCreate(&start));
@@ -286,7 +299,8 @@ static void profile(const string &name, const reference::Instance &in, int famil
     double sum[32] = {};
     int seen[32] = {};
     for (int i = 0; i < n; ++i) {
-        for (int k = 0; k < 8; ++k) CHECK(lplbk_solve(&planner.p, counts.data + i * n_logical, 0, 1, nullptr, nullptr, nullptr, 0, nullptr));
+        for (int k = 0; k < 8; ++k)
+            CHECK(lplbk_solve(&planner.p, counts.data + i * n_logical, 0, 1, nullptr, nullptr, nullptr, 0, nullptr));
         CHECK(cudaDeviceSynchronize());
         long long marks[32];
         lplbk_profile_solve(marks);
@@ -305,7 +319,8 @@ static void profile(const string &name, const reference::Instance &in, int famil
 int main(int argc, char **argv) {
     const int n = argc > 1 ? atoi(argv[1]) : 300, timed = argc > 2 ? atoi(argv[2]) : 512;
     Random random(1);
-    const auto topology = [&](const string &name, int ep, int group, int d, const vector<int> &r2o, int own, int m, int nodes, int rank, int count) {
+    const auto topology = [&](const string &name, int ep, int group, int d, const vector<int> &r2o, int own, int m, int nodes, int rank,
+                              int count) {
         check(name, reference::topology(ep, group, d, r2o, own * ep, m, nodes, rank, random_order(random, own * ep)), random, count);
     };
     if (n > 0) {
@@ -325,9 +340,8 @@ int main(int argc, char **argv) {
             topology("random columns " + std::to_string(g) + "x" + std::to_string(d) + " m " + std::to_string(m), g, g, d,
                      random_columns(random, g, d), m * d + random() % 5, m, 1, (int)(random() % g), n / 6);
         }
-        const auto placement = [&](const string &name, int ep, int group, int nodes, int rank, int logical, const vector<int> &phy2log, int count) {
-            check(name, reference::general(ep, group, nodes, rank, logical, phy2log), random, count);
-        };
+        const auto placement = [&](const string &name, int ep, int group, int nodes, int rank, int logical, const vector<int> &phy2log,
+                                   int count) { check(name, reference::general(ep, group, nodes, rank, logical, phy2log), random, count); };
         for (int k = 0; k < 6; ++k) {
             const auto weight = [&] {
                 const auto t = loads(random, 256, k % 3);
@@ -372,17 +386,22 @@ int main(int argc, char **argv) {
             profile("cube 8x2, 32 a rank", reference::topology(8, 8, 2, cube(), 256, 1, 1, -1, identity(256)), family, random);
             profile("torus", reference::topology(32, 32, 2, torus(8, 4), 256, 1, 4, -1, identity(256)), family, random);
             const auto h = loads(random, 256, family);
-            profile("EPLB 32/320", reference::general(32, 32, 4, -1, 256, eplb(vector<double>(h.begin(), h.end()), 320, 32)), family, random);
+            profile("EPLB 32/320", reference::general(32, 32, 4, -1, 256, eplb(vector<double>(h.begin(), h.end()), 320, 32)), family,
+                    random);
         }
         return 0;
 #endif
         for (int family : {kNormal, kZipf, kLogNormal}) {
             timing("cube 8x2, 8 a rank", {reference::topology(8, 8, 2, cube(), 64, 1, 1, -1, identity(64))}, family, timed, 2000, random);
-            timing("cube 8x2, 32 a rank", {reference::topology(8, 8, 2, cube(), 256, 1, 1, -1, identity(256))}, family, timed, 2000, random);
-            timing("interior, cube 8x2, 8 a rank", {reference::topology(8, 8, 2, cube(), 64, 1, 1, -1, identity(64))}, family, timed / 8, 2000, random, 1);
+            timing("cube 8x2, 32 a rank", {reference::topology(8, 8, 2, cube(), 256, 1, 1, -1, identity(256))}, family, timed, 2000,
+                   random);
+            timing("interior, cube 8x2, 8 a rank", {reference::topology(8, 8, 2, cube(), 64, 1, 1, -1, identity(64))}, family, timed / 8,
+                   2000, random, 1);
             timing("ring 8x1, 8 a rank", {reference::topology(8, 8, 1, ring(8), 64, 1, 1, -1, identity(64))}, family, timed, 2000, random);
-            timing("hypercube 16x2, 16 a rank", {reference::topology(16, 16, 2, hypercube(), 256, 1, 2, -1, identity(256))}, family, timed, 2000, random);
-            timing("torus 8x4x2, 8 a rank", {reference::topology(32, 32, 2, torus(8, 4), 256, 1, 4, -1, identity(256))}, family, timed, 2000, random);
+            timing("hypercube 16x2, 16 a rank", {reference::topology(16, 16, 2, hypercube(), 256, 1, 2, -1, identity(256))}, family, timed,
+                   2000, random);
+            timing("torus 8x4x2, 8 a rank", {reference::topology(32, 32, 2, torus(8, 4), 256, 1, 4, -1, identity(256))}, family, timed,
+                   2000, random);
         }
         for (int family : {kNormal, kZipf, kLogNormal}) {
             for (auto [ranks, slots] : {std::pair{32, 288}, {32, 320}, {64, 320}}) {
@@ -390,10 +409,12 @@ int main(int argc, char **argv) {
                 vector<reference::Instance> placements;
                 for (int k = 0; k < 8; ++k) {
                     const auto h = loads(random, 256, family);
-                    placements.push_back(reference::general(ranks, ranks, ranks / 8, -1, 256, eplb(vector<double>(h.begin(), h.end()), slots, ranks)));
+                    placements.push_back(
+                        reference::general(ranks, ranks, ranks / 8, -1, 256, eplb(vector<double>(h.begin(), h.end()), slots, ranks)));
                 }
                 if (slots == 320) timing("interior, EPLB 256 on " + std::to_string(ranks), placements, family, timed / 8, 2000, random, 1);
-                timing("EPLB 256 on " + std::to_string(ranks) + ", " + std::to_string(slots) + " slots", placements, family, timed, 2000, random);
+                timing("EPLB 256 on " + std::to_string(ranks) + ", " + std::to_string(slots) + " slots", placements, family, timed, 2000,
+                       random);
             }
         }
     }
