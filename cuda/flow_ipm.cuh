@@ -18,15 +18,15 @@ namespace lplb {
 
 // Doubles in shared memory.
 struct IpmSpace {
-    double *x, *z, *inverse_z, *th, *corrector;  // [arcs]
+    double *x, *best_x, *z, *inverse_z, *th, *corrector;  // [arcs]
     double *inverse_sum, *push, *dy;  // [bundles]
-    double *p, *inverse_p, *s, *sig, *h, *ones, *dp, *corrector_s, *inverse_pivot;  // [ranks]
+    double *p, *best_p, *inverse_p, *s, *sig, *h, *ones, *dp, *corrector_s, *inverse_pivot;  // [ranks]
     double *matrix;  // [ranks][ranks + 1]
     double *partial;  // [3][16]
 
     __host__ __device__ static int64_t doubles_of(const lplbk_shape &shape) {
         const int64_t n = shape.group_size;
-        return 5ll * shape.max_arcs + 3ll * shape.max_bundles + 9 * n + n * (n + 1) + 48;
+        return 6ll * shape.max_arcs + 3ll * shape.max_bundles + 10 * n + n * (n + 1) + 48;
     }
     __device__ IpmSpace(double *memory, const lplbk_shape &shape) {
         const auto section = [&memory](int n) {
@@ -36,10 +36,10 @@ struct IpmSpace {
         };
         const int n = shape.group_size;
         x = section(shape.max_arcs), z = section(shape.max_arcs), inverse_z = section(shape.max_arcs), th = section(shape.max_arcs);
-        corrector = section(shape.max_arcs);
+        corrector = section(shape.max_arcs), best_x = section(shape.max_arcs);
         inverse_sum = section(shape.max_bundles), push = section(shape.max_bundles), dy = section(shape.max_bundles);
         p = section(n), inverse_p = section(n), s = section(n), sig = section(n), h = section(n), ones = section(n), dp = section(n);
-        corrector_s = section(n), inverse_pivot = section(n);
+        corrector_s = section(n), inverse_pivot = section(n), best_p = section(n);
         matrix = section(n * (n + 1));
         partial = section(48);
     }
@@ -67,6 +67,7 @@ public:
             ++end.rounds;
             step();
         }
+        restore();
         round_off();
         cut();
     }
@@ -85,6 +86,7 @@ private:
     double scale_;  // tokens in one unit of x, s and t
     double t_value_;  // t
     double n_pairs_;  // of complementary variables
+    double best_peak_ = 1e300, best_bound_ = -1e300;  // in tokens, of best_x and best_p
 
     // ---- Reductions, in a fixed order, so that equal inputs give equal bits
 
@@ -171,16 +173,35 @@ private:
         return load;
     }
 
-    // The busiest rank against the bound b.p + sum C min p over sum p.
+    // The busiest rank against the bound b.p + sum C min p over sum p, each the best so far: beyond nine digits the matrix is too near to a
+    // singular one, and a step can lead astray. Then no step is better than another one.
     __device__ bool close_enough() {
         if (total == 0) return true;
-        const double peak = highest(valid_ ? load_of_rank() : 0.0);
+        const double peak = scale_ * highest(valid_ ? load_of_rank() : 0.0);
         double value = valid_ ? f_.base[rank_] * r_.p[rank_] : 0.0;
         for (int u = threadIdx.x; u < t_.n_bundles(); u += blockDim.x) value += f_.sum[u] * lowest_price(u);
         double sums[2] = {value, valid_ ? r_.p[rank_] : 0.0};
         sum(sums);
         const double bound = sums[0] / sums[1];
-        return peak * scale_ - bound < kTokensApart;
+        const double apart = best_peak_ - best_bound_;
+        if (peak < best_peak_) {
+            best_peak_ = peak;
+            for (int arc = threadIdx.x; arc < t_.n_arcs(); arc += blockDim.x) r_.best_x[arc] = r_.x[arc];
+        }
+        if (bound > best_bound_) {
+            best_bound_ = bound;
+            if (valid_) r_.best_p[rank_] = r_.p[rank_];
+        }
+        const double now = best_peak_ - best_bound_;
+        return now < kTokensApart || (now > 0.9 * apart && now < kStalled * best_peak_);
+    }
+    static constexpr double kStalled = 1e-4;
+
+    __device__ void restore() {
+        if (total == 0) return;
+        for (int arc = threadIdx.x; arc < t_.n_arcs(); arc += blockDim.x) r_.x[arc] = r_.best_x[arc];
+        if (valid_) r_.p[rank_] = r_.best_p[rank_];
+        __syncthreads();
     }
     __device__ double lowest_price(int bundle) const {
         double price = 1e300;

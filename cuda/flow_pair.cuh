@@ -119,6 +119,7 @@ private:
         int far[kSlots];
 #pragma unroll
         for (int c = 0; c < kSlots; ++c) far[c] = max(position, __shfl_sync(kFullWarp, position, partner[c]));
+        __syncwarp();
         shared[position] = base;
         __syncwarp();
 #pragma unroll

@@ -183,17 +183,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int last_row = warp < n_solvers ? first_row : min(first_row + rows_of_warp, rows);
     unsigned *const my_queue = queue + 32 * first_row;  // warps that solve have none, and no rows
     int n_queued = 0;
-#pragma unroll 4
-    for (int row = first_row; row < last_row; ++row) {
-        const unsigned id = kept_ids[32 * row + lane_id()];
-        int c = 0;
-        if (id < kBadId) {
-            atomicAdd(&counts[id], 1);
-            c = code[id];
+    constexpr int kBatch = 4;  // rows read before anything is written: the compiler must not turn the two around by itself
+#pragma unroll 1
+    for (int row = first_row; row < last_row; row += kBatch) {
+        unsigned id[kBatch];
+        int c[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) id[k] = row + k < last_row ? kept_ids[32 * (row + k) + lane_id()] : kNoExpert;
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) c[k] = id[k] < kBadId ? code[id[k]] : 0;
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+            if (id[k] < kBadId) atomicAdd(&counts[id[k]], 1);
+            const unsigned replicated = __ballot_sync(kFullWarp, c[k] < 0);
+            if (c[k] < 0) my_queue[n_queued + __popc(replicated & lanes_below())] = Queued::of(32 * (row + k) + lane_id(), 0);
+            n_queued += __popc(replicated);
         }
-        const unsigned replicated = __ballot_sync(kFullWarp, c < 0);
-        if (c < 0) my_queue[n_queued + __popc(replicated & lanes_below())] = Queued::of(32 * row + lane_id(), 0);
-        n_queued += __popc(replicated);
     }
     __syncthreads();
 
@@ -253,8 +258,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (2 * i + 1 < f.n_logical) words[at.totals + 2 * i + 1] = both.y;
         }
     }
-    // A warp that has read what it needs of the other blocks says so; nobody ends before all have. The first block still reads counts.
-    const bool reads_later = kSource == kOwnIds && writes && warp >= n_solvers;
+    // A block that has read what it needs of the others says so; nobody ends before all have. The first block still reads counts. (All
+    // warps of a block say it between the same barriers: the sanitizers hang when they do not.)
+    const bool reads_later = kSource == kOwnIds && writes;
     if (!reads_later) cluster_arrive();
     __syncthreads();
     MARK(5);
@@ -371,19 +377,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int slot = id < kBadId ? code[id] : -1;
         if (i < n && (slot >= 0 || id >= kBadId)) rewritten[start + i] = (Id)slot;
     }
-    if (reads_later) {
+    if (reads_later && warp >= n_solvers) {
 #pragma unroll 1
         for (int i = threadIdx.x - 32 * n_solvers; i < counter_words(f.n_logical); i += kThreads - 32 * n_solvers) {
             const int2 both = n_blocks > 1 ? totals_of(i) : make_int2(counts[2 * i], 2 * i + 1 < f.n_logical ? counts[2 * i + 1] : 0);
             if (code[2 * i] >= 0) put_single(2 * i, both.x, both.x);
             if (2 * i + 1 < f.n_logical && code[2 * i + 1] >= 0) put_single(2 * i + 1, both.y, both.y);
         }
-        __syncwarp();
-        cluster_arrive();
     }
     MARK(16);
     __syncthreads();
     MARK(17);
+    if (reads_later) cluster_arrive();
 
     // ---- Tokens of replicated experts; occurrences in the warps before each warp, by the last threads; what the solvers found out
     if constexpr (kPairs) {

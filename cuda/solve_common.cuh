@@ -80,7 +80,7 @@ struct WideSum {
     int high, low, broken;
 
     __device__ void add(int64_t tokens) {
-        if (tokens > INT32_MAX) broken = 1;
+        if (tokens > INT32_MAX) atomicOr(&broken, 1);
         atomicAdd(&high, (int)(min(tokens, (int64_t)INT32_MAX) >> 16));
         atomicAdd(&low, (int)(tokens & 0xffff));
     }
