@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
     }
     // A block that has read what it needs of the others says so; nobody ends before all have. The first block still reads counts. (All
-    // warps of a block say it between the same barriers: the sanitizers hang when they do not.)
+    // warps of a block say it between the same barriers: when some said it later, compute-sanitizer came to no end.)
     const bool reads_later = kSource == kOwnIds && writes;
     if (!reads_later) cluster_arrive();
     __syncthreads();
