@@ -183,6 +183,18 @@ private:
     cudaError_t error_;
 };
 
+// Allocating and freeing are legal while another thread records a graph, if this thread says that it does not mean to record them.
+class NotRecorded {
+public:
+    NotRecorded() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    ~NotRecorded() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    NotRecorded(const NotRecorded &) = delete;
+    NotRecorded &operator=(const NotRecorded &) = delete;
+
+private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // The error of a call or launch; takes it off the runtime's record, so that it is not reported again by somebody else's call.
 inline int32_t taken(cudaError_t error) {
     if (error != cudaSuccess) cudaGetLastError();

@@ -1,22 +1,11 @@
 // Device and memory: the part of kernels.h that launches nothing.
 #include "common.cuh"
 
+using lplb::NotRecorded;
 using lplb::OnDevice;
 using lplb::taken;
 
 namespace {
-
-// Allocating and freeing are legal while another thread records a graph, if this thread says that it does not mean to record them.
-class NotRecorded {
-public:
-    NotRecorded() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    ~NotRecorded() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    NotRecorded(const NotRecorded &) = delete;
-    NotRecorded &operator=(const NotRecorded &) = delete;
-
-private:
-    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
 
 // Compiled once for each target of the build; running it tells whether the build holds code for a device.
 __global__ void code_for_this_device() {}

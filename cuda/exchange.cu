@@ -7,22 +7,11 @@
 #include "exchange.cuh"
 #include "launch.cuh"
 
+using lplb::NotRecorded;
 using lplb::OnDevice;
 using lplb::taken;
 
 namespace {
-
-// Allocating and freeing are legal while another thread records a graph, if this thread says that it does not mean to record them.
-class NotRecorded {
-public:
-    NotRecorded() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    ~NotRecorded() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    NotRecorded(const NotRecorded &) = delete;
-    NotRecorded &operator=(const NotRecorded &) = delete;
-
-private:
-    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxBlocks = 4;             // the kernel spins: it must leave the GPU to others

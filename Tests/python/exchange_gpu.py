@@ -1,8 +1,8 @@
 """
-The exchange on real GPUs, against torch.distributed. Starts its own processes, one a GPU (or several on one GPU, with gloo):
+The exchange on real GPUs, against torch.distributed. Starts its own processes, one a GPU (or several on each, with gloo):
 
-    python exchange_gpu.py correct [--processes N] [--calls N] [--nodes N] [--json FILE] [--limit SECONDS]
-    python exchange_gpu.py faults  [--processes N] [--json FILE] [--limit SECONDS]
+    python exchange_gpu.py correct [--processes N] [--calls N] [--nodes N] [--json FILE] [--limit SECONDS] [--under COMMAND]
+    python exchange_gpu.py faults  [--processes N] [--limit SECONDS]
 
 correct: eager calls with random delays, graphs, both mixed, epochs near 2^32, beside NCCL and matrix products, two exchanges on two
 streams, planners on real routing, several nodes (emulated), making and closing many. faults: a rank that sleeps past the limit, one that is
@@ -12,6 +12,7 @@ killed, an abort. One line a check; exit status 0 if all are fine. Every wait ha
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -20,10 +21,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -53,16 +56,48 @@ class Checks:
             raise AssertionError(f"{name}: {bad}")
 
 
-def start(args: argparse.Namespace) -> tuple[int, int, torch.device, bool]:
+@dataclass(frozen=True)
+class Place:
+    """This process among the others."""
+
+    rank: int
+    ranks: int
+    gpus: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.gpu_of(self.rank))
+
+    @property
+    def own_gpu(self) -> bool:
+        return self.gpus >= self.ranks
+
+    def gpu_of(self, rank: int) -> int:
+        # Where ranks share GPUs, ranks that are `gpus` apart get different ones: NCCL joins only GPUs that differ, a rail too.
+        return (rank + rank // self.gpus) % self.gpus
+
+    def on_different_gpus(self, ranks: Sequence[int]) -> bool:
+        return len({self.gpu_of(rank) for rank in ranks}) == len(ranks)
+
+
+def start(args: argparse.Namespace) -> Place:
     """Joins the group: NCCL with a GPU each, else gloo."""
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    own_gpu = torch.cuda.device_count() >= ranks
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    with_nccl = own_gpu and args.mode == "correct"
-    dist.init_process_group("nccl" if with_nccl else "gloo", init_method=f"file://{args.store}", rank=rank, world_size=ranks,
-                            **({"device_id": device} if with_nccl else {}))
-    return rank, ranks, device, with_nccl
+    place = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.cuda.device_count())
+    torch.cuda.set_device(place.device)
+    with_nccl = place.own_gpu and args.mode == "correct"
+    dist.init_process_group("nccl" if with_nccl else "gloo", init_method=f"file://{args.store}", rank=place.rank, world_size=place.ranks,
+                            **({"device_id": place.device} if with_nccl else {}))
+    return place
+
+
+def nccl_group(place: Place) -> Any:
+    """This rank's group for all-reduces: all ranks, or as many neighbours as have different GPUs; None where that is nobody."""
+    if place.own_gpu:
+        return dist.group.WORLD
+    if place.gpus == 1 or place.ranks % place.gpus:
+        return None
+    groups = [dist.new_group(list(range(first, first + place.gpus)), backend="nccl") for first in range(0, place.ranks, place.gpus)]
+    return groups[place.rank // place.gpus]
 
 
 class Feed:
@@ -124,8 +159,8 @@ def mixed(made: Any, device: torch.device, rounds: int, seed: int) -> int:
     return wrong
 
 
-def busy(made: Any, device: torch.device, calls: int, seed: int, with_nccl: bool) -> int:
-    """Beside matrix products on one stream and all-reduces on another."""
+def busy(made: Any, device: torch.device, calls: int, seed: int, group: Any) -> int:
+    """Beside matrix products on one stream and all-reduces of the NCCL group, if there is one, on another."""
     square = torch.randn((4096, 4096), dtype=torch.bfloat16, device=device)
     product = torch.empty_like(square)
     reduced = torch.ones(1 << 20, device=device)
@@ -139,9 +174,9 @@ def busy(made: Any, device: torch.device, calls: int, seed: int, with_nccl: bool
             if i % 4 == 0:
                 with torch.cuda.stream(streams[0]):
                     torch.mm(square, square, out=product)
-            if with_nccl and i % 2 == 0:
+            if group is not None and i % 2 == 0:
                 with torch.cuda.stream(streams[1]):
-                    dist.all_reduce(reduced, op=dist.ReduceOp.MAX, async_op=True)
+                    dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=group, async_op=True)
             feed.call(i)
         torch.cuda.synchronize()
         wrong += feed.wrong()
@@ -171,10 +206,9 @@ def two_streams(make: Callable[..., Any], device: torch.device, rounds: int) -> 
     return wrong
 
 
-def planners(kind: str, device: torch.device, ranks: int, rank: int, batches: int) -> tuple[bool, str]:
+def planners(place: Place, batches: int, kind: str, **more: Any) -> tuple[bool, str]:
     """Real routing cut over the ranks: what all ranks send together equals the certified plan; eager and from a graph."""
-    import numpy as np
-
+    rank, ranks, device = place.rank, place.ranks, place.device
     with np.load(DATA) as trace:
         routed, n_experts = trace["topk_ids"], int(trace["n_experts"])
     r2o = {2: torch.tensor([[1], [0]]), 4: topology.SQUARE_4P2E, 8: topology.CUBE_8P2E}.get(ranks)
@@ -184,7 +218,7 @@ def planners(kind: str, device: torch.device, ranks: int, rank: int, batches: in
     of_rank = np.arange(n_experts).reshape(ranks, -1)
     general = torch.from_numpy(np.concatenate([np.append(of_rank[r], of_rank[r - 1, 0]) for r in range(ranks)]))
     # Two planners in one stream order share an exchange; each could have its own.
-    shared = exchange.create(dist.group.WORLD, device, n_experts, kind)
+    shared = exchange.create(dist.group.WORLD, device, n_experts, kind, **more)
     both = [Planner(r2o, n_physical, n_experts, group=dist.group.WORLD, device=device, exchange=shared),
             Planner.from_placement(general, n_logical=n_experts, group=dist.group.WORLD, device=device, exchange=shared)]
     counter = torch.zeros(1, dtype=torch.int64, device=device)
@@ -224,10 +258,12 @@ def planners(kind: str, device: torch.device, ranks: int, rank: int, batches: in
 
 
 def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rank, ranks, device, with_nccl = start(args)
-    check = Checks(rank)
+    place = start(args)
+    device, own_gpu = place.device, place.own_gpu
+    check = Checks(place.rank)
     group = dist.group.WORLD
-    kinds = ["ipc"] + (["symm"] if with_nccl else [])
+    beside = nccl_group(place)
+    kinds = ["ipc"] + (["symm"] if own_gpu else [])
     for kind in kinds:
         def make(kind: str = kind, **more: Any) -> Any:
             return exchange.create(group, device, N_COUNTS, kind, policy="report", timeout=20, **more)
@@ -242,18 +278,20 @@ def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
         wrong = eager(near, device, 60, 7) + mixed(near, device, 4, 8)
         check(f"{kind}: across epoch 2^32", wrong == 0, f"{wrong} wrong")
         near.close()
-        wrong = busy(made, device, min(args.calls, 2000), 11, with_nccl)
-        check(f"{kind}: beside NCCL and matrix products", wrong == 0 and made.report() is None, f"{wrong} wrong")
+        if not args.under:  # a checker has trouble with other libraries' kernels
+            wrong = busy(made, device, min(args.calls, 2000), 11, beside)
+            fine = wrong == 0 and made.report() is None
+            check(f"{kind}: beside {'NCCL and ' * (beside is not None)}matrix products", fine, f"{wrong} wrong")
         made.close()
-        rounds = 3 if not with_nccl else 25
+        rounds = 25 if own_gpu else 3
         wrong = two_streams(make, device, rounds)
         check(f"{kind}: two exchanges on two streams", wrong == 0, f"{wrong} wrong")
         if not args.no_planners:
-            check(f"{kind}: realised loads equal the certified plan", *planners(kind, device, ranks, rank, 16))
+            check(f"{kind}: realised loads equal the certified plan", *planners(place, 16, kind))
     auto = exchange.create(group, device, N_COUNTS)
-    check("auto", auto.kind == ("symm" if with_nccl else "ipc"), repr(auto))
+    check("auto", auto.kind == ("symm" if own_gpu else "ipc"), repr(auto))
     auto.close()
-    nodes(args, check, device, ranks, with_nccl)
+    nodes(args, check, place)
     # 50 exchanges made and closed: the memory is what it was after the first few.
     exchange.release(group, device)
     torch.cuda.synchronize()
@@ -267,26 +305,36 @@ def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
             free.append(torch.cuda.mem_get_info(device)[0])
         dist.barrier()
     lost = free[0] - free[-1]
-    # On a GPU of its own the number is exact; another process on it may allocate in between.
-    check("ipc: made and closed 50 times", lost <= 0 if with_nccl else True, f"{lost} bytes less free memory")
+    # On a GPU of its own the number is exact; another process on it may allocate in between, and so may a checker.
+    check("ipc: made and closed 50 times", lost <= 0 if own_gpu and not args.under else True, f"{lost} bytes less free memory")
     torch.cuda.synchronize()
     dist.barrier()
+    if args.under:
+        os._exit(0)  # under a checker NCCL's end may hang
     dist.destroy_process_group()
     return check.rows
 
 
-def nodes(args: argparse.Namespace, check: Checks, device: torch.device, ranks: int, with_nccl: bool) -> None:
-    """Two nodes, emulated: each half of the ranks is one."""
-    if not with_nccl or ranks % args.nodes:
+def nodes(args: argparse.Namespace, check: Checks, place: Place) -> None:
+    """Several nodes, emulated: each run of ranks / nodes of them is one."""
+    ranks, device, group = place.ranks, place.device, dist.group.WORLD
+    per_node = ranks // args.nodes
+    if ranks % args.nodes or not all(place.on_different_gpus(range(first, ranks, per_node)) for first in range(per_node)):
         return
-    rails = ["nccl"] + (["nvshmem"] if exchange.has_plugin() else [])
+    # NVSHMEM wants a GPU for each process.
+    rails = ["nccl"] + (["nvshmem"] if place.own_gpu and exchange.has_plugin() else [])
     for rail in rails:
-        made = exchange.create(dist.group.WORLD, device, N_COUNTS, "ipc", n_nodes=args.nodes, rail=rail, policy="report", timeout=20)
+        more = {"n_nodes": args.nodes, "rail": rail}
+        made = exchange.create(group, device, N_COUNTS, "ipc", policy="report", timeout=20, **more)
         wrong = eager(made, device, min(args.calls, 2000), 31) + mixed(made, device, 10, 32)
         fine = wrong == 0 and made.layout.n_nodes == args.nodes
-        check(f"{args.nodes} nodes of {ranks // args.nodes}, rail {rail}, eager and graphs", fine, f"{wrong} wrong; {made!r}")
+        check(f"{args.nodes} nodes of {per_node}, rail {rail}, eager and graphs", fine, f"{wrong} wrong; {made!r}")
         made.close()
-        exchange.release(dist.group.WORLD, device)
+        exchange.release(group, device)
+        if not args.no_planners:
+            name = f"{args.nodes} nodes of {per_node}, rail {rail}: realised loads equal the certified plan"
+            check(name, *planners(place, 4, "ipc", **more))
+            exchange.release(group, device)
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------------------------
@@ -294,7 +342,8 @@ def nodes(args: argparse.Namespace, check: Checks, device: torch.device, ranks: 
 
 def faults(args: argparse.Namespace) -> list[dict[str, Any]]:
     """args.fault: late (policy report), abort, or killed (policy trap). The last rank is the one that fails."""
-    rank, ranks, device, _ = start(args)
+    place = start(args)
+    rank, ranks, device = place.rank, place.ranks, place.device
     limit = 2.0
     made = exchange.create(dist.group.WORLD, device, N_COUNTS, "ipc", policy="trap" if args.fault == "killed" else "report",
                            timeout=0 if args.fault == "abort" else limit)
@@ -310,6 +359,7 @@ def faults(args: argparse.Namespace) -> list[dict[str, Any]]:
         os._exit(0)
     if args.fault == "abort":
         threading.Timer(0.5, made.abort).start()
+    faulthandler.dump_traceback_later(5 * limit)  # where it hangs, if it does
     began = time.perf_counter()
     words = ""
     got = None
@@ -345,7 +395,7 @@ def launch(args: argparse.Namespace, more: list[str], may_die: int = -1) -> list
     """One process a rank. What went wrong: ranks that failed, or that were still running at the limit. may_die: a rank that is to die."""
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, os.path.abspath(__file__), args.mode, "--store", f"{folder}/store", *more]
+        command = [*args.under.split(), sys.executable, os.path.abspath(__file__), args.mode, "--store", f"{folder}/store", *more]
         common = {**os.environ, "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1",
                   "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(args.processes)}
         running = {rank: subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -381,6 +431,7 @@ def main() -> int:
     parser.add_argument("--no-planners", action="store_true", help="the exchange alone")
     parser.add_argument("--limit", type=float, default=120)
     parser.add_argument("--json")
+    parser.add_argument("--under", default="", help="runs every rank under a command, e.g. compute-sanitizer with its options")
     parser.add_argument("--fault", choices=FAULTS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -390,13 +441,17 @@ def main() -> int:
             Path(args.json).write_text(json.dumps(rows, indent=1))
         return 0
     passed_on = ["--calls", str(args.calls), "--nodes", str(args.nodes)] + (["--json", args.json] if args.json else [])
-    passed_on += ["--no-planners"] * args.no_planners
+    passed_on += ["--no-planners"] * args.no_planners + ["--under", args.under] * bool(args.under)
     if args.mode == "correct":
         problems = launch(args, passed_on)
         print("\n".join(problems), end="\n" * bool(problems))
         return 1 if problems else 0
     failed = False
+    place = Place(0, args.processes, torch.cuda.device_count())
     for fault in [args.fault] if args.fault else FAULTS:
+        if fault == "killed" and not place.on_different_gpus(range(args.processes - 1)):
+            print(f"skipped {fault}: of two processes that trap on one GPU at a time the driver ends only one", flush=True)
+            continue
         problems = launch(args, ["--fault", fault], may_die=args.processes - 1)
         print(f"{'FAILED' if problems else 'ok':6} {fault}: {'; '.join(problems) or 'every other rank ended by itself'}", flush=True)
         failed = failed or bool(problems)

@@ -278,9 +278,11 @@ class _Maker:
             ranks = dist.get_process_group_ranks(self.group)
             node = ranks[layout.node * layout.per_node :][: layout.per_node]
             along = ranks[layout.local_rank :: layout.per_node]
-            # Of the node's group only the store is used, by PyTorch's rendezvous.
+            # Of the node's group only the store is used, by PyTorch's rendezvous. The rail's is NCCL whatever the group's own backend: that
+            # one may be gloo, or several ("cpu:gloo,cuda:nccl", of which PyTorch says that it is "undefined").
+            backend = "nccl" if self.ordinal >= 0 and dist.is_nccl_available() else dist.get_backend(self.group)
             _subgroups[key] = (dist.new_group(node, backend="gloo", use_local_synchronization=True),
-                               dist.new_group(along, backend=dist.get_backend(self.group), use_local_synchronization=True))
+                               dist.new_group(along, backend=backend, use_local_synchronization=True))
         return _subgroups[key]
 
 
