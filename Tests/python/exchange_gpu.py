@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -309,9 +309,6 @@ def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
     check("ipc: made and closed 50 times", lost <= 0 if own_gpu and not args.under else True, f"{lost} bytes less free memory")
     torch.cuda.synchronize()
     dist.barrier()
-    if args.under:
-        os._exit(0)  # under a checker NCCL's end may hang
-    dist.destroy_process_group()
     return check.rows
 
 
@@ -340,7 +337,7 @@ def nodes(args: argparse.Namespace, check: Checks, place: Place) -> None:
 # ---- faults ------------------------------------------------------------------------------------------------------------------------
 
 
-def faults(args: argparse.Namespace) -> list[dict[str, Any]]:
+def faults(args: argparse.Namespace) -> NoReturn:
     """args.fault: late (policy report), abort, or killed (policy trap). The last rank is the one that fails."""
     place = start(args)
     rank, ranks, device = place.rank, place.ranks, place.device
@@ -436,9 +433,15 @@ def main() -> int:
     parser.add_argument("--store", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.store:  # a rank
-        rows = correct(args) if args.mode == "correct" else faults(args)
+        if args.mode == "faults":
+            faults(args)
+        rows = correct(args)
         if args.json and os.environ["RANK"] == "0":
             Path(args.json).write_text(json.dumps(rows, indent=1))
+        if args.under:
+            sys.stdout.flush()
+            os._exit(0)  # under a checker NCCL's end may hang
+        dist.destroy_process_group()
         return 0
     passed_on = ["--calls", str(args.calls), "--nodes", str(args.nodes)] + (["--json", args.json] if args.json else [])
     passed_on += ["--no-planners"] * args.no_planners + ["--under", args.under] * bool(args.under)
