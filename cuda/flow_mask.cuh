@@ -1,185 +1,138 @@
-// The flow algorithm for groups of at most 64 ranks with any number of places an expert: one or two warps, one lane a rank. Sets of ranks
-// are bit masks in registers; tokens of arcs are in shared memory. The rule is that of Sources/LPLBSolver/FlowSolver.swift.
+// The flow algorithm for groups of at most 64 ranks with any number of places an expert: eight warps. The rule is that of
+// Sources/LPLBSolver/FlowSolver.swift.
+//
+// Every warp keeps the loads and levels of all ranks, a rank (or two) a lane, sets of ranks as bit masks, and so comes to the same decisions
+// without asking the others. The arcs of a rank, in their order, are shared out over the warps: thread (row, rank) has the arcs row * chunk
+// and following. What needs all arcs of a rank (where it can push to, how much the arcs before one can carry) goes through shared memory, a
+// word a row and rank. Tokens of arcs are in shared memory.
 #pragma once
 
 #include "flow_pair.cuh"
 #include "flow_space.cuh"
+#include "rank_set.cuh"
 
 namespace lplb {
 
-// A set of ranks.
-template <int kWords>
-struct Ranks {
-    unsigned word[kWords];
-
-    __device__ bool empty() const {
-        unsigned any = 0;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) any |= word[w];
-        return any == 0;
-    }
-    __device__ Ranks operator&(const Ranks &other) const {
-        Ranks both;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) both.word[w] = word[w] & other.word[w];
-        return both;
-    }
-    __device__ Ranks without(const Ranks &other) const {
-        Ranks rest;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) rest.word[w] = word[w] & ~other.word[w];
-        return rest;
-    }
-    __device__ void operator|=(const Ranks &other) {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) word[w] |= other.word[w];
-    }
-    __device__ int count() const {
-        int n = 0;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) n += __popc(word[w]);
-        return n;
-    }
-    __device__ int first() const {
-        int rank = __ffs(word[0]) - 1;
-#pragma unroll
-        for (int w = 1; w < kWords; ++w) {
-            if (rank < 0) rank = word[w] != 0 ? 32 * w + __ffs(word[w]) - 1 : -1;
-        }
-        return rank;
-    }
-    // How many of the set are below the rank.
-    __device__ int below(int rank) const {
-        int n = __popc(word[0] & (rank >= 32 ? ~0u : (1u << rank) - 1));
-#pragma unroll
-        for (int w = 1; w < kWords; ++w) {
-            if (rank >= 32 * w) n += __popc(word[w] & (rank >= 32 * w + 32 ? ~0u : (1u << (rank - 32 * w)) - 1));
-        }
-        return n;
-    }
-    __device__ bool has(int rank) const {
-        bool in = rank < 32 && (word[0] >> (rank & 31) & 1) != 0;
-#pragma unroll
-        for (int w = 1; w < kWords; ++w) in |= rank >> 5 == w && (word[w] >> (rank & 31) & 1) != 0;
-        return in;
-    }
-    __device__ void add(int rank) {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) word[w] |= rank >> 5 == w ? 1u << (rank & 31) : 0u;
-    }
-    __device__ void remove(int rank) {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) word[w] &= rank >> 5 == w ? ~(1u << (rank & 31)) : ~0u;
-    }
-    __device__ static Ranks none() {
-        Ranks set;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) set.word[w] = 0;
-        return set;
-    }
-};
-
-// kWords warps: the first ones of the block. All of them, and nobody else, call solve().
+// By the first kWarps warps of the block; all of them, and nobody else, call solve(). Its results are complete in the first warp; the others
+// may leave it earlier.
 template <int kWords>
 class MaskFlow {
 public:
     using Set = Ranks<kWords>;
     FlowEnd end;
     Set witness;
-    int load;   // of this lane's rank
-    int total;  // of all ranks
+    int load[kWords];  // of the ranks lane, lane + 32
+    int total;         // of all ranks
 
     __device__ MaskFlow(const FlowTables &tables, const FlowSpace &space, int n_ranks)
-        : t_(tables), s_(space), n_ranks_(n_ranks), rank_(threadIdx.x), valid_(threadIdx.x < n_ranks), parity_(0) {}
+        : t_(tables), s_(space), n_ranks_(n_ranks), row_(warp_id() / kWords), half_(warp_id() % kWords), rank_(32 * half_ + lane_id()) {
+        const int degree = rank_ < n_ranks ? t_.rank_start[rank_ + 1] - t_.rank_start[rank_] : 0;
+        int most = 0;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+            most = max(most, rank(w) < n_ranks ? t_.rank_start[rank(w) + 1] - t_.rank_start[rank(w)] : 0);
+        }
+        most = warp_max(most);
+        const int chunk = ceil_div(most, kRows);
+        n_rows_ = most > 0 ? ceil_div(most, chunk) : 1;
+        single_ = chunk <= 1;
+        n_arcs_ = max(min(degree - row_ * chunk, chunk), 0);
+        arcs_ = t_.rank_arc + (n_arcs_ > 0 ? t_.rank_start[rank_] + row_ * chunk : 0);
+        first_ = arc_at(0);
+    }
 
-    // After split_evenly() and a barrier of the block.
+    // After split_evenly() and a barrier of the block. What ranks receive starts at zero (cleared with the space).
     __device__ void solve() {
-        const int base = valid_ ? s_.base[rank_] : 0;
-        load = base + (valid_ ? s_.load[rank_] : 0);
-        total = sum(load);
-        const int highest_base = highest(base);
+        if (row_ >= n_rows_) return;
+        int base[kWords], highest_base = 0;
+        total = 0;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+            base[w] = rank(w) < n_ranks_ ? s_.base[rank(w)] : 0;
+            load[w] = rank(w) < n_ranks_ ? base[w] + s_.load[rank(w)] : 0;
+            total += load[w];
+            highest_base = max(highest_base, base[w]);
+        }
+        total = warp_sum(total);
+        highest_base = warp_max(highest_base);
         end.bound = ceil_share(total, n_ranks_);
-        witness = ballot(valid_);
+        witness = those([&](int w) { return rank(w) < n_ranks_; });
         if (highest_base > end.bound) {
             end.bound = highest_base;
-            const int first = ballot(valid_ && base == highest_base).first();
+            const int first = those([&](int w) { return rank(w) < n_ranks_ && base[w] == highest_base; }).first();
             witness = Set::none();
             witness.add(first);
         }
         end.rounds = 0;
         end.certified = 1;
-        const int n_colours = t_.n_colours();
-        if (n_colours > 0) {
+        if (t_.n_colours() > 0) {
 #pragma unroll 1
             for (int sweep = 0; sweep < 2; ++sweep) {
-                if (ballot(load > end.bound).empty()) return;
-                s_.load[rank_] = load;
-                sync();
-#pragma unroll 1
-                for (int colour = 0; colour < n_colours; ++colour) {
-                    sweep_colour(t_, s_, colour, rank_, 32 * kWords);
-                    sync();
-                }
-                load = valid_ ? s_.load[rank_] : 0;
+                if (over().empty()) return;
+                sync();  // everybody has read the loads
+                sweep_once();
             }
-            if (ballot(load > end.bound).empty()) return;
+            if (over().empty()) return;
             cut_prefixes(base);
         }
-        // What ranks receive starts at zero (cleared with the space).
-        rounds();
+        if (single_) {
+            rounds<true>();
+        } else {
+            rounds<false>();
+        }
     }
 
-    // Of all ranks. By the same threads as solve().
-    __device__ int max_load() { return highest(load); }
+    // Of all ranks. By a whole warp.
+    __device__ int max_load() const {
+        int most = 0;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) most = max(most, load[w]);
+        return warp_max(most);
+    }
 
 private:
-    static constexpr int kKept = 8;  // arcs of a rank whose table entries stay in registers
+    static constexpr int kRows = kMaskWarps / kWords;
+    static constexpr int kRanks = 32 * kWords;
+
+    struct Arc {
+        ArcEntry entry;
+        Set mask;  // of the bundle; empty: there is no such arc
+    };
 
     const FlowTables &t_;
     const FlowSpace &s_;
     const int n_ranks_;
-    const int rank_;
-    const bool valid_;
-    int parity_;
+    // This thread's arcs: n_arcs_ of rank_ at arcs_.
+    const int row_, half_, rank_;
+    int n_rows_, n_arcs_;
+    const unsigned *arcs_;
+    bool single_;  // no thread has more than one
+    Arc first_;
 
-    __device__ static void sync() {
-        if (kWords == 1) {
-            __syncwarp();
-        } else {
-            asm volatile("bar.sync 1, %0;" ::"r"(32 * kWords) : "memory");
-        }
-    }
+    __device__ static int rank(int w) { return 32 * w + lane_id(); }
 
-    __device__ Set ballot(bool predicate) {
+    __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"r"(32 * kWords * n_rows_) : "memory"); }
+
+    // The ranks for which condition(w) holds, rank being 32 w + lane.
+    template <class Condition>
+    __device__ static Set those(Condition condition) {
         Set set;
-        const unsigned mine = __ballot_sync(kFullWarp, predicate);
-        if (kWords == 1) {
-            set.word[0] = mine;
-        } else {
-            int *words = s_.words + 8 * parity_;
-            if (lane_id() == 0) words[warp_id()] = mine;
-            sync();
 #pragma unroll
-            for (int w = 0; w < kWords; ++w) set.word[w] = words[w];
-            parity_ ^= 1;
-        }
+        for (int w = 0; w < kWords; ++w) set.word[w] = __ballot_sync(kFullWarp, condition(w));
         return set;
     }
+    // Ranks that there are not have no tokens, and the bound is never negative.
+    __device__ Set over() const {
+        return those([&](int w) { return load[w] > end.bound; });
+    }
 
-    __device__ int sum(int value) { return across(warp_sum(value), [](int a, int b) { return a + b; }); }
-    __device__ int highest(int value) { return across(warp_max(value), [](int a, int b) { return max(a, b); }); }
-
-    template <class Join>
-    __device__ int across(int value, Join join) {
-        if (kWords == 1) return value;
-        int *words = s_.words + 8 * parity_;
-        if (lane_id() == 0) words[warp_id()] = value;
-        sync();
-        int joined = words[0];
+    // Of this thread's rank; without an index, which would take the array out of the registers.
+    __device__ int of_my_rank(const int (&each)[kWords]) const { return half_ == 0 ? each[0] : each[kWords - 1]; }
+    __device__ Set of_my_rank(const Set (&each)[kWords]) const {
+        Set set;
 #pragma unroll
-        for (int w = 1; w < kWords; ++w) joined = join(joined, words[w]);
-        parity_ ^= 1;
-        return joined;
+        for (int v = 0; v < kWords; ++v) set.word[v] = half_ == 0 ? each[0].word[v] : each[kWords - 1].word[v];
+        return set;
     }
 
     __device__ Set mask_of(int bundle) const {
@@ -194,172 +147,246 @@ private:
         return set;
     }
 
-    // The best lower bound among the sets of the n busiest ranks.
-    __device__ void cut_prefixes(int base) {
-        int *position = s_.extra, *added = s_.extra + 32 * kWords;
-        s_.load[rank_] = load;
+    __device__ Arc arc_at(int k) const {
+        if (k >= n_arcs_) return {{0}, Set::none()};
+        const ArcEntry entry{arcs_[k]};
+        return {entry, mask_of(entry.bundle())};
+    }
+
+    __device__ void sweep_once() {
+        if (row_ == 0) s_.load[rank_] = of_my_rank(load);
         sync();
-        int before = 0;
-#pragma unroll 4
-        for (int q = 0; q < n_ranks_; ++q) {
-            const int other = s_.load[q];
-            before += other > load || (other == load && q < rank_);
+        const int n_colours = t_.n_colours();
+#pragma unroll 1
+        for (int colour = 0; colour < n_colours; ++colour) {
+            sweep_colour(t_, s_, colour, threadIdx.x, 32 * kWords * n_rows_);
+            sync();
         }
-        if (!valid_) before = rank_;
-        position[rank_] = before;
-        added[before] = base;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) load[w] = s_.load[rank(w)];
+    }
+
+    // The best lower bound among the sets of the n busiest ranks. s_.load holds the loads.
+    __device__ void cut_prefixes(const int (&base)[kWords]) {
+        int *position = s_.extra, *added = position + kRanks;
+        if (row_ == 0) {
+            const int mine = of_my_rank(load);
+            int before = 0;
+#pragma unroll 4
+            for (int q = 0; q < n_ranks_; ++q) {
+                const int other = s_.load[q];
+                before += other > mine || (other == mine && q < rank_);
+            }
+            if (rank_ >= n_ranks_) before = rank_;
+            position[rank_] = before;
+            added[before] = of_my_rank(base);
+        }
         sync();
         const int n_bundles = t_.n_bundles();
 #pragma unroll 1
-        for (int bundle = rank_; bundle < n_bundles; bundle += 32 * kWords) {
+        for (int bundle = threadIdx.x; bundle < n_bundles; bundle += 32 * kWords * n_rows_) {
             const int arc = t_.bundle_start[bundle];
             atomicAdd(&added[max(position[t_.arc_rank[arc]], position[t_.arc_rank[arc + 1]])], s_.sum[bundle]);
         }
         sync();
-        int inside = warp_prefix(added[rank_]);
-        if (kWords > 1) {
-            if (lane_id() == 31) s_.words[16 + warp_id()] = inside;
-            sync();
-            for (int w = 0; w < warp_id(); ++w) inside += s_.words[16 + w];
+        int candidate[kWords];
+        int inside = 0, best = 0;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+            const int n = rank(w) + 1;
+            inside = warp_prefix(added[n - 1]) + __shfl_sync(kFullWarp, inside, 31);
+            candidate[w] = n <= n_ranks_ ? ceil_share(inside, n) : 0;
+            best = max(best, candidate[w]);
         }
-        const int candidate = valid_ ? ceil_share(inside, rank_ + 1) : 0;
-        const int best = highest(candidate);
+        best = warp_max(best);
         if (best > end.bound) {
-            const int n = ballot(candidate == best).first() + 1;
+            const int n = those([&](int w) { return candidate[w] == best; }).first() + 1;
             end.bound = best;
-            witness = ballot(before < n);
+            witness = those([&](int w) { return position[rank(w)] < n; });
         }
     }
 
-    __device__ void rounds() {
-        const int first = valid_ ? t_.rank_start[rank_] : 0;
-        const int degree = valid_ ? t_.rank_start[rank_ + 1] - first : 0;
-        ArcEntry kept[kKept];
-        Set kept_mask[kKept];
-#pragma unroll
-        for (int i = 0; i < kKept; ++i) {
-            kept[i].word = i < degree ? t_.rank_arc[first + i] : 0;
-            kept_mask[i] = i < degree ? mask_of(kept[i].bundle()) : Set::none();
-        }
+    // What the warps add up for the ranks in one round, cleared before.
+    struct RoundSums {
+        int received[kRanks];
+        int given[kRanks];
+        unsigned reach[kWords][kRanks];  // ranks that the rank can push to: those of its arcs with tokens
+    };
+
+    template <bool kSingle>
+    __device__ __forceinline__ void rounds() {
+        int *const loads = s_.words;  // [ranks] at the beginning of the round
+        int *const capacity = s_.extra + 2 * kRanks;  // [rows][ranks], behind what cut_prefixes uses
+        RoundSums *sums = reinterpret_cast<RoundSums *>(s_.received), *next = sums + 1;
         const int max_rounds = lplbk_max_rounds(n_ranks_);
+        Set above = over();
 #pragma unroll 1
-        for (;;) {
-            const int bound = end.bound;
-            s_.load[rank_] = load;
-            const Set over = ballot(valid_ && load > bound);
-            if (over.empty()) return;
-            if (end.rounds == max_rounds) break;
-            ++end.rounds;
-
-            Set adjacent = Set::none();
-            int tokens[kKept];
+        while (!above.empty()) {
+            const int tokens = n_arcs_ > 0 ? s_.x[first_.entry.arc()] : 0;
+            Set reach = tokens > 0 ? first_.mask : Set::none();
+#pragma unroll 1
+            for (int k = 1; k < (kSingle ? 1 : n_arcs_); ++k) {
+                const Arc arc = arc_at(k);
+                if (s_.x[arc.entry.arc()] > 0) reach |= arc.mask;
+            }
 #pragma unroll
-            for (int i = 0; i < kKept; ++i) tokens[i] = i < degree ? s_.x[kept[i].arc()] : 0;
+            for (int v = 0; v < kWords; ++v) {
+                if (reach.word[v] != 0) atomicOr(&sums->reach[v][rank_], reach.word[v]);
+            }
+            if (row_ == 0) loads[rank_] = of_my_rank(load);
+            sync();
+            if (row_ == n_rows_ - 1) {
+                next->received[rank_] = next->given[rank_] = 0;
 #pragma unroll
-            for (int i = 0; i < kKept; ++i) {
-                if (tokens[i] > 0) adjacent |= kept_mask[i];
+                for (int v = 0; v < kWords; ++v) next->reach[v][rank_] = 0;
             }
+            Set adjacent[kWords];
+#pragma unroll
+            for (int w = 0; w < kWords; ++w) {
+#pragma unroll
+                for (int v = 0; v < kWords; ++v) adjacent[w].word[v] = sums->reach[v][rank(w)];
+            }
+            int level[kWords], levels;
+            Set toward[kWords];  // the ranks one level nearer
 #pragma unroll 1
-            for (int i = kKept; i < degree; ++i) {
-                const ArcEntry entry{t_.rank_arc[first + i]};
-                if (s_.x[entry.arc()] > 0) adjacent |= mask_of(entry.bundle());
-            }
-            Set front = ballot(valid_ && load < bound);
-            Set reached = front;
-            Set toward = Set::none();  // the ranks one level nearer
-            int level = load < bound ? 0 : -1;
-            int levels = 0;
-            bool cut = false;
-#pragma unroll 1
-            while (!over.without(reached).empty()) {
-                const bool joins = level < 0 && !(adjacent & front).empty();
-                const Set joined = ballot(joins);
-                if (joined.empty()) {
-                    cut = true;
-                    break;
+            for (;;) {
+                if (end.rounds == max_rounds) {
+                    end.certified = 0;
+                    return;
                 }
-                ++levels;
-                if (joins) {
-                    level = levels;
-                    toward = front;
-                }
-                front = joined;
-                reached |= joined;
+                ++end.rounds;
+                levels = search(adjacent, above, level, toward);
+                if (levels > 0) break;
+                above = over();
+                if (above.empty()) return;
             }
-            if (cut) {
-                const bool inside = valid_ && level < 0;
-                const int held = sum(inside ? load : 0);
-                witness = ballot(inside);
-                end.bound = ceil_share(held, witness.count());
-                continue;
-            }
-            if (kWords == 1) __syncwarp();  // the loads are published; with two warps the ballots were barriers
-#pragma unroll 1
-            for (int step = levels; step >= 1; --step) {
-                int excess = level == step ? load - bound : 0;
-                int *received = s_.received + (step & 1) * 32 * kWords;
-                if (excess > 0) {
-                    push(excess, toward, step == 1, received, first, degree, kept, kept_mask);
-                    load = bound + excess;
-                }
-                sync();
-                load += received[rank_];
-                received[rank_] = 0;
-            }
-            // Odd and even steps have buffers of their own, so the next step may fill one while slow lanes still empty the other; the last
-            // step of this round and the first of the next have barriers between them.
+            wave<kSingle>(tokens, levels, of_my_rank(level), of_my_rank(toward), *sums, capacity);
+            above = over();
+            RoundSums *const cleared = next;
+            next = sums;
+            sums = cleared;
         }
-        end.certified = 0;
     }
 
-    // Gives up to `excess` tokens of this rank to the ranks in `toward`, arc by arc. limited: no more than the receiver has room for.
-    __device__ __forceinline__ void push(int &excess, const Set &toward, bool limited, int *received, int first, int degree,
-                                         const ArcEntry (&kept)[kKept], const Set (&kept_mask)[kKept]) {
-        const int bound = end.bound;
-        int *given = s_.extra + rank_;  // [receiver][giver]; valid where `touched` says so
-        Set touched = Set::none();
-        unsigned useful = 0;
+    // The levels of the ranks and the largest of a rank above the bound; 0: some have none, and the bound is now that of the cut.
+    __device__ __forceinline__ int search(const Set (&adjacent)[kWords], const Set &above, int (&level)[kWords], Set (&toward)[kWords]) {
+        Set front = those([&](int w) { return rank(w) < n_ranks_ && load[w] < end.bound; });
+        Set reached = front;
 #pragma unroll
-        for (int i = 0; i < kKept; ++i) {
-            if (i < degree && s_.x[kept[i].arc()] > 0 && !(kept_mask[i] & toward).empty()) useful |= 1u << i;
+        for (int w = 0; w < kWords; ++w) {
+            level[w] = load[w] < end.bound ? 0 : -1;
+            toward[w] = Set::none();
         }
-        int later = kKept;
+        int levels = 0;
 #pragma unroll 1
-        while (excess > 0) {
-            int i;
-            if (useful != 0) {
-                i = __ffs(useful) - 1;
-                useful &= useful - 1;
-            } else if (later < degree) {
-                i = later++;
-            } else {
-                break;
+        while (!above.without(reached).empty()) {
+            const Set joined = those([&](int w) { return level[w] < 0 && !(adjacent[w] & front).empty(); });
+            if (joined.empty()) {
+                const auto inside = [&](int w) { return rank(w) < n_ranks_ && level[w] < 0; };
+                int held = 0;
+#pragma unroll
+                for (int w = 0; w < kWords; ++w) held += inside(w) ? load[w] : 0;
+                witness = those(inside);
+                end.bound = ceil_share(warp_sum(held), witness.count());
+                return 0;
             }
-            const ArcEntry entry{t_.rank_arc[first + i]};
-            const Set mask = mask_of(entry.bundle());
-            Set candidates = mask & toward;
-            int tokens = s_.x[entry.arc()];
-            const int here = mask.below(rank_);
-#pragma unroll 1
-            while (tokens > 0 && excess > 0 && !candidates.empty()) {
-                const int q = candidates.first();
-                candidates.remove(q);
-                int amount = min(excess, tokens);
-                if (limited) {
-                    const int before = touched.has(q) ? given[q * 32 * kWords] : 0;
-                    amount = min(amount, bound - s_.load[q] - before);
-                    if (amount <= 0) continue;
-                    touched.add(q);
-                    given[q * 32 * kWords] = before + amount;
+            ++levels;
+#pragma unroll
+            for (int w = 0; w < kWords; ++w) {
+                if (level[w] < 0 && !(adjacent[w] & front).empty()) {
+                    level[w] = levels;
+                    toward[w] = front;
                 }
-                const int distance = mask.below(q) - here;
-                atomicAdd(&s_.x[entry.flipped() ? entry.arc() - distance : entry.arc() + distance], amount);
-                atomicAdd(&received[q], amount);
-                tokens -= amount;
-                excess -= amount;
             }
-            s_.x[entry.arc()] = tokens;
+            front = joined;
+            reached |= joined;
         }
+        return levels;
+    }
+
+    // tokens: of this thread's first arc; my_level, my_toward: of its rank.
+    template <bool kSingle>
+    __device__ __forceinline__ void wave(int tokens, int levels, int my_level, const Set &my_toward, RoundSums &sums, int *capacity) {
+        // What the arcs can carry does not change before their rank's own step: all, or at the last step what there is room for.
+        int mine = 0;
+        if (my_level > 0 && (levels > my_level || of_my_rank(load) > end.bound)) {  // the others have nothing to give
+            mine = carries(tokens, first_.mask, my_toward, my_level);
+#pragma unroll 1
+            for (int k = 1; k < (kSingle ? 1 : n_arcs_); ++k) {
+                const Arc arc = arc_at(k);
+                mine += carries(s_.x[arc.entry.arc()], arc.mask, my_toward, my_level);
+            }
+        }
+        capacity[kRanks * row_ + rank_] = mine;
+        sync();
+        int kept = end.bound - of_my_rank(load);  // of what the rank will have received, this is for it and its earlier arcs
+#pragma unroll
+        for (int j = 0; j < kRows - 1; ++j) {
+            if (j < row_) kept += capacity[kRanks * j + rank_];
+        }
+#pragma unroll 1
+        for (int step = levels; step >= 1; --step) {
+            if (my_level == step) {
+                const int share = min(sums.received[rank_] - kept, mine);
+                if (share > 0) {
+                    atomicAdd(&sums.given[rank_], share);
+                    give<kSingle>(share, tokens, my_toward, step, sums.received);
+                }
+            }
+            sync();
+        }
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) load[w] += sums.received[rank(w)] - sums.given[rank(w)];
+    }
+
+    // Of x tokens on an arc of a bundle, what can go to the ranks in `toward`: all, or at the last step what they have room for.
+    __device__ __forceinline__ int carries(int x, const Set &bundle, const Set &toward, int step) const {
+        Set targets = bundle & toward;
+        if (targets.empty()) return 0;
+        if (step > 1) return x;
+        unsigned room = 0;
+#pragma unroll 1
+        do {
+            int position;
+            room += (unsigned)(end.bound - s_.words[targets.pop(bundle, position)]);
+        } while (room < (unsigned)x && !targets.empty());
+        return (int)min(room, (unsigned)x);
+    }
+
+    // Gives `share` tokens, which this thread's arcs can carry, to the ranks in `toward`, arc by arc and rank by rank. tokens: of the first.
+    template <bool kSingle>
+    __device__ __forceinline__ void give(int share, int tokens, const Set &toward, int step, int *received) const {
+        if (kSingle) {
+            give_by(first_, tokens, share, toward, step, received);
+            return;
+        }
+#pragma unroll 1
+        for (int k = 0; k < n_arcs_ && share > 0; ++k) {
+            const Arc arc = arc_at(k);
+            const int x = s_.x[arc.entry.arc()];
+            if (!(arc.mask & toward).empty() && x > 0) share -= give_by(arc, x, share, toward, step, received);
+        }
+    }
+
+    // The same by one arc with x tokens and somebody to give them to; returns how many.
+    __device__ __forceinline__ int give_by(const Arc &arc, int x, int share, const Set &toward, int step, int *received) const {
+        Set targets = arc.mask & toward;
+        const int here = arc.mask.below(rank_);
+        int *const at_start = &s_.x[arc.entry.flipped() ? arc.entry.arc() + here : arc.entry.arc() - here];
+        const int direction = arc.entry.flipped() ? -1 : 1;
+        const int most = min(x, share);
+        int rest = most;
+#pragma unroll 1
+        do {
+            int position;
+            const int q = targets.pop(arc.mask, position);
+            const int amount = step > 1 ? rest : min(rest, end.bound - s_.words[q]);
+            atomicAdd(at_start + direction * position, amount);
+            atomicAdd(&received[q], amount);
+            rest -= amount;
+        } while (rest > 0 && !targets.empty());
+        s_.x[arc.entry.arc()] = x - most + rest;
+        return most - rest;
     }
 };
 

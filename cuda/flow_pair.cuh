@@ -37,17 +37,13 @@ struct PairFlow {
         everybody_ = n_ranks == 32 ? kFullWarp : (1u << n_ranks) - 1;
         mean_ = ShareOf(n_ranks);
         mean_of_first_ = ShareOf(lane_id() + 1);
-        bool twice = false;
 #pragma unroll
         for (int c = 0; c < kSlots; ++c) {
             partner[c] = words[c] & 31;
             slot_class[c] = words[c] >> LPLBK_LANE_CLASS & 0xffff;
             is_copy[c] = (words[c] >> LPLBK_LANE_COPY & 1) != 0;
             bit[c] = (words[c] >> LPLBK_LANE_ARC & 1) != 0 ? 1u << partner[c] : 0u;
-#pragma unroll
-            for (int d = 0; d < c; ++d) twice |= bit[c] == bit[d] && bit[c] != 0;
         }
-        some_twice_ = __any_sync(kFullWarp, twice) != 0;
     }
 
     // base: tokens of this rank's single places; class_sum: tokens of each slot class; shared: 32 words, 16-byte aligned.
@@ -90,7 +86,6 @@ private:
     unsigned everybody_;
     ShareOf mean_;           // of all ranks
     ShareOf mean_of_first_;  // of as many ranks as there are lanes up to this one
-    bool some_twice_;        // some rank has two arcs to the same partner
 
     // Both ends see the same numbers with opposite signs, and rounding toward zero and clipping are odd.
     __device__ __forceinline__ void even_out(int c) {
@@ -194,16 +189,7 @@ private:
 #pragma unroll
             for (int c = 0; c < kSlots; ++c) {
                 available[c] = (bit[c] & toward) != 0 ? x[c] : 0;
-                if (level == 1) {
-                    int free = room[c];
-                    if (some_twice_) {
-#pragma unroll
-                        for (int d = 0; d < c; ++d) {
-                            if (bit[c] == bit[d]) free -= available[d];
-                        }
-                    }
-                    available[c] = min(available[c], max(free, 0));
-                }
+                if (level == 1) available[c] = min(available[c], max(room[c], 0));
                 before[c] = so_far;
                 so_far += available[c];
             }

@@ -14,18 +14,14 @@ public:
     int load;         // of this thread's rank
     int total;        // of all ranks
 
-    // given: [ranks][ranks] pairs {stamp, tokens} in global memory, what a rank gave another in the step with that stamp. stamp: the last
-    // one used with this memory, kept from solve to solve, so that it never has to be cleared.
-    __device__ ScanFlow(const FlowTables &tables, const FlowSpace &space, const lplbk_shape &shape, uint2 *given, unsigned *stamp)
+    __device__ ScanFlow(const FlowTables &tables, const FlowSpace &space, const lplbk_shape &shape)
         : t_(tables),
           s_(space),
           n_ranks_(shape.group_size),
           rank_(threadIdx.x),
           valid_(threadIdx.x < shape.group_size),
           level_of_(space.extra),
-          bundle_level_(space.extra + FlowSpace::ranks(shape.group_size)),
-          given_(given),
-          stamp_memory_(stamp) {}
+          bundle_level_(space.extra + FlowSpace::ranks(shape.group_size)) {}
 
     // By all threads of the block, at least one a rank, after split_evenly() and a barrier.
     __device__ void solve() {
@@ -70,8 +66,6 @@ private:
     const bool valid_;
     int *level_of_;
     int *bundle_level_;
-    uint2 *given_;
-    unsigned *stamp_memory_;
 
     __device__ int across(int value, bool highest) {
         const int n_warps = blockDim.x / 32;
@@ -89,7 +83,6 @@ private:
         const int last = valid_ ? t_.rank_start[rank_ + 1] : 0;
         const int n_bundles = t_.n_bundles();
         const int max_rounds = lplbk_max_rounds(n_ranks_);
-        unsigned stamp = *stamp_memory_;
         for (;;) {
             const int bound = end.bound;
             const bool over = valid_ && load > bound;
@@ -134,13 +127,12 @@ private:
                 continue;
             }
             if (valid_) level_of_[rank_] = level;
-            ++stamp;
             __syncthreads();
             for (int step = levels; step >= 1; --step) {
                 int excess = level == step ? load - bound : 0;
                 int *received = s_.received + (step & 1) * FlowSpace::ranks(n_ranks_);
                 if (excess > 0) {
-                    push(excess, step, received, first, last, stamp);
+                    push(excess, step, received, first, last);
                     load = bound + excess;
                 }
                 __syncthreads();
@@ -150,11 +142,10 @@ private:
                 }
             }
         }
-        if (threadIdx.x == 0) *stamp_memory_ = stamp;
     }
 
     // Gives up to `excess` tokens of this rank, of level `step`, to ranks one level nearer, arc by arc.
-    __device__ void push(int &excess, int step, int *received, int first, int last, unsigned stamp) {
+    __device__ void push(int &excess, int step, int *received, int first, int last) {
         const int bound = end.bound;
         for (int i = first; i < last && excess > 0; ++i) {
             const ArcEntry entry{t_.rank_arc[i]};
@@ -166,15 +157,7 @@ private:
             for (int arc = t_.bundle_start[entry.bundle()]; arc < arcs_end && tokens > 0 && excess > 0; ++arc) {
                 const int q = t_.arc_rank[arc];
                 if (level_of_[q] != step - 1) continue;
-                int amount = min(excess, tokens);
-                if (step == 1) {
-                    uint2 *given = given_ + (int64_t)q * n_ranks_ + rank_;
-                    const uint2 before = *given;
-                    const int so_far = before.x == stamp ? (int)before.y : 0;
-                    amount = min(amount, bound - s_.load[q] - so_far);
-                    if (amount <= 0) continue;
-                    *given = make_uint2(stamp, (unsigned)(so_far + amount));
-                }
+                const int amount = min(min(excess, tokens), step == 1 ? bound - s_.load[q] : INT32_MAX);
                 atomicAdd(&s_.x[arc], amount);
                 atomicAdd(&received[q], amount);
                 tokens -= amount;

@@ -16,19 +16,17 @@ struct Runs {
 // Runs for launches of several blocks.
 Runs runs_of(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks);
 
-// A planner's scratch memory beyond that of the solver.
+// A planner's scratch memory.
 struct MultiScratch {
     int32_t *rows;    // [kMaxRuns][n_logical]
     int32_t *totals;  // [n_logical], zero between calls
     unsigned *ticket;
 };
 
-int64_t solve_scratch_words(const lplbk_shape &shape);
-
 inline int64_t multi_scratch_words(const lplbk_shape &shape) { return (int64_t)(kMaxRuns + 1) * shape.n_logical + 4; }
 
 inline MultiScratch multi_scratch(const lplbk_planner &planner) {
-    int32_t *start = planner.scratch + round_up((int)solve_scratch_words(planner.shape), 4);
+    int32_t *start = planner.scratch;
     return {start, start + (int64_t)kMaxRuns * planner.shape.n_logical,
             reinterpret_cast<unsigned *>(start + (int64_t)(kMaxRuns + 1) * planner.shape.n_logical)};
 }

@@ -80,7 +80,7 @@ cudaError_t launch_fused(const lplbk_planner &planner, const void *ids, int64_t 
                            shape.n_redundant,
                            shape.n_logical / shape.ep_size,
                            shape.combined};
-    const GeneralTables general{shape, at, planner.tables, planner.scratch};
+    const GeneralTables general{shape, at, planner.tables};
     const CountMatrix<int32_t> matrix{given, kSource == kOwnIds ? 1 : shape.ep_size, shape.n_logical};
     const PlanOut plan = PlanOut::of(planner, nullptr, nullptr, counter, counter64);
     const int words = space_of(planner, size.blocks, size.per_block, kSource == kExchanged ? shape.ep_size : 0).words;
@@ -161,7 +161,7 @@ int32_t prepare_fused(lplbk_planner &planner) {
 extern "C" {
 
 int64_t lplbk_scratch_words(const lplbk_planner *planner) {
-    return lplb::round_up((int)lplb::solve_scratch_words(planner->shape), 4) + lplb::multi_scratch_words(planner->shape);
+    return lplb::multi_scratch_words(planner->shape);
 }
 
 int32_t lplbk_prepare(lplbk_planner *planner) {

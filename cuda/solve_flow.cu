@@ -336,7 +336,7 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_so
         const auto kernel = plain ? pair_kernel<true, Count>(shape.pair_slots) : pair_kernel<false, Count>(shape.pair_slots);
         return launch(planner.info, kernel, shape.n_groups, pair_threads(shape), bytes, 0, stream, tables, loads, out);
     }
-    const GeneralTables tables{shape, planner.layout, planner.tables, planner.scratch};
+    const GeneralTables tables{shape, planner.layout, planner.tables};
     const bool simple = n_sources == 1 && shape.combined <= 1;
     const auto kernel = simple ? general_kernel<true, Count>(planner) : general_kernel<false, Count>(planner);
     return launch(planner.info, kernel, shape.n_groups, general_threads(planner), bytes, 0, stream, tables, loads, out);
@@ -359,11 +359,6 @@ cudaError_t prepare(const lplbk_planner &planner) {
 }
 
 }  // namespace
-
-int64_t solve_scratch_words(const lplbk_shape &shape) {
-    if (shape.group_size <= 64) return 0;
-    return 2 * (int64_t)shape.n_groups * shape.group_size * shape.group_size + shape.n_groups;
-}
 
 cudaError_t solve_totals(const lplbk_planner &planner, void *counter, int32_t counter64, cudaStream_t stream) {
     return solve<int32_t>(planner, multi_scratch(planner).totals, 1, nullptr, nullptr, counter, counter64, stream);

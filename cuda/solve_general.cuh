@@ -16,7 +16,6 @@ struct GeneralTables {
     lplbk_shape shape;
     lplbk_layout at;
     const int *tables;
-    int32_t *scratch;  // of ScanFlow
 };
 
 // One expert's record in the tables.
@@ -137,10 +136,10 @@ __device__ __forceinline__ void solve_general_group(const GeneralTables &t, cons
     __syncthreads();
     if constexpr (kGeneral == kOneWord || kGeneral == kTwoWords) {
         constexpr int kWords = kGeneral;
-        if (threadIdx.x >= 32 * kWords) return;
+        if (threadIdx.x >= 32 * kMaskWarps) return;
         MaskFlow<kWords> flow(space.tables, space.flow, n_ranks);
         flow.solve();
-        if (!write) return;
+        if (!write || threadIdx.x >= 32) return;
         const int max_load = flow.max_load();
         flow.end.witness_size = flow.witness.count();
         int value = info_word(word, max_load, flow.end, flow.total, 0);
@@ -148,12 +147,9 @@ __device__ __forceinline__ void solve_general_group(const GeneralTables &t, cons
         for (int w = 0; w < kWords; ++w) {
             if (word == LPLBK_INFO_WITNESS + w) value = flow.witness.word[w];
         }
-        if (word < LPLBK_INFO_WORDS && ours) info[word] = value;
+        if (ours) info[word] = value;
     } else if constexpr (kGeneral == kScan) {
-        uint2 *given = reinterpret_cast<uint2 *>(t.scratch) + (int64_t)group * n_ranks * n_ranks;
-        unsigned *stamps =
-            reinterpret_cast<unsigned *>(reinterpret_cast<uint2 *>(t.scratch) + (int64_t)t.shape.n_groups * n_ranks * n_ranks);
-        ScanFlow flow(space.tables, space.flow, t.shape, given, stamps + group);
+        ScanFlow flow(space.tables, space.flow, t.shape);
         flow.solve();
         if (!write) return;
         const int max_load = flow.max_load();

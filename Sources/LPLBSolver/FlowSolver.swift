@@ -20,12 +20,16 @@
 //            pass (a Newton step on the cuts).
 //          - Else a wave, level by level from the farthest rank above T to level 1: in parallel, each rank r of level k with
 //            excess = load[r] - T > 0 takes its arcs with x > 0 ascending and, for each, the bundle's other arcs on ranks of level k - 1
-//            ascending, and moves min(excess, x). For k = 1 the receiver q takes at most what it lacks to T at the beginning of this step
-//            less what r has given it in this step; several givers may still overfill it. Tokens received in a step travel on in the next.
+//            ascending, and moves min(excess, x). For k = 1 the receiver takes at most what it lacks to T at the beginning of this step,
+//            from each arc on its own: several may overfill it. Tokens received in a step travel on in the next.
 //
 // Every wave brings tokens to a rank that lacked some, and no rank above T falls below it, so with T fixed what the ranks lack only
 // shrinks: the waves end. T only rises, by Newton steps on cuts, and never above the optimum. A wave also uses up all arcs to the nearer
 // level of a rank that keeps excess, so the distances grow and passes are few: about 1 to 10, 120 at most in tests with 1024 ranks.
+//
+// What an arc can carry in a wave is known before the wave: tokens never come in through an arc that leads on to the next level, since
+// their giver would then have been that near itself. So only the excess travels from step to step, and the arcs of a rank share it by a
+// prefix sum.
 
 import LPLBTopology
 

@@ -17,7 +17,6 @@ struct ListSearch {
     /// The smallest level of a bundle's ranks, -1: none.
     private let bundleLevel: UnsafeMutablePointer<Int32>
     private let incoming: UnsafeMutablePointer<Int64>
-    private let given: UnsafeMutablePointer<Int64>
 
     init(_ group: Group) {
         self.group = group
@@ -33,7 +32,6 @@ struct ListSearch {
         levelStart = group.work.levelStart
         bundleLevel = group.work.bundleLevel
         incoming = group.work.incoming
-        given = group.work.given
     }
 
     func run(_ state: inout GroupState) {
@@ -130,8 +128,7 @@ struct ListSearch {
 
     private func give(_ r: Int, _ target: Int32, _ bound: Int64) {
         var excess = load[r] &- bound
-        let first = Int(rankStart[r])
-        var i = first
+        var i = Int(rankStart[r])
         let end = Int(rankStart[r &+ 1])
         while i < end && excess > 0 {
             let arc = Int(rankArc[i])
@@ -144,36 +141,21 @@ struct ListSearch {
                 let q = Int(arcRank[other])
                 if other != arc && level[q] == target {
                     var tokens = Swift.min(excess, x[arc])
-                    if target == 0 { tokens = Swift.min(tokens, bound &- load[q] &- given[q]) }
-                    if tokens > 0 {
-                        x[arc] &-= tokens
-                        x[other] &+= tokens
-                        excess &-= tokens
-                        if target == 0 {
-                            given[q] &+= tokens
-                        } else {
-                            load[q] &+= tokens
-                        }
-                        if excess == 0 || x[arc] == 0 { break }
+                    if target == 0 {
+                        // The load is that from before this step, so there is room.
+                        tokens = Swift.min(tokens, bound &- load[q])
+                        incoming[q] &+= tokens
+                    } else {
+                        load[q] &+= tokens
                     }
+                    x[arc] &-= tokens
+                    x[other] &+= tokens
+                    excess &-= tokens
+                    if excess == 0 || x[arc] == 0 { break }
                 }
                 other &+= 1
             }
         }
         load[r] = bound &+ excess
-        if target > 0 { return }
-        // `given` is of this rank alone: two ranks that fill the same one do not see each other.
-        let done = i
-        i = first
-        while i < done {
-            let bundle = Int(arcBundle[Int(rankArc[i])])
-            i &+= 1
-            guard bundleLevel[bundle] == 0 else { continue }
-            for other in Int(bundleStart[bundle])..<Int(bundleStart[bundle &+ 1]) {
-                let q = Int(arcRank[other])
-                incoming[q] &+= given[q]
-                given[q] = 0
-            }
-        }
     }
 }

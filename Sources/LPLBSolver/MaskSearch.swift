@@ -14,7 +14,6 @@ struct MaskSearch {
     /// Ranks that a rank can push to: those of the other arcs of its bundles in which it has tokens.
     private let adjacent: UnsafeMutablePointer<UInt64>
     private let incoming: UnsafeMutablePointer<Int64>
-    private let given: UnsafeMutablePointer<Int64>
 
     @inline(__always)
     init(_ group: Group) {
@@ -29,7 +28,6 @@ struct MaskSearch {
         arcMask = UnsafePointer(group.work.arcMask)
         adjacent = group.work.adjacent
         incoming = group.work.incoming
-        given = group.work.given
     }
 
     func run(_ state: inout GroupState) {
@@ -196,27 +194,19 @@ struct MaskSearch {
             while other < endArc {
                 let q = Int(arcRank[other])
                 if other != arc && targets &>> UInt64(q) & 1 != 0 {
-                    let tokens = Swift.min(Swift.min(excess, x[arc]), bound &- load[q] &- given[q])
-                    if tokens > 0 {
-                        x[arc] &-= tokens
-                        x[other] &+= tokens
-                        given[q] &+= tokens
-                        received |= 1 &<< UInt64(q)
-                        excess &-= tokens
-                        if excess == 0 || x[arc] == 0 { break }
-                    }
+                    // The load is that from before this step, so there is room.
+                    let tokens = Swift.min(Swift.min(excess, x[arc]), bound &- load[q])
+                    x[arc] &-= tokens
+                    x[other] &+= tokens
+                    incoming[q] &+= tokens
+                    received |= 1 &<< UInt64(q)
+                    excess &-= tokens
+                    if excess == 0 || x[arc] == 0 { break }
                 }
                 other &+= 1
             }
         }
         load[r] = bound &+ excess
-        var rest = received
-        while rest != 0 {
-            let q = rest.trailingZeroBitCount
-            rest &= rest &- 1
-            incoming[q] &+= given[q]
-            given[q] = 0
-        }
         return received
     }
 }

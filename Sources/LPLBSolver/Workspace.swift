@@ -20,7 +20,6 @@ struct Workspace {
     let arcMask: UnsafeMutablePointer<UInt64>
     /// [groupSize] each.
     let incoming: UnsafeMutablePointer<Int64>
-    let given: UnsafeMutablePointer<Int64>
     let level: UnsafeMutablePointer<Int32>
     let queue: UnsafeMutablePointer<Int32>
     /// [groupSize + 2]
@@ -50,7 +49,6 @@ struct Workspace {
         let masks = shape.groupSize <= Group.maskRanks
         arcMask = zeroed(masks ? tables.nArcs : 0, 0)
         incoming = zeroed(shape.groupSize, 0)
-        given = zeroed(shape.groupSize, 0)
         level = zeroed(shape.groupSize, 0)
         queue = zeroed(shape.groupSize, 0)
         levelStart = zeroed(shape.groupSize + 2, 0)
@@ -78,7 +76,6 @@ struct Workspace {
         arcRank.deallocate()
         arcMask.deallocate()
         incoming.deallocate()
-        given.deallocate()
         level.deallocate()
         queue.deallocate()
         levelStart.deallocate()

@@ -152,15 +152,13 @@ struct PlainFlow {
                 let before = load
                 for r in 0..<size where level[r] == k && before[r] > bound {
                     var excess = before[r] - bound
-                    var given = [Int64](repeating: 0, count: size)
                     for (u, bundle) in list.enumerated() {
                         guard let j = bundle.ranks.firstIndex(of: r) else { continue }
                         for (i, q) in bundle.ranks.enumerated() where i != j && level[q] == k - 1 {
                             var move = min(excess, x[u][j])
-                            if k == 1 { move = min(move, max(0, bound - before[q] - given[q])) }
+                            if k == 1 { move = min(move, max(0, bound - before[q])) }
                             x[u][j] -= move
                             x[u][i] += move
-                            given[q] += move
                             excess -= move
                         }
                     }

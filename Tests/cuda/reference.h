@@ -408,17 +408,16 @@ inline Plan::Group flow(const Instance &in, int g, const vector<int64_t> &loads,
             for (int r = 0; r < G; ++r) {
                 if (level[r] != step || before[r] <= T) continue;
                 int64_t excess = before[r] - T;
-                vector<int64_t> given(G, 0);
                 for (auto [u, j] : in.arcs[first + r]) {
                     for (int k = 0; k < (int)in.bundles[u].ranks.size(); ++k) {
                         const int q = in.bundles[u].ranks[k] - first;
                         if (q == r || level[q] != step - 1) continue;
                         int64_t amount = std::min(excess, x[u][j]);
-                        if (step == 1) amount = std::min(amount, std::max<int64_t>(0, T - before[q] - given[q]));
+                        if (step == 1) amount = std::min(amount, std::max<int64_t>(0, T - before[q]));
                         if (amount <= 0) continue;
                         x[u][j] -= amount, x[u][k] += amount;
                         load[r] -= amount, load[q] += amount;
-                        given[q] += amount, excess -= amount;
+                        excess -= amount;
                     }
                 }
             }
