@@ -206,19 +206,21 @@ private:
         }
     }
 
-    // What the warps add up for the ranks in one round, cleared before.
+    // What the warps add up in one round, cleared before.
     struct RoundSums {
         int received[kRanks];
         int given[kRanks];
         unsigned reach[kWords][kRanks];  // ranks that the rank can push to: those of its arcs with tokens
+        int room[2];                     // [bundles][2] what ranks of the bundle lack to the bound: low 16 bits, the others
     };
 
     template <bool kSingle>
     __device__ __forceinline__ void rounds() {
         int *const loads = s_.words;  // [ranks] at the beginning of the round
         int *const capacity = s_.extra + 2 * kRanks;  // [rows][ranks], behind what cut_prefixes uses
-        RoundSums *sums = reinterpret_cast<RoundSums *>(s_.received), *next = sums + 1;
-        const int max_rounds = lplbk_max_rounds(n_ranks_);
+        const int n_bundles = t_.n_bundles(), max_rounds = lplbk_max_rounds(n_ranks_);
+        RoundSums *sums = reinterpret_cast<RoundSums *>(s_.received);
+        RoundSums *next = reinterpret_cast<RoundSums *>(s_.received + (2 + kWords) * kRanks + 2 * n_bundles);
         Set above = over();
 #pragma unroll 1
         while (!above.empty()) {
@@ -240,6 +242,8 @@ private:
 #pragma unroll
                 for (int v = 0; v < kWords; ++v) next->reach[v][rank_] = 0;
             }
+#pragma unroll 1
+            for (int i = threadIdx.x; i < 2 * n_bundles; i += 32 * kWords * n_rows_) next->room[i] = 0;
             Set adjacent[kWords];
 #pragma unroll
             for (int w = 0; w < kWords; ++w) {
@@ -307,14 +311,24 @@ private:
     // tokens: of this thread's first arc; my_level, my_toward: of its rank.
     template <bool kSingle>
     __device__ __forceinline__ void wave(int tokens, int levels, int my_level, const Set &my_toward, RoundSums &sums, int *capacity) {
+        if (my_level == 0) {
+            const int lacks = end.bound - of_my_rank(load);
+#pragma unroll 1
+            for (int k = 0; k < (kSingle ? min(n_arcs_, 1) : n_arcs_); ++k) {
+                int *const room = sums.room + 2 * (k == 0 ? first_.entry : arc_at(k).entry).bundle();
+                atomicAdd(&room[0], lacks & 0xffff);
+                if (lacks >> 16 != 0) atomicAdd(&room[1], lacks >> 16);
+            }
+        }
+        sync();
         // What the arcs can carry does not change before their rank's own step: all, or at the last step what there is room for.
         int mine = 0;
-        if (my_level > 0 && (levels > my_level || of_my_rank(load) > end.bound)) {  // the others have nothing to give
-            mine = carries(tokens, first_.mask, my_toward, my_level);
+        if (my_level > 0) {
+            mine = carries(tokens, first_, my_toward, my_level, sums.room);
 #pragma unroll 1
             for (int k = 1; k < (kSingle ? 1 : n_arcs_); ++k) {
                 const Arc arc = arc_at(k);
-                mine += carries(s_.x[arc.entry.arc()], arc.mask, my_toward, my_level);
+                mine += carries(s_.x[arc.entry.arc()], arc, my_toward, my_level, sums.room);
             }
         }
         capacity[kRanks * row_ + rank_] = mine;
@@ -339,18 +353,12 @@ private:
         for (int w = 0; w < kWords; ++w) load[w] += sums.received[rank(w)] - sums.given[rank(w)];
     }
 
-    // Of x tokens on an arc of a bundle, what can go to the ranks in `toward`: all, or at the last step what they have room for.
-    __device__ __forceinline__ int carries(int x, const Set &bundle, const Set &toward, int step) const {
-        Set targets = bundle & toward;
-        if (targets.empty()) return 0;
+    // Of x tokens on an arc, what can go to the ranks in `toward`: all, or at the last step what the bundle has room for.
+    __device__ __forceinline__ int carries(int x, const Arc &arc, const Set &toward, int step, const int *room) const {
+        if ((arc.mask & toward).empty()) return 0;
         if (step > 1) return x;
-        unsigned room = 0;
-#pragma unroll 1
-        do {
-            int position;
-            room += (unsigned)(end.bound - s_.words[targets.pop(bundle, position)]);
-        } while (room < (unsigned)x && !targets.empty());
-        return (int)min(room, (unsigned)x);
+        const unsigned low = room[2 * arc.entry.bundle()], high = room[2 * arc.entry.bundle() + 1];
+        return (int)min((unsigned)x, high > 0x7fff ? 0x7fffffffu : (high << 16) + low);
     }
 
     // Gives `share` tokens, which this thread's arcs can carry, to the ranks in `toward`, arc by arc and rank by rank. tokens: of the first.
@@ -375,16 +383,22 @@ private:
         int *const at_start = &s_.x[arc.entry.flipped() ? arc.entry.arc() + here : arc.entry.arc() - here];
         const int direction = arc.entry.flipped() ? -1 : 1;
         const int most = min(x, share);
-        int rest = most;
+        int rest = most, position;
+        int q = targets.pop(arc.mask, position);
+        int load = s_.words[q];
 #pragma unroll 1
-        do {
-            int position;
-            const int q = targets.pop(arc.mask, position);
-            const int amount = step > 1 ? rest : min(rest, end.bound - s_.words[q]);
+        for (;;) {
+            const bool more = !targets.empty();
+            int next_position = 0, next_q = q;
+            if (more) next_q = targets.pop(arc.mask, next_position);
+            const int next_load = s_.words[next_q];  // under way while this one is served
+            const int amount = step > 1 ? rest : min(rest, end.bound - load);
             atomicAdd(at_start + direction * position, amount);
             atomicAdd(&received[q], amount);
             rest -= amount;
-        } while (rest > 0 && !targets.empty());
+            if (rest == 0 || !more) break;
+            q = next_q, position = next_position, load = next_load;
+        }
         s_.x[arc.entry.arc()] = x - most + rest;
         return most - rest;
     }

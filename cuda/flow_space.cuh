@@ -46,13 +46,13 @@ struct FlowSpace {
     int *words;     // [64] exchange between warps, in MaskFlow the loads; 16-byte aligned
     int *base;      // [ranks] tokens of single places
     int *load;      // [ranks]
-    int *received;  // ScanFlow: [2][ranks] in odd and even steps; MaskFlow: [2][4][ranks] RoundSums of odd and even rounds
+    int *received;  // ScanFlow: [2][ranks] in odd and even steps; MaskFlow: [2] RoundSums of odd and even rounds
     int *sum;       // [bundles] tokens of the bundle
     int *x;         // [arcs] tokens of a bundle on a rank
     int *extra;     // MaskFlow: kMaskExtra words a rank; ScanFlow: [ranks] level and [bundles] level
 
     __host__ __device__ static int ranks(int group_size) { return round_up(group_size, 32); }
-    __host__ __device__ static int cleared_words(const lplbk_shape &shape) { return shape.max_bundles + 10 * ranks(shape.group_size) + 64; }
+    __host__ __device__ static int cleared_words(const lplbk_shape &shape) { return 5 * shape.max_bundles + 10 * ranks(shape.group_size) + 64; }
     __host__ __device__ static int words_of(const lplbk_shape &shape) {
         const int n = ranks(shape.group_size);
         return cleared_words(shape) + shape.max_arcs + (shape.group_size <= 64 ? kMaskExtra * n : n + shape.max_bundles);
@@ -65,7 +65,7 @@ struct FlowSpace {
         base = words + 64;
         load = base + n;
         received = load + n;
-        sum = received + 8 * n;
+        sum = received + 8 * n + 4 * shape.max_bundles;
         x = sum + shape.max_bundles;
         extra = x + shape.max_arcs;
     }
