@@ -235,6 +235,15 @@ private:
             for (int v = 0; v < kWords; ++v) {
                 if (reach.word[v] != 0) atomicOr(&sums->reach[v][rank_], reach.word[v]);
             }
+            const int lacks = end.bound - of_my_rank(load);
+            if (lacks > 0) {
+#pragma unroll 1
+                for (int k = 0; k < (kSingle ? min(n_arcs_, 1) : n_arcs_); ++k) {
+                    int *const room = sums->room + 2 * (k == 0 ? first_ : arc_at(k)).entry.bundle();
+                    atomicAdd(&room[0], lacks & 0xffff);
+                    if (lacks >> 16 != 0) atomicAdd(&room[1], lacks >> 16);
+                }
+            }
             if (row_ == 0) loads[rank_] = of_my_rank(load);
             sync();
             if (row_ == n_rows_ - 1) {
@@ -250,21 +259,19 @@ private:
 #pragma unroll
                 for (int v = 0; v < kWords; ++v) adjacent[w].word[v] = sums->reach[v][rank(w)];
             }
-            int level[kWords], levels;
+            int level[kWords];
             Set toward[kWords];  // the ranks one level nearer
-#pragma unroll 1
-            for (;;) {
-                if (end.rounds == max_rounds) {
-                    end.certified = 0;
-                    return;
-                }
-                ++end.rounds;
-                levels = search(adjacent, above, level, toward);
-                if (levels > 0) break;
-                above = over();
-                if (above.empty()) return;
+            if (end.rounds == max_rounds) {
+                end.certified = 0;
+                return;
             }
-            wave<kSingle>(tokens, levels, of_my_rank(level), of_my_rank(toward), *sums, capacity);
+            ++end.rounds;
+            const int levels = search(adjacent, above, level, toward);
+            if (levels > 0) {
+                wave<kSingle>(tokens, levels, of_my_rank(level), of_my_rank(toward), *sums, capacity);
+            } else {
+                sync();  // the next sums are cleared
+            }
             above = over();
             RoundSums *const cleared = next;
             next = sums;
@@ -311,16 +318,6 @@ private:
     // tokens: of this thread's first arc; my_level, my_toward: of its rank.
     template <bool kSingle>
     __device__ __forceinline__ void wave(int tokens, int levels, int my_level, const Set &my_toward, RoundSums &sums, int *capacity) {
-        if (my_level == 0) {
-            const int lacks = end.bound - of_my_rank(load);
-#pragma unroll 1
-            for (int k = 0; k < (kSingle ? min(n_arcs_, 1) : n_arcs_); ++k) {
-                int *const room = sums.room + 2 * (k == 0 ? first_.entry : arc_at(k).entry).bundle();
-                atomicAdd(&room[0], lacks & 0xffff);
-                if (lacks >> 16 != 0) atomicAdd(&room[1], lacks >> 16);
-            }
-        }
-        sync();
         // What the arcs can carry does not change before their rank's own step: all, or at the last step what there is room for.
         int mine = 0;
         if (my_level > 0) {
