@@ -3,8 +3,11 @@
 //
 // Every warp keeps the loads and levels of all ranks, a rank (or two) a lane, sets of ranks as bit masks, and so comes to the same decisions
 // without asking the others. The arcs of a rank, in their order, are shared out over the warps: thread (row, rank) has the arcs row * chunk
-// and following. What needs all arcs of a rank (where it can push to, how much the arcs before one can carry) goes through shared memory, a
-// word a row and rank. Tokens of arcs are in shared memory.
+// and following, as a rule one at most. What needs several arcs (where a rank can push to, what a bundle has room for, how much the arcs of a
+// rank before one can carry) is added up in shared memory, where the tokens of arcs are too.
+//
+// Few threads have tokens to move at a time, so a round takes as long as the longest chain of instructions between two barriers: one thread
+// that serves one receiver after another.
 #pragma once
 
 #include "flow_pair.cuh"
@@ -13,7 +16,7 @@
 
 namespace lplb {
 
-// By the first kWarps warps of the block; all of them, and nobody else, call solve(). Its results are complete in the first warp; the others
+// By the first kMaskWarps warps of the block; all of them, and nobody else, call solve(). Its results are complete in the first warp; the others
 // may leave it earlier.
 template <int kWords>
 class MaskFlow {
@@ -41,7 +44,7 @@ public:
         first_ = arc_at(0);
     }
 
-    // After split_evenly() and a barrier of the block. What ranks receive starts at zero (cleared with the space).
+    // After split_evenly() and a barrier of the block. The space must have been cleared.
     __device__ void solve() {
         if (row_ >= n_rows_) return;
         int base[kWords], highest_base = 0;
@@ -72,8 +75,6 @@ public:
                 sync();  // everybody has read the loads
                 sweep_once();
             }
-            if (over().empty()) return;
-            cut_prefixes(base);
         }
         if (single_) {
             rounds<true>();
@@ -166,47 +167,7 @@ private:
         for (int w = 0; w < kWords; ++w) load[w] = s_.load[rank(w)];
     }
 
-    // The best lower bound among the sets of the n busiest ranks. s_.load holds the loads.
-    __device__ void cut_prefixes(const int (&base)[kWords]) {
-        int *position = s_.extra, *added = position + kRanks;
-        if (row_ == 0) {
-            const int mine = of_my_rank(load);
-            int before = 0;
-#pragma unroll 4
-            for (int q = 0; q < n_ranks_; ++q) {
-                const int other = s_.load[q];
-                before += other > mine || (other == mine && q < rank_);
-            }
-            if (rank_ >= n_ranks_) before = rank_;
-            position[rank_] = before;
-            added[before] = of_my_rank(base);
-        }
-        sync();
-        const int n_bundles = t_.n_bundles();
-#pragma unroll 1
-        for (int bundle = threadIdx.x; bundle < n_bundles; bundle += 32 * kWords * n_rows_) {
-            const int arc = t_.bundle_start[bundle];
-            atomicAdd(&added[max(position[t_.arc_rank[arc]], position[t_.arc_rank[arc + 1]])], s_.sum[bundle]);
-        }
-        sync();
-        int candidate[kWords];
-        int inside = 0, best = 0;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-            const int n = rank(w) + 1;
-            inside = warp_prefix(added[n - 1]) + __shfl_sync(kFullWarp, inside, 31);
-            candidate[w] = n <= n_ranks_ ? ceil_share(inside, n) : 0;
-            best = max(best, candidate[w]);
-        }
-        best = warp_max(best);
-        if (best > end.bound) {
-            const int n = those([&](int w) { return candidate[w] == best; }).first() + 1;
-            end.bound = best;
-            witness = those([&](int w) { return position[rank(w)] < n; });
-        }
-    }
-
-    // What the warps add up in one round, cleared before.
+    // What the warps add up in one round; cleared in the round before.
     struct RoundSums {
         int received[kRanks];
         int given[kRanks];
@@ -217,10 +178,10 @@ private:
     template <bool kSingle>
     __device__ __forceinline__ void rounds() {
         int *const loads = s_.words;  // [ranks] at the beginning of the round
-        int *const capacity = s_.extra + 2 * kRanks;  // [rows][ranks], behind what cut_prefixes uses
+        int *const capacity = s_.extra;  // [rows][ranks]
         const int n_bundles = t_.n_bundles(), max_rounds = lplbk_max_rounds(n_ranks_);
         RoundSums *sums = reinterpret_cast<RoundSums *>(s_.received);
-        RoundSums *next = reinterpret_cast<RoundSums *>(s_.received + (2 + kWords) * kRanks + 2 * n_bundles);
+        RoundSums *next = reinterpret_cast<RoundSums *>(s_.received + FlowSpace::round_words(kRanks, n_bundles));
         Set above = over();
 #pragma unroll 1
         while (!above.empty()) {
@@ -270,7 +231,7 @@ private:
             if (levels > 0) {
                 wave<kSingle>(tokens, levels, of_my_rank(level), of_my_rank(toward), *sums, capacity);
             } else {
-                sync();  // the next sums are cleared
+                sync();  // the next sums are clear
             }
             above = over();
             RoundSums *const cleared = next;

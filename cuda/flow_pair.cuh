@@ -36,7 +36,6 @@ struct PairFlow {
         n_ranks_ = n_ranks;
         everybody_ = n_ranks == 32 ? kFullWarp : (1u << n_ranks) - 1;
         mean_ = ShareOf(n_ranks);
-        mean_of_first_ = ShareOf(lane_id() + 1);
 #pragma unroll
         for (int c = 0; c < kSlots; ++c) {
             partner[c] = words[c] & 31;
@@ -46,8 +45,8 @@ struct PairFlow {
         }
     }
 
-    // base: tokens of this rank's single places; class_sum: tokens of each slot class; shared: 32 words, 16-byte aligned.
-    __device__ __forceinline__ void solve(int base, const int *class_sum, int *shared) {
+    // base: tokens of this rank's single places; class_sum: tokens of each slot class.
+    __device__ __forceinline__ void solve(int base, const int *class_sum) {
         const bool valid = lane_id() < n_ranks_;
         load = base;
 #pragma unroll
@@ -76,8 +75,6 @@ struct PairFlow {
         }
         if (!__any_sync(kFullWarp, load > end.bound)) return;
         MARK(9);
-        cut_prefixes(base, shared);
-        MARK(10);
         rounds(valid, lplbk_max_rounds(n_ranks_));
     }
 
@@ -85,7 +82,6 @@ private:
     int n_ranks_;
     unsigned everybody_;
     ShareOf mean_;           // of all ranks
-    ShareOf mean_of_first_;  // of as many ranks as there are lanes up to this one
 
     // Both ends see the same numbers with opposite signs, and rounding toward zero and clipping are odd.
     __device__ __forceinline__ void even_out(int c) {
@@ -93,48 +89,6 @@ private:
         const int moved = max(min(difference / 2, x[c]), x[c] - sum[c]);
         x[c] -= moved;
         load -= moved;
-    }
-
-    // The best lower bound among the sets of the n busiest ranks. shared: 32 words, 16-byte aligned.
-    __device__ __forceinline__ void cut_prefixes(int base, int *shared) {
-        const int n_ranks = n_ranks_;
-        const int lane = lane_id();
-        shared[lane] = lane < n_ranks ? load : -1;
-        __syncwarp();
-        // Ranks with more tokens, or with as many and a lower number, come before this one.
-        int position = 0;
-#pragma unroll 1
-        for (int q = 0; q < n_ranks; q += 8) {
-            const int4 low = reinterpret_cast<const int4 *>(shared)[q / 4], high = reinterpret_cast<const int4 *>(shared)[q / 4 + 1];
-            const int others[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-            for (int i = 0; i < 8; ++i) position += others[i] > (q + i < lane ? load - 1 : load);
-        }
-        if (lane >= n_ranks) position = lane;  // keeps the places of the others free
-        int far[kSlots];
-#pragma unroll
-        for (int c = 0; c < kSlots; ++c) far[c] = max(position, __shfl_sync(kFullWarp, position, partner[c]));
-        __syncwarp();
-        shared[position] = base;
-        __syncwarp();
-#pragma unroll
-        for (int c = 0; c < kSlots; ++c) {
-            if (!is_copy[c]) atomicAdd(&shared[far[c]], sum[c]);  // no arc: adds 0
-        }
-        __syncwarp();
-        int inside = shared[lane];
-#pragma unroll 1
-        for (int step = 1; step < n_ranks; step *= 2) {
-            const int below = __shfl_up_sync(kFullWarp, inside, step);
-            if (lane >= step) inside += below;
-        }
-        const int candidate = lane < n_ranks ? mean_of_first_(inside) : 0;
-        const int best = warp_max(candidate);
-        if (best > end.bound) {
-            const int n = __ffs(__ballot_sync(kFullWarp, candidate == best));
-            end.bound = best;
-            witness = __ballot_sync(kFullWarp, position < n);
-        }
     }
 
     __device__ __forceinline__ void rounds(bool valid, int max_rounds) {

@@ -38,8 +38,7 @@ struct ArcEntry {
     __device__ bool flipped() const { return word >> 31 != 0; }
 };
 
-constexpr int kMaskWarps = 8;                   // that run MaskFlow
-constexpr int kMaskExtra = 2 + kMaskWarps;  // two for a cut, and one for each row
+constexpr int kMaskWarps = 8;  // that run MaskFlow
 
 // Working arrays of a group, in words of shared memory. ranks: rounded up to whole warps.
 struct FlowSpace {
@@ -49,13 +48,21 @@ struct FlowSpace {
     int *received;  // ScanFlow: [2][ranks] in odd and even steps; MaskFlow: [2] RoundSums of odd and even rounds
     int *sum;       // [bundles] tokens of the bundle
     int *x;         // [arcs] tokens of a bundle on a rank
-    int *extra;     // MaskFlow: kMaskExtra words a rank; ScanFlow: [ranks] level and [bundles] level
+    int *extra;     // MaskFlow: a word a thread; ScanFlow: [ranks] level and [bundles] level
 
     __host__ __device__ static int ranks(int group_size) { return round_up(group_size, 32); }
-    __host__ __device__ static int cleared_words(const lplbk_shape &shape) { return 5 * shape.max_bundles + 10 * ranks(shape.group_size) + 64; }
+    // MaskFlow's RoundSums: received, given and a set for each rank, two words for each bundle.
+    __host__ __device__ static int round_words(int ranks, int bundles) { return (2 + ranks / 32) * ranks + 2 * bundles; }
+    __host__ __device__ static int received_words(const lplbk_shape &shape) {
+        const int n = ranks(shape.group_size);
+        return 2 * (shape.group_size <= 64 ? round_words(n, shape.max_bundles) : n);
+    }
+    __host__ __device__ static int cleared_words(const lplbk_shape &shape) {
+        return 64 + 2 * ranks(shape.group_size) + received_words(shape) + shape.max_bundles;
+    }
     __host__ __device__ static int words_of(const lplbk_shape &shape) {
         const int n = ranks(shape.group_size);
-        return cleared_words(shape) + shape.max_arcs + (shape.group_size <= 64 ? kMaskExtra * n : n + shape.max_bundles);
+        return cleared_words(shape) + shape.max_arcs + (shape.group_size <= 64 ? 32 * kMaskWarps : n + shape.max_bundles);
     }
 
     // memory: 16-byte aligned. The first cleared_words() are to be zero.
@@ -65,7 +72,7 @@ struct FlowSpace {
         base = words + 64;
         load = base + n;
         received = load + n;
-        sum = received + 8 * n + 4 * shape.max_bundles;
+        sum = received + received_words(shape);
         x = sum + shape.max_bundles;
         extra = x + shape.max_arcs;
     }

@@ -83,7 +83,7 @@ __device__ __forceinline__ void solve_as_pairs(const GeneralTables &t, const Gen
     for (int c = 0; c < kSlots; ++c) words[c] = space.image[t.at.pair_lanes + 32 * c + lane_id()];
     PairFlow<kSlots> flow;
     flow.open(words, t.shape.group_size);
-    flow.solve(lane_id() < t.shape.group_size ? space.flow.base[lane_id()] : 0, space.flow.sum, space.flow.words);
+    flow.solve(lane_id() < t.shape.group_size ? space.flow.base[lane_id()] : 0, space.flow.sum);
 #pragma unroll
     for (int c = 0; c < kSlots; ++c) {
         if (flow.bit[c] != 0) space.flow.x[2 * flow.slot_class[c] + (flow.is_copy[c] ? 1 : 0)] = flow.x[c];

@@ -18,7 +18,6 @@ struct PairTables {
 
 // Shared memory of a block that solves n_groups groups.
 struct PairSpace {
-    int *prefixes;    // [n_groups][32] of PairFlow
     WideSum *wide;    // [n_groups] used only where kSurelyFits says no
     int *own;         // [3] see OwnTokens
     int *highest;     // tokens of the most loaded expert
@@ -32,16 +31,15 @@ struct PairSpace {
     }
     __host__ __device__ static int words_of(const lplbk_shape &shape, int n_groups) {
         const int ranks = n_groups * shape.group_size;
-        return cleared_words(n_groups, shape.group_size, shape.n_redundant) + ranks * shape.n_redundant + 32 * n_groups +
+        return cleared_words(n_groups, shape.group_size, shape.n_redundant) + ranks * shape.n_redundant +
                ranks * (shape.n_logical / shape.ep_size);
     }
 
     // memory: 16-byte aligned.
     __device__ PairSpace(int *memory, const PairTables &t) {
         const int ranks = t.n_groups * t.n_ranks;
-        prefixes = memory;
-        wide = reinterpret_cast<WideSum *>(memory + 32 * t.n_groups);
-        own = memory + 35 * t.n_groups;
+        wide = reinterpret_cast<WideSum *>(memory);
+        own = memory + 3 * t.n_groups;
         highest = own + 3;
         base = highest + 1;
         class_sum = base + ranks;
@@ -91,8 +89,7 @@ __device__ __forceinline__ void load_lanes(const PairTables &t, int group, int (
 template <int kSlots>
 __device__ __forceinline__ void solve_pair_group(const PairTables &t, const PairSpace &space, int group, PairFlow<kSlots> &flow) {
     const int classes = t.n_ranks * t.n_redundant;
-    flow.solve(lane_id() < t.n_ranks ? space.base[group * t.n_ranks + lane_id()] : 0, space.class_sum + group * classes,
-               space.prefixes + 32 * group);
+    flow.solve(lane_id() < t.n_ranks ? space.base[group * t.n_ranks + lane_id()] : 0, space.class_sum + group * classes);
 #pragma unroll
     for (int c = 0; c < kSlots; ++c) {
         if (flow.bit[c] != 0 && !flow.is_copy[c]) space.class_kept[group * classes + flow.slot_class[c]] = flow.x[c];

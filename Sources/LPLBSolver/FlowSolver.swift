@@ -10,9 +10,6 @@
 // Sweeps   Only in groups that have colours (every bundle has two places, at most 8 colours). Twice: for each colour, in parallel for its
 //          bundles with ranks r, s: move (load[r] - load[s]) / 2, rounded toward zero, from r to s as far as x allows. Done if, after a
 //          whole sweep, max load <= T.
-// Cut      Only in groups that sweep and have at most 64 ranks, once: with the ranks sorted by load (descending, then by number) let P(n)
-//          be the tokens that cannot leave the first n ranks. If the largest ceil(P(n) / n) is above T it becomes T; witness: those n
-//          ranks, for the smallest such n. Done if max load <= T.
 // Loop     Until no rank is above T:
 //          - Search: level 0 are the ranks below T. A rank without level gets level k + 1 if one of its arcs has x > 0 and the bundle has
 //            another arc on a rank of level k. Stop when every rank above T has a level, or no rank gets one.
@@ -104,10 +101,6 @@ extension Group {
         if firstColour < endColour {
             for _ in 0..<2 {
                 sweep()
-                if max() <= state.bound { return }
-            }
-            if size <= Group.maskRanks {
-                cutPrefix(&state)
                 if max() <= state.bound { return }
             }
         }

@@ -111,19 +111,6 @@ struct PlainFlow {
                     load = currentLoads()
                 }
             }
-            if load.max()! > bound && size <= 64 {
-                let order = (0..<size).sorted { (-load[$0], $0) < (-load[$1], $1) }
-                let old = bound
-                for n in 1...size {
-                    let set = Set(order[..<n])
-                    var inside = set.reduce(0) { $0 + base[$1] }
-                    for (u, bundle) in list.enumerated() where set.isSuperset(of: bundle.ranks) { inside += demand[u] }
-                    if ceiling(inside, n) > max(bound, old) {
-                        bound = ceiling(inside, n)
-                        witness = set
-                    }
-                }
-            }
         }
         while load.max()! > bound {
             rounds += 1

@@ -334,29 +334,6 @@ inline Plan::Group flow(const Instance &in, int g, const vector<int64_t> &loads,
             }
             done = balanced();
         }
-        if (!done && G <= 64) {
-            vector<int64_t> add(G, 0);
-            vector<int> pos(G, 0);
-            for (int r = 0; r < G; ++r) {
-                for (int q = 0; q < G; ++q) pos[r] += load[q] > load[r] || (load[q] == load[r] && q < r);
-            }
-            for (int r = 0; r < G; ++r) add[pos[r]] += base[r];
-            for (int u : mine) {
-                int p = 0;
-                for (int r : in.bundles[u].ranks) p = std::max(p, pos[r - first]);
-                add[p] += C[u];
-            }
-            int64_t inside = 0, best = -1;
-            int best_n = 0;
-            for (int n = 1; n <= G; ++n) {
-                inside += add[n - 1];
-                if (ceil_div(inside, n) > best) best = ceil_div(inside, n), best_n = n;
-            }
-            if (best > T) {
-                T = best;
-                for (int r = 0; r < G; ++r) witness[r] = pos[r] < best_n;
-            }
-        }
     }
     while (!done) {
         if (balanced()) break;
