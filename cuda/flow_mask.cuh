@@ -112,7 +112,14 @@ private:
 
     __device__ static int rank(int w) { return 32 * w + lane_id(); }
 
-    __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"r"(32 * kWords * n_rows_) : "memory"); }
+    // Of the warps that take part.
+    __device__ void sync() const {
+        if (kWords == 1 && n_rows_ == 1) {
+            __syncwarp();
+        } else {
+            asm volatile("barrier.cta.sync.aligned 1, %0;" ::"r"(32 * kWords * n_rows_) : "memory");
+        }
+    }
 
     // The ranks for which condition(w) holds, rank being 32 w + lane.
     template <class Condition>
@@ -172,7 +179,7 @@ private:
         int received[kRanks];
         int given[kRanks];
         unsigned reach[kWords][kRanks];  // ranks that the rank can push to: those of its arcs with tokens
-        int room[2];                     // [bundles][2] what ranks of the bundle lack to the bound: low 16 bits, the others
+        int2 room[1];                    // [bundles] what ranks of the bundle lack to the bound: low 16 bits, the others
     };
 
     template <bool kSingle>
@@ -200,9 +207,9 @@ private:
             if (lacks > 0) {
 #pragma unroll 1
                 for (int k = 0; k < (kSingle ? min(n_arcs_, 1) : n_arcs_); ++k) {
-                    int *const room = sums->room + 2 * (k == 0 ? first_ : arc_at(k)).entry.bundle();
-                    atomicAdd(&room[0], lacks & 0xffff);
-                    if (lacks >> 16 != 0) atomicAdd(&room[1], lacks >> 16);
+                    int2 *const room = &sums->room[(k == 0 ? first_ : arc_at(k)).entry.bundle()];
+                    atomicAdd(&room->x, lacks & 0xffff);
+                    if (lacks >> 16 != 0) atomicAdd(&room->y, lacks >> 16);
                 }
             }
             if (row_ == 0) loads[rank_] = of_my_rank(load);
@@ -213,7 +220,9 @@ private:
                 for (int v = 0; v < kWords; ++v) next->reach[v][rank_] = 0;
             }
 #pragma unroll 1
-            for (int i = threadIdx.x; i < 2 * n_bundles; i += 32 * kWords * n_rows_) next->room[i] = 0;
+            for (int k = 0; k < (kSingle ? min(n_arcs_, 1) : n_arcs_); ++k) {
+                next->room[(k == 0 ? first_ : arc_at(k)).entry.bundle()] = make_int2(0, 0);  // by all arcs of the bundle alike
+            }
             Set adjacent[kWords];
 #pragma unroll
             for (int w = 0; w < kWords; ++w) {
@@ -240,10 +249,11 @@ private:
         }
     }
 
-    // The levels of the ranks and the largest of a rank above the bound; 0: some have none, and the bound is now that of the cut.
+    // The levels of the ranks and the largest of a rank above the bound; 0: some have none, and the bound is now that of the cut. `above` is
+    // not empty. (Lanes without a rank pass for ranks below the bound that no bundle knows.)
     __device__ __forceinline__ int search(const Set (&adjacent)[kWords], const Set &above, int (&level)[kWords], Set (&toward)[kWords]) {
-        Set front = those([&](int w) { return rank(w) < n_ranks_ && load[w] < end.bound; });
-        Set reached = front;
+        Set front = those([&](int w) { return load[w] < end.bound; });
+        Set waiting = above;
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
             level[w] = load[w] < end.bound ? 0 : -1;
@@ -251,10 +261,11 @@ private:
         }
         int levels = 0;
 #pragma unroll 1
-        while (!above.without(reached).empty()) {
-            const Set joined = those([&](int w) { return level[w] < 0 && !(adjacent[w] & front).empty(); });
+        do {
+            const auto joins = [&](int w) { return level[w] < 0 && !(adjacent[w] & front).empty(); };
+            const Set joined = those(joins);
             if (joined.empty()) {
-                const auto inside = [&](int w) { return rank(w) < n_ranks_ && level[w] < 0; };
+                const auto inside = [&](int w) { return level[w] < 0; };
                 int held = 0;
 #pragma unroll
                 for (int w = 0; w < kWords; ++w) held += inside(w) ? load[w] : 0;
@@ -265,14 +276,14 @@ private:
             ++levels;
 #pragma unroll
             for (int w = 0; w < kWords; ++w) {
-                if (level[w] < 0 && !(adjacent[w] & front).empty()) {
+                if (joins(w)) {
                     level[w] = levels;
                     toward[w] = front;
                 }
             }
             front = joined;
-            reached |= joined;
-        }
+            waiting = waiting.without(joined);
+        } while (!waiting.empty());
         return levels;
     }
 
@@ -312,11 +323,11 @@ private:
     }
 
     // Of x tokens on an arc, what can go to the ranks in `toward`: all, or at the last step what the bundle has room for.
-    __device__ __forceinline__ int carries(int x, const Arc &arc, const Set &toward, int step, const int *room) const {
+    __device__ __forceinline__ int carries(int x, const Arc &arc, const Set &toward, int step, const int2 *room) const {
         if ((arc.mask & toward).empty()) return 0;
         if (step > 1) return x;
-        const unsigned low = room[2 * arc.entry.bundle()], high = room[2 * arc.entry.bundle() + 1];
-        return (int)min((unsigned)x, high > 0x7fff ? 0x7fffffffu : (high << 16) + low);
+        const int2 both = room[arc.entry.bundle()];
+        return (int)min((unsigned)x, both.y > 0x7fff ? 0x7fffffffu : ((unsigned)both.y << 16) + (unsigned)both.x);
     }
 
     // Gives `share` tokens, which this thread's arcs can carry, to the ranks in `toward`, arc by arc and rank by rank. tokens: of the first.

@@ -47,7 +47,6 @@ struct PairFlow {
 
     // base: tokens of this rank's single places; class_sum: tokens of each slot class.
     __device__ __forceinline__ void solve(int base, const int *class_sum) {
-        const bool valid = lane_id() < n_ranks_;
         load = base;
 #pragma unroll
         for (int c = 0; c < kSlots; ++c) {
@@ -61,7 +60,7 @@ struct PairFlow {
         witness = everybody_;
         if (highest_base > end.bound) {
             end.bound = highest_base;
-            witness = 1u << (__ffs(__ballot_sync(kFullWarp, valid && base == highest_base)) - 1);
+            witness = 1u << (__ffs(__ballot_sync(kFullWarp, base == highest_base)) - 1);
         }
         end.rounds = 0;
         end.certified = 1;
@@ -75,13 +74,13 @@ struct PairFlow {
         }
         if (!__any_sync(kFullWarp, load > end.bound)) return;
         MARK(9);
-        rounds(valid, lplbk_max_rounds(n_ranks_));
+        rounds(lplbk_max_rounds(n_ranks_));
     }
 
 private:
     int n_ranks_;
     unsigned everybody_;
-    ShareOf mean_;           // of all ranks
+    ShareOf mean_;  // of all ranks
 
     // Both ends see the same numbers with opposite signs, and rounding toward zero and clipping are odd.
     __device__ __forceinline__ void even_out(int c) {
@@ -91,11 +90,12 @@ private:
         load -= moved;
     }
 
-    __device__ __forceinline__ void rounds(bool valid, int max_rounds) {
+    // Lanes without a rank pass for ranks below the bound that nobody knows.
+    __device__ __forceinline__ void rounds(int max_rounds) {
 #pragma unroll 1
         for (;;) {
             const int bound = end.bound;
-            const unsigned over = __ballot_sync(kFullWarp, valid && load > bound);
+            const unsigned over = __ballot_sync(kFullWarp, load > bound);
             if (over == 0) return;
             if (end.rounds == max_rounds) break;
             ++end.rounds;
@@ -107,14 +107,14 @@ private:
                 room[c] = bound - __shfl_sync(kFullWarp, load, partner[c]);
                 if (x[c] > 0) adjacent |= bit[c];
             }
-            unsigned front = __ballot_sync(kFullWarp, valid && load < bound);
-            unsigned reached = front;
+            unsigned front = __ballot_sync(kFullWarp, load < bound);
+            unsigned waiting = over;
             unsigned toward = 0;  // the ranks one level nearer
             int level = load < bound ? 0 : -1;
             int levels = 0;
             bool cut = false;
 #pragma unroll 1
-            while ((over & ~reached) != 0) {
+            do {
                 const bool joins = level < 0 && (adjacent & front) != 0;
                 const unsigned joined = __ballot_sync(kFullWarp, joins);
                 if (joined == 0) {
@@ -127,10 +127,10 @@ private:
                     toward = front;
                 }
                 front = joined;
-                reached |= joined;
-            }
+                waiting &= ~joined;
+            } while (waiting != 0);
             if (cut) {
-                const bool inside = valid && level < 0;
+                const bool inside = level < 0;
                 const int tokens = warp_sum(inside ? load : 0);
                 witness = __ballot_sync(kFullWarp, inside);
                 end.bound = ceil_share(tokens, __popc(witness));

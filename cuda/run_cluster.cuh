@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int share_words = round_up(f.n_bases + f.max_replicated, 4);
     const int row_words = counter_words(f.max_replicated);
     const bool writes = block == 0;
-    const int n_solvers = kPairs ? min(pairs.n_groups, kMaxSolvers) : kWords;
+    const int n_solvers = kPairs ? min(pairs.n_groups, kMaxSolvers) : kMaskWarps;
     const int warp = uniform_warp_id();
     const int n_replicated = *f.n_replicated;
 
