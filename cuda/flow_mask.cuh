@@ -113,13 +113,7 @@ private:
     __device__ static int rank(int w) { return 32 * w + lane_id(); }
 
     // Of the warps that take part.
-    __device__ void sync() const {
-        if (kWords == 1 && n_rows_ == 1) {
-            __syncwarp();
-        } else {
-            asm volatile("barrier.cta.sync.aligned 1, %0;" ::"r"(32 * kWords * n_rows_) : "memory");
-        }
-    }
+    __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"r"(32 * kWords * n_rows_) : "memory"); }
 
     // The ranks for which condition(w) holds, rank being 32 w + lane.
     template <class Condition>
@@ -174,6 +168,16 @@ private:
         for (int w = 0; w < kWords; ++w) load[w] = s_.load[rank(w)];
     }
 
+    // Calls visit() for the arcs of this thread. kSingle: there is at most one.
+    template <bool kSingle, class Visit>
+    __device__ __forceinline__ void each_arc(Visit visit) const {
+        if (n_arcs_ > 0) visit(first_);
+        if constexpr (!kSingle) {
+#pragma unroll 1
+            for (int k = 1; k < n_arcs_; ++k) visit(arc_at(k));
+        }
+    }
+
     // What the warps add up in one round; cleared in the round before.
     struct RoundSums {
         int received[kRanks];
@@ -205,12 +209,11 @@ private:
             }
             const int lacks = end.bound - of_my_rank(load);
             if (lacks > 0) {
-#pragma unroll 1
-                for (int k = 0; k < (kSingle ? min(n_arcs_, 1) : n_arcs_); ++k) {
-                    int2 *const room = &sums->room[(k == 0 ? first_ : arc_at(k)).entry.bundle()];
+                each_arc<kSingle>([&](const Arc &arc) {
+                    int2 *const room = &sums->room[arc.entry.bundle()];
                     atomicAdd(&room->x, lacks & 0xffff);
                     if (lacks >> 16 != 0) atomicAdd(&room->y, lacks >> 16);
-                }
+                });
             }
             if (row_ == 0) loads[rank_] = of_my_rank(load);
             sync();
@@ -219,10 +222,7 @@ private:
 #pragma unroll
                 for (int v = 0; v < kWords; ++v) next->reach[v][rank_] = 0;
             }
-#pragma unroll 1
-            for (int k = 0; k < (kSingle ? min(n_arcs_, 1) : n_arcs_); ++k) {
-                next->room[(k == 0 ? first_ : arc_at(k)).entry.bundle()] = make_int2(0, 0);  // by all arcs of the bundle alike
-            }
+            each_arc<kSingle>([&](const Arc &arc) { next->room[arc.entry.bundle()] = make_int2(0, 0); });  // all arcs of a bundle alike
             Set adjacent[kWords];
 #pragma unroll
             for (int w = 0; w < kWords; ++w) {
@@ -333,15 +333,15 @@ private:
     // Gives `share` tokens, which this thread's arcs can carry, to the ranks in `toward`, arc by arc and rank by rank. tokens: of the first.
     template <bool kSingle>
     __device__ __forceinline__ void give(int share, int tokens, const Set &toward, int step, int *received) const {
-        if (kSingle) {
+        if constexpr (kSingle) {
             give_by(first_, tokens, share, toward, step, received);
-            return;
-        }
+        } else {
 #pragma unroll 1
-        for (int k = 0; k < n_arcs_ && share > 0; ++k) {
-            const Arc arc = arc_at(k);
-            const int x = s_.x[arc.entry.arc()];
-            if (!(arc.mask & toward).empty() && x > 0) share -= give_by(arc, x, share, toward, step, received);
+            for (int k = 0; k < n_arcs_ && share > 0; ++k) {
+                const Arc arc = arc_at(k);
+                const int x = s_.x[arc.entry.arc()];
+                if (!(arc.mask & toward).empty() && x > 0) share -= give_by(arc, x, share, toward, step, received);
+            }
         }
     }
 

@@ -142,8 +142,7 @@ private:
             int so_far = 0;
 #pragma unroll
             for (int c = 0; c < kSlots; ++c) {
-                available[c] = (bit[c] & toward) != 0 ? x[c] : 0;
-                if (level == 1) available[c] = min(available[c], max(room[c], 0));
+                available[c] = (bit[c] & toward) != 0 ? (level == 1 ? min(x[c], room[c]) : x[c]) : 0;
                 before[c] = so_far;
                 so_far += available[c];
             }
