@@ -1,10 +1,10 @@
 // The flow algorithm for groups of at most 64 ranks with any number of places an expert: eight warps. The rule is that of
 // Sources/LPLBSolver/FlowSolver.swift.
 //
-// Every warp keeps the loads and levels of all ranks, a rank (or two) a lane, sets of ranks as bit masks, and so comes to the same decisions
-// without asking the others. The arcs of a rank, in their order, are shared out over the warps: thread (row, rank) has the arcs row * chunk
-// and following, as a rule one at most. What needs several arcs (where a rank can push to, what a bundle has room for, how much the arcs of a
-// rank before one can carry) is added up in shared memory, where the tokens of arcs are too.
+// Every warp keeps the loads and levels of all ranks, a rank (or two) a lane, sets of ranks as bit masks, and so comes to the same
+// decisions without asking the others. The arcs of a rank, in their order, are shared out over the warps: thread (row, rank) has the arcs
+// row * chunk and following, as a rule one at most. What needs several arcs (where a rank can push to, what a bundle has room for, how much
+// the arcs of a rank before one can carry) is added up in shared memory, where the tokens of arcs are too.
 //
 // Few threads have tokens to move at a time, so a round takes as long as the longest chain of instructions between two barriers: one thread
 // that serves one receiver after another.
@@ -16,8 +16,8 @@
 
 namespace lplb {
 
-// By the first kMaskWarps warps of the block; all of them, and nobody else, call solve(). Its results are complete in the first warp; the others
-// may leave it earlier.
+// By the first kMaskWarps warps of the block; all of them, and nobody else, call solve(). Its results are complete in the first warp; the
+// others may leave it earlier.
 template <int kWords>
 class MaskFlow {
 public:
@@ -222,7 +222,7 @@ private:
 #pragma unroll
                 for (int v = 0; v < kWords; ++v) next->reach[v][rank_] = 0;
             }
-            each_arc<kSingle>([&](const Arc &arc) { next->room[arc.entry.bundle()] = make_int2(0, 0); });  // all arcs of a bundle alike
+            each_arc<kSingle>([&](const Arc &arc) { next->room[arc.entry.bundle()] = make_int2(0, 0); });  // a bundle's arcs alike
             Set adjacent[kWords];
 #pragma unroll
             for (int w = 0; w < kWords; ++w) {
@@ -330,7 +330,8 @@ private:
         return (int)min((unsigned)x, both.y > 0x7fff ? 0x7fffffffu : ((unsigned)both.y << 16) + (unsigned)both.x);
     }
 
-    // Gives `share` tokens, which this thread's arcs can carry, to the ranks in `toward`, arc by arc and rank by rank. tokens: of the first.
+    // Gives `share` tokens, which this thread's arcs can carry, to the ranks in `toward`, arc by arc and rank by rank. tokens: of the first
+    // arc.
     template <bool kSingle>
     __device__ __forceinline__ void give(int share, int tokens, const Set &toward, int step, int *received) const {
         if constexpr (kSingle) {
