@@ -191,7 +191,7 @@ typedef struct lplbk_planner {
     int32_t *scratch;        /* [lplbk_scratch_words()] */
 } lplbk_planner;
 
-/* Words of scratch memory; shape, layout, solver and info must be set. */
+/* Words of scratch memory; the shape must be set. */
 int64_t lplbk_scratch_words(const lplbk_planner *planner);
 
 /* Whether the kernels can serve this planner on its device: 0, LPLBK_UNSUPPORTED or a CUDA error. Also opts in to the shared memory and

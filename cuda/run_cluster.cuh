@@ -20,6 +20,7 @@ namespace fused {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSolvers = 8;         // warps that solve; the others number and rewrite ids meanwhile
+static_assert(kMaxSolvers < kWarps && kMaskWarps < kWarps, "somebody must rewrite the ids");
 constexpr int kMaxPerBlock = 1 << 14;  // ids; counters have 16 bits
 
 struct FusedShape {

@@ -276,6 +276,8 @@ __global__ void scale(const __grid_constant__ CountMatrix<Count> loads, const __
 constexpr int kSolverInterior = 1;  // LPLB_SOLVER_IPM
 constexpr int kMaxInteriorGroup = 128;
 
+static_assert(32 * kMaskWarps <= 256, "general_threads: MaskFlow's warps must be there");
+
 int general_threads(const lplbk_planner &planner) {
     const lplbk_shape &shape = planner.shape;
     if (planner.solver == kSolverInterior) return shape.group_size <= 32 ? 128 : 256;  // its sums over the block are many
