@@ -15,6 +15,7 @@ struct CountOut {
     bool add_totals;      // every block adds its counts to totals
     bool cumulative;      // the last block turns rows into running sums
     unsigned *ticket;     // for sum_rows; 0 between launches
+    const int32_t *digest; // written behind the totals by the last block; nullptr: not so
     int64_t *invalid;     // nullptr: invalid ids are counted by somebody else
 };
 
@@ -77,6 +78,19 @@ __global__ void __launch_bounds__(kThreads)
         }
         out.totals[e] = sum;
     }
+    if (out.digest != nullptr && threadIdx.x == 0) out.totals[n_logical] = *out.digest;
+}
+
+// One source's counts as a row. A count that does not fit becomes -2^31, as on the CPU.
+template <class Count>
+__global__ void make_row(const Count *counts, int n_logical, const int32_t *digest, int32_t *row) {
+    wait_for_stream();
+    let_next_start();
+    for (int e = threadIdx.x; e < n_logical; e += blockDim.x) {
+        const int64_t count = counts[e];
+        row[e] = count == (int32_t)count ? (int32_t)count : INT32_MIN;
+    }
+    if (threadIdx.x == 0) row[n_logical] = *digest;
 }
 
 template <class Id>
@@ -106,21 +120,47 @@ Runs runs_of(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks) {
 cudaError_t count_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, bool add_totals,
                        cudaStream_t stream) {
     const MultiScratch scratch = multi_scratch(planner);
-    const CountOut out{scratch.rows, scratch.totals, false, add_totals, false, nullptr, nullptr};
+    const CountOut out{scratch.rows, scratch.totals, false, add_totals, false, nullptr, nullptr, nullptr};
     return count(planner, ids, ids64, n_ids, runs.length, runs.n, out, stream);
 }
 
 }  // namespace lplb
 
-extern "C" int32_t lplbk_count(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, int32_t *counts,
-                               int32_t *cumulative, int64_t n_chunks, void *stream) {
+namespace {
+
+int32_t count_all(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, int32_t *counts, int32_t *cumulative,
+                  int64_t n_chunks, const int32_t *digest, void *stream) {
     using namespace lplb;
     OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return taken(on.error());
     const MultiScratch scratch = multi_scratch(*planner);
     Runs runs = runs_of(*planner, n_ids, 64);
     if (cumulative != nullptr) runs = {max(ceil_div64(ceil_div64(n_ids, n_chunks), 1024) * 1024, (int64_t)1024), (int)n_chunks};
-    const CountOut out{cumulative != nullptr ? cumulative : scratch.rows, counts, true, false, cumulative != nullptr, scratch.ticket,
+    const CountOut out{cumulative != nullptr ? cumulative : scratch.rows, counts, true, false, cumulative != nullptr, scratch.ticket, digest,
                        planner->counters + LPLBK_COUNTER_INVALID};
     return taken(count(*planner, ids, ids64, n_ids, runs.length, runs.n, out, static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace
+
+extern "C" int32_t lplbk_count(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, int32_t *counts,
+                               int32_t *cumulative, int64_t n_chunks, void *stream) {
+    return count_all(planner, ids, ids64, n_ids, counts, cumulative, n_chunks, nullptr, stream);
+}
+
+extern "C" int32_t lplbk_count_row(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, int32_t *row, void *stream) {
+    return count_all(planner, ids, ids64, n_ids, row, nullptr, 0, planner->tables + planner->layout.digest, stream);
+}
+
+extern "C" int32_t lplbk_make_row(const lplbk_planner *planner, const void *counts, int32_t counts64, int32_t *row, void *stream) {
+    using namespace lplb;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    const auto queue = static_cast<cudaStream_t>(stream);
+    const int32_t *digest = planner->tables + planner->layout.digest;
+    const int n = planner->shape.n_logical;
+    if (counts64) {
+        return taken(launch(planner->info, make_row<int64_t>, 1, 256, 0, 0, queue, static_cast<const int64_t *>(counts), n, digest, row));
+    }
+    return taken(launch(planner->info, make_row<int32_t>, 1, 256, 0, 0, queue, static_cast<const int32_t *>(counts), n, digest, row));
 }

@@ -1,4 +1,6 @@
 // Device and memory: the part of kernels.h that launches nothing.
+#include <string.h>
+
 #include "common.cuh"
 
 using lplb::NotRecorded;
@@ -130,6 +132,48 @@ int32_t lplbk_upload(int32_t device, void *to, const void *from, int64_t bytes, 
 
 int32_t lplbk_download(int32_t device, void *to, const void *from, int64_t bytes, void *stream) {
     return copy(device, to, from, bytes, cudaMemcpyDeviceToHost, stream);
+}
+
+int32_t lplbk_alloc_mapped(int32_t device, int64_t bytes, void **host, uint64_t *on_device) {
+    *host = nullptr;
+    *on_device = 0;
+    OnDevice on(device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    NotRecorded aside;
+    void *page = nullptr, *there = nullptr;
+    cudaError_t error = cudaHostAlloc(&page, (size_t)bytes, cudaHostAllocMapped | cudaHostAllocPortable);
+    if (error == cudaSuccess) error = cudaHostGetDevicePointer(&there, page, 0);
+    if (error != cudaSuccess) {
+        if (page != nullptr) cudaFreeHost(page);
+        return taken(error);
+    }
+    memset(page, 0, (size_t)bytes);
+    *host = page;
+    *on_device = (uint64_t)(uintptr_t)there;
+    return 0;
+}
+
+int32_t lplbk_free_mapped(int32_t device, void *host) {
+    if (host == nullptr) return 0;
+    OnDevice on(device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    NotRecorded aside;
+    return taken(cudaFreeHost(host));
+}
+
+int32_t lplbk_write_word(int32_t device, int32_t *to, int32_t word) {
+    OnDevice on(device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    NotRecorded aside;
+    // On a stream of our own: the default stream may be one that somebody else's work waits for.
+    cudaStream_t stream;
+    cudaError_t error = cudaDeviceSynchronize();
+    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (error != cudaSuccess) return taken(error);
+    error = cudaMemcpyAsync(to, &word, sizeof word, cudaMemcpyHostToDevice, stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+    return taken(error);
 }
 
 int32_t lplbk_wait(int32_t device, void *stream) {

@@ -18,15 +18,18 @@ constexpr int kMaxBlocks = 4;             // the kernel spins: it must leave the
 constexpr int kPiecesPerWarpAndBlock = 8; // beyond that another block is worth it
 
 __global__ void __launch_bounds__(kMaxThreads)
-    exchange_kernel(const __grid_constant__ lplbk_exchange_view view, const int32_t *counts, int32_t *gathered) {
+    exchange_kernel(const __grid_constant__ lplbk_exchange_view view, const int32_t *counts, int32_t *gathered, const int32_t *digest) {
     lplb::wait_for_stream();
     const exchange::Call call = exchange::begin(view);
     const int thread = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     const int n_threads = (int)(gridDim.x * blockDim.x);
     exchange::send(view, call, counts, thread, n_threads);
     lplb::let_next_start();
-    exchange::receive(view, call, counts, thread, n_threads,
-                      [&](int row, int column, int32_t count) { gathered[(int64_t)row * view.n_counts + column] = count; });
+    const int compared = digest != nullptr ? view.n_counts - 1 : -1;
+    exchange::receive(view, call, counts, thread, n_threads, [&](int row, int column, int32_t count) {
+        gathered[(int64_t)row * view.n_counts + column] = count;
+        if (column == compared && count != *digest) exchange::disagree(view, call.epoch, row);
+    });
     __syncthreads();
     if (threadIdx.x == 0) exchange::end_of_block(view, call, gridDim.x);
 }
@@ -185,8 +188,8 @@ int32_t lplbk_exchange_close(int32_t device, lplbk_exchange_view *view, lplbk_ex
     return taken(error != cudaSuccess ? error : host_error);
 }
 
-int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, const int32_t *counts, int32_t *gathered, int32_t blocks,
-                              void *stream) {
+int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, const int32_t *counts, int32_t *gathered,
+                              const int32_t *digest, int32_t blocks, void *stream) {
     const OnDevice on(device);
     if (on.error() != cudaSuccess) return taken(on.error());
     const int pieces = (view->n_packets + 31) / 32 * (view->n_ranks > 1 ? view->n_ranks - 1 : 1);
@@ -197,7 +200,8 @@ int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, c
     }
     lplbk_device_info info = {};
     info.capability = view->capability;
-    return taken(lplb::launch(info, exchange_kernel, blocks, warps * 32, 0, 0, static_cast<cudaStream_t>(stream), *view, counts, gathered));
+    return taken(lplb::launch(info, exchange_kernel, blocks, warps * 32, 0, 0, static_cast<cudaStream_t>(stream), *view, counts, gathered,
+                              digest));
 }
 
 }  // extern "C"

@@ -81,23 +81,35 @@ __device__ __forceinline__ void hand_over(const lplbk_exchange_view &view, int s
     }
 }
 
+// Writes a report for the host.
+static __device__ __noinline__ void note(lplbk_report *to, uint32_t code, int rank, int peer, uint32_t epoch, uint64_t waited_ns) {
+    auto *report = reinterpret_cast<volatile lplbk_report *>(to);
+    report->rank = rank;
+    report->peer = peer;
+    report->epoch = epoch;
+    report->waited_ns = waited_ns;
+    __threadfence_system();
+    report->code = (int32_t)code;
+    __threadfence_system();
+}
+
+// Ends the context a moment after a report, so that what other blocks have still to send reaches the peers: these find the same fault then.
+static __device__ __noinline__ void trap_soon() {
+    const uint64_t since = now_ns();
+    while (now_ns() - since < 10000000) __nanosleep(10000);
+    __trap();
+}
+
 // The first thread that gives up writes down why; later ones find it written.
 static __device__ __noinline__ void give_up(const lplbk_exchange_view &view, uint32_t code, int peer, uint32_t epoch, uint64_t waited_ns) {
     auto *state = reinterpret_cast<lplbk_exchange_state *>(view.state);
     if (atomicCAS(&state->fault, LPLBK_EXCHANGE_FINE, code) == LPLBK_EXCHANGE_FINE) {
-        auto *host = reinterpret_cast<volatile lplbk_exchange_host *>(view.host);
-        host->rank = view.rank;
-        host->peer = peer;
-        host->epoch = epoch;
-        host->waited_ns = waited_ns;
-        __threadfence_system();
-        host->code = (int32_t)code;
-        __threadfence_system();
+        note(&reinterpret_cast<lplbk_exchange_host *>(view.host)->report, code, view.rank, peer, epoch, waited_ns);
     }
     // Not after an abort: the host asked for it and wants its context back. A thread that finds the report of another one taken waits
     // for nothing: that thread is past its fence or will trap itself.
     if (code == LPLBK_EXCHANGE_TIMED_OUT && view.policy == LPLBK_EXCHANGE_TRAP) {
-        while (reinterpret_cast<volatile lplbk_exchange_host *>(view.host)->code == LPLBK_EXCHANGE_FINE) __nanosleep(100);
+        while (reinterpret_cast<volatile lplbk_exchange_host *>(view.host)->report.code == LPLBK_EXCHANGE_FINE) __nanosleep(100);
         __trap();
     }
 }
@@ -120,6 +132,15 @@ static __device__ __noinline__ uint64_t look(const lplbk_exchange_view &view, ui
 }
 
 }  // namespace detail
+
+// The row of `peer` (numbered in the EP group) comes from a planner with another digest. By any thread; the first one reports it. Rows that
+// are missing read as zeros, which no digest is: then the reason why they are missing has been reported before.
+static __device__ __noinline__ void disagree(const lplbk_exchange_view &view, uint32_t epoch, int peer) {
+    auto *state = reinterpret_cast<lplbk_exchange_state *>(view.state);
+    if (atomicCAS(&state->fault, LPLBK_EXCHANGE_FINE, LPLBK_EXCHANGE_DISAGREED) != LPLBK_EXCHANGE_FINE) return;
+    detail::note(&reinterpret_cast<lplbk_exchange_host *>(view.host)->report, LPLBK_EXCHANGE_DISAGREED, view.rank, peer, epoch, 0);
+    if (view.policy == LPLBK_EXCHANGE_TRAP) detail::trap_soon();
+}
 
 // The epoch of this call. All threads of a call get the same.
 __device__ __forceinline__ Call begin(const lplbk_exchange_view &view) {

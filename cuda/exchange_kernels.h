@@ -27,7 +27,7 @@ enum { LPLBK_EXCHANGE_MAX_RANKS = 72, LPLBK_EXCHANGE_HANDLE_BYTES = 64, LPLBK_EX
 enum { LPLBK_EXCHANGE_TRAP = 0, LPLBK_EXCHANGE_REPORT = 1 };
 
 /* Why an exchange ended. */
-enum { LPLBK_EXCHANGE_FINE = 0, LPLBK_EXCHANGE_TIMED_OUT = 1, LPLBK_EXCHANGE_ABORTED = 2 };
+enum { LPLBK_EXCHANGE_FINE = 0, LPLBK_EXCHANGE_TIMED_OUT = 1, LPLBK_EXCHANGE_ABORTED = 2, LPLBK_EXCHANGE_DISAGREED = 3 };
 
 /* Device memory of one exchange, private to its rank. */
 typedef struct lplbk_exchange_state {
@@ -41,12 +41,7 @@ typedef struct lplbk_exchange_state {
 typedef struct lplbk_exchange_host {
     uint32_t abort; /* host -> device: stop waiting */
     uint32_t unused[15];
-    /* device -> host; code is written last */
-    int32_t code;   /* LPLBK_EXCHANGE_* */
-    int32_t rank;   /* that waited */
-    int32_t peer;   /* whose counts were missing; the first one that was noticed */
-    uint32_t epoch; /* of the call */
-    uint64_t waited_ns;
+    lplbk_report report; /* device -> host */
 } lplbk_exchange_host;
 
 /* All that a kernel needs, passed by value (632 bytes). Addresses are device addresses on the rank's device. */
@@ -97,11 +92,11 @@ int32_t lplbk_exchange_open(int32_t device, uint32_t first_epoch, lplbk_exchange
 int32_t lplbk_exchange_close(int32_t device, lplbk_exchange_view *view, lplbk_exchange_host *host);
 
 /*
- * One call: sends counts [n_nodes][n_counts] and writes gathered [n_nodes][n_ranks][n_counts], both int32 on the device. blocks: 0 for
- * as many as measured best. Can be captured; allocates nothing.
+ * One call: sends counts [n_nodes][n_counts] and writes gathered [n_nodes][n_ranks][n_counts], both int32 on the device. digest: NULL, or
+ * what the last count of every row must be (on the device). blocks: 0 for as many as measured best. Can be captured; allocates nothing.
  */
-int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, const int32_t *counts, int32_t *gathered, int32_t blocks,
-                              void *stream);
+int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, const int32_t *counts, int32_t *gathered,
+                              const int32_t *digest, int32_t blocks, void *stream);
 
 /*
  * lplbk_run for the counts of all ranks, exchanged inside: one launch that counts, exchanges, solves and rewrites. The exchange is that of

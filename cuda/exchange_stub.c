@@ -59,9 +59,9 @@ int32_t lplbk_exchange_close(int32_t device, lplbk_exchange_view *view, lplbk_ex
     return LPLBK_NO_CUDA;
 }
 
-int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, const int32_t *counts, int32_t *gathered, int32_t blocks,
-                              void *stream) {
-    UNUSED(device), UNUSED(view), UNUSED(counts), UNUSED(gathered), UNUSED(blocks), UNUSED(stream);
+int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, const int32_t *counts, int32_t *gathered,
+                              const int32_t *digest, int32_t blocks, void *stream) {
+    UNUSED(device), UNUSED(view), UNUSED(counts), UNUSED(gathered), UNUSED(digest), UNUSED(blocks), UNUSED(stream);
     return LPLBK_NO_CUDA;
 }
 

@@ -55,6 +55,11 @@ int32_t lplbk_free(int32_t device, void *memory);
 /* Both wait for the stream, copy, and wait for the copy. */
 int32_t lplbk_upload(int32_t device, void *to, const void *from, int64_t bytes, void *stream);
 int32_t lplbk_download(int32_t device, void *to, const void *from, int64_t bytes, void *stream);
+/* Zeroed host memory that the device can write, and its address there. Ended by lplbk_free_mapped. */
+int32_t lplbk_alloc_mapped(int32_t device, int64_t bytes, void **host, uint64_t *on_device);
+int32_t lplbk_free_mapped(int32_t device, void *host);
+/* Waits for the device to be idle, then writes one word. */
+int32_t lplbk_write_word(int32_t device, int32_t *to, int32_t word);
 /* Waits for the stream. */
 int32_t lplbk_wait(int32_t device, void *stream);
 
@@ -79,6 +84,7 @@ typedef struct lplbk_shape {
  */
 typedef struct lplbk_layout {
     int32_t n_replicated;  /* one word: experts in bundle_expert */
+    int32_t digest;        /* one word: what the last word of every rank's row must be */
     int32_t code;          /* [n_logical]: slot of the only replica; -1 - i: expert i of bundle_expert */
     int32_t expert;        /* [n_logical][4]: bundle, or -1 - rank in group if single; places | group << 16; first place; its slot */
     int32_t place;         /* [n_physical][2]: slot, rank in EP */
@@ -148,6 +154,7 @@ static inline lplbk_layout lplbk_layout_of(const lplbk_shape *shape) {
     at.image_words = end;
     end = 0;
     at.n_replicated = lplbk_section(&end, 1);
+    at.digest = lplbk_section(&end, 1);
     at.code = lplbk_section(&end, shape->n_logical);
     at.expert = lplbk_section(&end, (int64_t)shape->n_logical * 4);
     at.place = lplbk_section(&end, (int64_t)shape->n_physical * 2);
@@ -174,6 +181,18 @@ enum {
 /* Words of the counters that live as long as the planner (int64). */
 enum { LPLBK_COUNTER_INVALID = 0, LPLBK_COUNTER_OVERFLOW = 1, LPLBK_COUNTER_WORDS = 8 };
 
+/* What a kernel found wrong, in host memory that the device can write. code is written last. */
+typedef struct lplbk_report {
+    int32_t code;   /* LPLBK_EXCHANGE_* */
+    int32_t rank;   /* that found it */
+    int32_t peer;   /* whose counts were missing, or whose digest differs; the first one that was noticed */
+    uint32_t epoch; /* of the exchange's call */
+    uint64_t waited_ns;
+} lplbk_report;
+
+/* Of a report that the device may be writing: once this is not 0 the other words are there. */
+static inline int32_t lplbk_report_code(const lplbk_report *report) { return __atomic_load_n(&report->code, __ATOMIC_ACQUIRE); }
+
 typedef struct lplbk_planner {
     int32_t device;
     int32_t solver;          /* LPLB_SOLVER_* */
@@ -189,6 +208,9 @@ typedef struct lplbk_planner {
     int32_t *group_info;     /* [n_groups][LPLBK_INFO_WORDS] */
     int64_t *counters;       /* [LPLBK_COUNTER_WORDS] */
     int32_t *scratch;        /* [lplbk_scratch_words()] */
+    /* for rows whose digests differ */
+    uint64_t report;         /* device address of an lplbk_report, 0: rows are never compared */
+    int32_t traps;           /* 1: the kernel traps after reporting */
 } lplbk_planner;
 
 /* Words of scratch memory; the shape must be set. */
@@ -209,9 +231,15 @@ int32_t lplbk_redirect(const lplbk_planner *planner, const void *ids, int32_t id
                        void *stream);
 int32_t lplbk_redirect_by_ratio(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const float *ratios,
                                 const int32_t *cumulative, int64_t n_chunks, void *out, void *stream);
-/* gathered: NULL or int32 [ep_size][n_logical]. */
-int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *gathered, void *out,
-                  void *counter, int32_t counter64, int64_t max_blocks, void *stream);
+/* This rank's row [n_logical + 1]: counts and digest. */
+int32_t lplbk_count_row(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, int32_t *row, void *stream);
+int32_t lplbk_make_row(const lplbk_planner *planner, const void *counts, int32_t counts64, int32_t *row, void *stream);
+/* Solves for all ranks' rows, int32 [ep_size][n_logical + 1]. compare: 1 compares their digests with the planner's. */
+int32_t lplbk_solve_rows(const lplbk_planner *planner, const int32_t *rows, int32_t compare, float *ratios, float *scaled, void *counter,
+                         int32_t counter64, void *stream);
+/* rows: NULL or as above. */
+int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *rows, int32_t compare,
+                  void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream);
 
 #ifdef __cplusplus
 }

@@ -37,8 +37,9 @@ cudaError_t count_runs(const lplbk_planner &planner, const void *ids, int32_t id
 
 // Solves for the counts in scratch.totals (one source).
 cudaError_t solve_totals(const lplbk_planner &planner, void *counter, int32_t counter64, cudaStream_t stream);
-// Solves for gathered counts [ep_size][n_logical].
-cudaError_t solve_gathered(const lplbk_planner &planner, const int32_t *gathered, void *counter, int32_t counter64, cudaStream_t stream);
+// Solves for all ranks' rows [ep_size][n_logical + 1]; compare: their digests with the planner's.
+cudaError_t solve_rows(const lplbk_planner &planner, const int32_t *rows, bool compare, float *ratios, float *scaled, void *counter,
+                       int32_t counter64, cudaStream_t stream);
 
 // Rewrites ids by the plan; scratch.rows as count_runs() left them. clear_totals: zeroes scratch.totals.
 cudaError_t rewrite_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, void *out,
@@ -53,7 +54,7 @@ int32_t prepare_fused(lplbk_planner &planner);
 
 // Everything in one launch of one cluster; `possible` says whether this planner and size can.
 bool fused_possible(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks);
-cudaError_t run_fused(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *gathered, void *out,
-                      void *counter, int32_t counter64, int64_t max_blocks, cudaStream_t stream);
+cudaError_t run_fused(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *rows, bool compare,
+                      void *out, void *counter, int32_t counter64, int64_t max_blocks, cudaStream_t stream);
 
 }  // namespace lplb

@@ -55,8 +55,8 @@ FusedSize fused_size(const lplbk_planner &planner, int64_t n_ids, int64_t max_bl
 }
 
 template <class Id, Source kSource>
-cudaError_t launch_fused(const lplbk_planner &planner, const void *ids, int64_t n_ids, const int32_t *given, void *out, void *counter,
-                         int32_t counter64, int64_t max_blocks, const ExchangeView<kSource> &view, cudaStream_t stream) {
+cudaError_t launch_fused(const lplbk_planner &planner, const void *ids, int64_t n_ids, const int32_t *given, bool compare, void *out,
+                         void *counter, int32_t counter64, int64_t max_blocks, const ExchangeView<kSource> &view, cudaStream_t stream) {
     const lplbk_shape &shape = planner.shape;
     const lplbk_layout &at = planner.layout;
     const FusedSize size = fused_size(planner, n_ids, max_blocks);
@@ -71,6 +71,7 @@ cudaError_t launch_fused(const lplbk_planner &planner, const void *ids, int64_t 
                            tables + at.bundle_expert,
                            tables + at.expert_class,
                            tables + at.expert_copy,
+                           tables + at.digest,
                            planner.counters + LPLBK_COUNTER_INVALID};
     const PairTables pairs{reinterpret_cast<const int4 *>(planner.tables + at.home),
                            planner.tables + at.lanes,
@@ -81,8 +82,11 @@ cudaError_t launch_fused(const lplbk_planner &planner, const void *ids, int64_t 
                            shape.n_logical / shape.ep_size,
                            shape.combined};
     const GeneralTables general{shape, at, planner.tables};
-    const CountMatrix<int32_t> matrix{given, kSource == kOwnIds ? 1 : shape.ep_size, shape.n_logical};
-    const PlanOut plan = PlanOut::of(planner, nullptr, nullptr, counter, counter64);
+    // Exchanged rows are kept in shared memory without their digests.
+    const CountMatrix<int32_t> matrix{given, kSource == kOwnIds ? 1 : shape.ep_size, shape.n_logical,
+                                      kSource == kGiven ? shape.n_logical + 1 : shape.n_logical};
+    PlanOut plan = PlanOut::of(planner, nullptr, nullptr, counter, counter64);
+    if (kSource == kGiven && compare) plan.compare(planner);
     const int words = space_of(planner, size.blocks, size.per_block, kSource == kExchanged ? shape.ep_size : 0).words;
     return launch(planner.info, fused_kernel<Id, kSource>(planner), size.blocks, kThreads, 4 * words,
                   planner.info.max_cluster > 1 ? size.blocks : 0, stream, static_cast<const Id *>(ids), static_cast<Id *>(out), fused,
@@ -132,15 +136,16 @@ bool fused_fits(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks,
 
 bool fused_possible(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks) { return fused_fits(planner, n_ids, max_blocks, 0); }
 
-cudaError_t run_fused(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *gathered, void *out,
-                      void *counter, int32_t counter64, int64_t max_blocks, cudaStream_t stream) {
-    const bool many = gathered != nullptr && planner.shape.ep_size > 1;
-    if (ids64) {
-        return many ? launch_fused<int64_t, kGiven>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, {}, stream)
-                    : launch_fused<int64_t, kOwnIds>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, {}, stream);
+cudaError_t run_fused(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *rows, bool compare,
+                      void *out, void *counter, int32_t counter64, int64_t max_blocks, cudaStream_t stream) {
+    // The rows of one rank are its own ids' counts.
+    const bool many = rows != nullptr && planner.shape.ep_size > 1;
+    if (many) {
+        const auto run = ids64 ? launch_fused<int64_t, kGiven> : launch_fused<int32_t, kGiven>;
+        return run(planner, ids, n_ids, rows, compare, out, counter, counter64, max_blocks, {}, stream);
     }
-    return many ? launch_fused<int32_t, kGiven>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, {}, stream)
-                : launch_fused<int32_t, kOwnIds>(planner, ids, n_ids, gathered, out, counter, counter64, max_blocks, {}, stream);
+    const auto run = ids64 ? launch_fused<int64_t, kOwnIds> : launch_fused<int32_t, kOwnIds>;
+    return run(planner, ids, n_ids, nullptr, false, out, counter, counter64, max_blocks, {}, stream);
 }
 
 int32_t prepare_fused(lplbk_planner &planner) {
@@ -173,23 +178,23 @@ int32_t lplbk_prepare(lplbk_planner *planner) {
     return error;
 }
 
-int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *gathered, void *out,
-                  void *counter, int32_t counter64, int64_t max_blocks, void *stream) {
+int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *rows, int32_t compare,
+                  void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream) {
     using namespace lplb;
     OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return taken(on.error());
     const auto queue = static_cast<cudaStream_t>(stream);
     if (!planner->has_replicas) return taken(rewrite_plainly(*planner, ids, ids64, n_ids, out, counter, counter64, max_blocks, queue));
     if (fused_possible(*planner, n_ids, max_blocks)) {
-        return taken(run_fused(*planner, ids, ids64, n_ids, gathered, out, counter, counter64, max_blocks, queue));
+        return taken(run_fused(*planner, ids, ids64, n_ids, rows, compare != 0, out, counter, counter64, max_blocks, queue));
     }
     const Runs runs = runs_of(*planner, n_ids, max_blocks);
-    cudaError_t error = count_runs(*planner, ids, ids64, n_ids, runs, gathered == nullptr, queue);
+    cudaError_t error = count_runs(*planner, ids, ids64, n_ids, runs, rows == nullptr, queue);
     if (error == cudaSuccess) {
-        error = gathered == nullptr ? solve_totals(*planner, counter, counter64, queue)
-                                    : solve_gathered(*planner, gathered, counter, counter64, queue);
+        error = rows == nullptr ? solve_totals(*planner, counter, counter64, queue)
+                                : solve_rows(*planner, rows, compare != 0, nullptr, nullptr, counter, counter64, queue);
     }
-    if (error == cudaSuccess) error = rewrite_runs(*planner, ids, ids64, n_ids, runs, out, gathered == nullptr, queue);
+    if (error == cudaSuccess) error = rewrite_runs(*planner, ids, ids64, n_ids, runs, out, rows == nullptr, queue);
     return taken(error);
 }
 
@@ -200,7 +205,7 @@ int32_t lplbk_run_exchanging(const lplbk_planner *planner, const lplbk_exchange_
     OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return taken(on.error());
     const auto run = ids64 ? launch_fused<int64_t, kExchanged> : launch_fused<int32_t, kExchanged>;
-    return taken(run(*planner, ids, n_ids, nullptr, out, counter, counter64, max_blocks, *view, static_cast<cudaStream_t>(stream)));
+    return taken(run(*planner, ids, n_ids, nullptr, false, out, counter, counter64, max_blocks, *view, static_cast<cudaStream_t>(stream)));
 }
 }
 

@@ -33,6 +33,7 @@ struct FusedShape {
     const int *n_replicated;
     const int *replicated;  // bundle_expert
     const int *expert_class, *expert_copy;
+    const int *digest;
     int64_t *invalid;
 };
 
@@ -50,7 +51,8 @@ struct FusedSpace {
     // step [max_replicated][4]: slot classes: tokens at the original, of both, their slots; else tokens taken from each arc.
     // kind [max_replicated]: slot class, -1 - rank of a copy beside its original. before: occurrences in earlier blocks.
     // counts [n_logical] of this block; packed: the same in 16 bits. share [n_bases + max_replicated]: this block's part of the
-    // loads; shares: those of all blocks. totals [n_logical], everyone [sources][n_logical]: with an exchange.
+    // loads; shares: those of all blocks. With an exchange: totals [n_logical], and behind them the digest; everyone
+    // [sources][n_logical].
     int code, home, step, kind, tokens, counts, share, packed, warp_counts, shares, before, queue, ids, totals, everyone, words;
 
     // n_sources: ranks whose counts are exchanged, 0: none are.
@@ -75,7 +77,7 @@ struct FusedSpace {
         before = section(max_replicated);
         queue = section(per_block);
         ids = section(per_block / 2);
-        totals = section(n_sources > 0 ? n_logical : 0);
+        totals = section(n_sources > 0 ? n_logical + 1 : 0);
         everyone = section(n_sources * n_logical);
         words = end;
     }
@@ -158,9 +160,15 @@ __global__ void __launch_bounds__(kThreads, 1)
             kind[i] = -1 - record_of(general, expert).slot() / out.n_local;
         }
     }
+    if constexpr (kSource == kExchanged) {
+        if (threadIdx.x == 0) words[at.totals + f.n_logical] = *f.digest;
+    }
     wait_for_stream();
     exchange::Call call;
     if constexpr (kSource == kExchanged) call = exchange::begin(view);
+    if constexpr (kSource == kGiven) {
+        if (writes) compare_digests(given, out);
+    }
 
     // ---- Ids
     const int64_t start = (int64_t)block * f.per_block;
@@ -272,8 +280,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         int *const everyone = words + at.everyone;
         const int *totals = words + at.totals;
         exchange::send(view, call, totals, 32 * (warp_id() * n_blocks + block) + lane_id(), n_blocks * kThreads);
-        exchange::receive(view, call, totals, threadIdx.x, kThreads,
-                          [&](int row, int column, int32_t count) { everyone[row * f.n_logical + column] = count; });
+        exchange::receive(view, call, totals, threadIdx.x, kThreads, [&](int row, int column, int32_t count) {
+            if (column < f.n_logical) {
+                everyone[row * f.n_logical + column] = count;
+            } else if (count != totals[f.n_logical]) {
+                exchange::disagree(view, call.epoch, row);
+            }
+        });
         __syncthreads();
         gathered.counts = everyone;
         // All blocks have met since they began.

@@ -2,15 +2,16 @@
 #pragma once
 
 #include "assign.cuh"
+#include "exchange.cuh"
 #include "flow_pair.cuh"
 
 namespace lplb {
 
-// Counts in global memory, [n_sources][n_logical].
+// Counts, [n_sources][width], of which the first n_logical of each source count; what is behind them is its digest.
 template <class Count>
 struct CountMatrix {
     const Count *counts;
-    int n_sources, n_logical;
+    int n_sources, n_logical, width;
 
     // Tokens of an expert. Each count is cut at 2^40, far beyond what a solve takes, so that no sum leaves 64 bits.
     template <bool kMany>
@@ -19,10 +20,10 @@ struct CountMatrix {
         int64_t sum = 0;
         const Count *at = counts + expert;
 #pragma unroll 8
-        for (int s = 0; s < n_sources; ++s, at += n_logical) sum += cut(*at);
+        for (int s = 0; s < n_sources; ++s, at += width) sum += cut(*at);
         return sum;
     }
-    __device__ int of(int source, int expert) const { return (int)cut(counts[(int64_t)source * n_logical + expert]); }
+    __device__ int of(int source, int expert) const { return (int)cut(counts[(int64_t)source * width + expert]); }
 
 private:
     __device__ static int64_t cut(int32_t count) { return max(count, 0); }
@@ -41,6 +42,10 @@ struct PlanOut {
     int32_t per_node;    // ranks of a node
     int32_t node_start;  // first rank of the planner's node
     int32_t n_local;     // slots of a rank
+    // For rows that are compared, see compare_digests; else nullptr.
+    const int32_t *digest;
+    lplbk_report *report;
+    int32_t traps;
 
     static PlanOut of(const lplbk_planner &planner, float *ratios, float *scaled, void *counter, int32_t counter64) {
         const lplbk_shape &shape = planner.shape;
@@ -56,8 +61,12 @@ struct PlanOut {
                 shape.rank,
                 per_node,
                 shape.rank < 0 ? 0 : shape.rank / per_node * per_node,
-                shape.n_physical / shape.ep_size};
+                shape.n_physical / shape.ep_size,
+                nullptr,
+                reinterpret_cast<lplbk_report *>(planner.report),
+                planner.traps};
     }
+    void compare(const lplbk_planner &planner) { digest = report != nullptr ? planner.tables + planner.layout.digest : nullptr; }
 
     __device__ void count_solved() const {
         if (counter == nullptr) return;
@@ -70,6 +79,32 @@ struct PlanOut {
     __device__ void count_overflow() const { atomicAdd(reinterpret_cast<unsigned long long *>(counters + LPLBK_COUNTER_OVERFLOW), 1ull); }
     __device__ int *info(int group) const { return group_info + group * LPLBK_INFO_WORDS; }
 };
+
+// Compares the digests behind the counts of all sources with the planner's own, and reports the first that differs. One warp.
+template <class Count>
+static __device__ __noinline__ void compare_digests(const Count *digests, int n_sources, int width, const int32_t *own, int rank,
+                                                    lplbk_report *report, bool traps) {
+    const int32_t wanted = *own;
+    for (int first = 0; first < n_sources; first += 32) {
+        const int source = first + lane_id();
+        const bool differs = source < n_sources && (int32_t)digests[(int64_t)source * width] != wanted;
+        const unsigned others = __ballot_sync(kFullWarp, differs);
+        if (others == 0) continue;
+        if (lane_id() == 0) {
+            exchange::detail::note(report, LPLBK_EXCHANGE_DISAGREED, rank, first + __ffs(others) - 1, 0, 0);
+            if (traps) exchange::detail::trap_soon();
+        }
+        return;
+    }
+}
+
+// By all threads of a block; its last warp does it.
+template <class Count>
+__device__ __forceinline__ void compare_digests(const CountMatrix<Count> &rows, const PlanOut &out) {
+    if (out.digest != nullptr && uniform_warp_id() == (int)(blockDim.x >> 5) - 1) {
+        compare_digests(rows.counts + rows.n_logical, rows.n_sources, rows.width, out.digest, out.rank, out.report, out.traps != 0);
+    }
+}
 
 // With no expert above this a group's total is below 2^31, since a planner has at most 2^10 experts.
 constexpr int kSurelyFits = 1 << 20;

@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(512, 1)
         space.clear(t, first_slot, stride);
     }
     wait_for_stream();
+    if (!kPlain && blockIdx.x == 0) compare_digests(loads, out);
     const auto tokens_of = [&](const HomeEntry &home, bool &large) {
         if constexpr (kPlain && sizeof(Count) == 4) {
             const int tokens = max((int)loads.counts[home.expert()], 0);
@@ -150,6 +151,7 @@ __global__ void __launch_bounds__(512, 1)
     if (threadIdx.x < n_logical) first_record = record_of(t, threadIdx.x);
     space.open(words, t, group);
     wait_for_stream();
+    if (!kSimple && blockIdx.x == 0) compare_digests(loads, out);
     int64_t first_total = 0;
     if (threadIdx.x < n_logical && first_record.group() == group) first_total = loads.template total<!kSimple>(threadIdx.x);
     let_next_start();
@@ -312,12 +314,17 @@ auto general_kernel(const lplbk_planner &planner) {
                                             : solve_general<kScan, kSimple, Count>;
 }
 
+// What is solved for: counts, or rows whose digests are compared or not.
+enum Kind { kCounts, kRows, kComparedRows };
+
 template <class Count>
-cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_sources, float *ratios, float *scaled, void *counter,
-                  int32_t counter64, cudaStream_t stream) {
+cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_sources, Kind kind, float *ratios, float *scaled,
+                  void *counter, int32_t counter64, cudaStream_t stream) {
     const lplbk_shape &shape = planner.shape;
-    const CountMatrix<Count> loads{static_cast<const Count *>(counts), (int)n_sources, shape.n_logical};
+    const int width = kind == kCounts ? shape.n_logical : shape.n_logical + 1;
+    const CountMatrix<Count> loads{static_cast<const Count *>(counts), (int)n_sources, shape.n_logical, width};
     PlanOut out = PlanOut::of(planner, ratios, scaled, counter, counter64);
+    if (kind == kComparedRows) out.compare(planner);
     if (scaled != nullptr && shape.n_groups > 1) {
         scale<Count><<<1, 512, 0, stream>>>(loads, out);
         const cudaError_t error = cudaGetLastError();
@@ -334,12 +341,12 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_so
                                 shape.n_redundant,
                                 shape.n_logical / shape.ep_size,
                                 shape.combined};
-        const bool plain = n_sources == 1 && shape.rank < 0 && ratios == nullptr && out.scaled == nullptr;
+        const bool plain = n_sources == 1 && kind == kCounts && shape.rank < 0 && ratios == nullptr && out.scaled == nullptr;
         const auto kernel = plain ? pair_kernel<true, Count>(shape.pair_slots) : pair_kernel<false, Count>(shape.pair_slots);
         return launch(planner.info, kernel, shape.n_groups, pair_threads(shape), bytes, 0, stream, tables, loads, out);
     }
     const GeneralTables tables{shape, planner.layout, planner.tables};
-    const bool simple = n_sources == 1 && shape.combined <= 1;
+    const bool simple = n_sources == 1 && kind == kCounts && shape.combined <= 1;
     const auto kernel = simple ? general_kernel<true, Count>(planner) : general_kernel<false, Count>(planner);
     return launch(planner.info, kernel, shape.n_groups, general_threads(planner), bytes, 0, stream, tables, loads, out);
 }
@@ -363,11 +370,13 @@ cudaError_t prepare(const lplbk_planner &planner) {
 }  // namespace
 
 cudaError_t solve_totals(const lplbk_planner &planner, void *counter, int32_t counter64, cudaStream_t stream) {
-    return solve<int32_t>(planner, multi_scratch(planner).totals, 1, nullptr, nullptr, counter, counter64, stream);
+    return solve<int32_t>(planner, multi_scratch(planner).totals, 1, kCounts, nullptr, nullptr, counter, counter64, stream);
 }
 
-cudaError_t solve_gathered(const lplbk_planner &planner, const int32_t *gathered, void *counter, int32_t counter64, cudaStream_t stream) {
-    return solve<int32_t>(planner, gathered, planner.shape.ep_size, nullptr, nullptr, counter, counter64, stream);
+cudaError_t solve_rows(const lplbk_planner &planner, const int32_t *rows, bool compare, float *ratios, float *scaled, void *counter,
+                       int32_t counter64, cudaStream_t stream) {
+    const Kind kind = compare ? kComparedRows : kRows;
+    return solve<int32_t>(planner, rows, planner.shape.ep_size, kind, ratios, scaled, counter, counter64, stream);
 }
 
 int32_t prepare_solve(const lplbk_planner &planner) {
@@ -384,8 +393,16 @@ extern "C" int32_t lplbk_solve(const lplbk_planner *planner, const void *counts,
     lplb::OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return lplb::taken(on.error());
     const auto queue = static_cast<cudaStream_t>(stream);
-    return lplb::taken(counts64 ? lplb::solve<int64_t>(*planner, counts, n_sources, ratios, scaled, counter, counter64, queue)
-                                : lplb::solve<int32_t>(*planner, counts, n_sources, ratios, scaled, counter, counter64, queue));
+    const auto solve = counts64 ? lplb::solve<int64_t> : lplb::solve<int32_t>;
+    return lplb::taken(solve(*planner, counts, n_sources, lplb::kCounts, ratios, scaled, counter, counter64, queue));
+}
+
+extern "C" int32_t lplbk_solve_rows(const lplbk_planner *planner, const int32_t *rows, int32_t compare, float *ratios, float *scaled,
+                                    void *counter, int32_t counter64, void *stream) {
+    lplb::OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return lplb::taken(on.error());
+    return lplb::taken(lplb::solve_rows(*planner, rows, compare != 0, ratios, scaled, counter, counter64,
+                                        static_cast<cudaStream_t>(stream)));
 }
 
 PROFILE_READER(lplbk_profile_solve)

@@ -49,6 +49,23 @@ int32_t lplbk_download(int32_t device, void *to, const void *from, int64_t bytes
     return LPLBK_NO_CUDA;
 }
 
+int32_t lplbk_alloc_mapped(int32_t device, int64_t bytes, void **host, uint64_t *on_device) {
+    UNUSED(device), UNUSED(bytes);
+    *host = 0;
+    *on_device = 0;
+    return LPLBK_NO_CUDA;
+}
+
+int32_t lplbk_free_mapped(int32_t device, void *host) {
+    UNUSED(device), UNUSED(host);
+    return LPLBK_NO_CUDA;
+}
+
+int32_t lplbk_write_word(int32_t device, int32_t *to, int32_t word) {
+    UNUSED(device), UNUSED(to), UNUSED(word);
+    return LPLBK_NO_CUDA;
+}
+
 int32_t lplbk_wait(int32_t device, void *stream) {
     UNUSED(device), UNUSED(stream);
     return LPLBK_NO_CUDA;
@@ -90,9 +107,26 @@ int32_t lplbk_redirect_by_ratio(const lplbk_planner *planner, const void *ids, i
     return LPLBK_NO_CUDA;
 }
 
-int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *gathered, void *out,
-                  void *counter, int32_t counter64, int64_t max_blocks, void *stream) {
-    UNUSED(planner), UNUSED(ids), UNUSED(ids64), UNUSED(n_ids), UNUSED(gathered), UNUSED(out), UNUSED(counter), UNUSED(counter64);
+int32_t lplbk_count_row(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, int32_t *row, void *stream) {
+    UNUSED(planner), UNUSED(ids), UNUSED(ids64), UNUSED(n_ids), UNUSED(row), UNUSED(stream);
+    return LPLBK_NO_CUDA;
+}
+
+int32_t lplbk_make_row(const lplbk_planner *planner, const void *counts, int32_t counts64, int32_t *row, void *stream) {
+    UNUSED(planner), UNUSED(counts), UNUSED(counts64), UNUSED(row), UNUSED(stream);
+    return LPLBK_NO_CUDA;
+}
+
+int32_t lplbk_solve_rows(const lplbk_planner *planner, const int32_t *rows, int32_t compare, float *ratios, float *scaled, void *counter,
+                         int32_t counter64, void *stream) {
+    UNUSED(planner), UNUSED(rows), UNUSED(compare), UNUSED(ratios), UNUSED(scaled), UNUSED(counter), UNUSED(counter64), UNUSED(stream);
+    return LPLBK_NO_CUDA;
+}
+
+int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *rows, int32_t compare,
+                  void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream) {
+    UNUSED(planner), UNUSED(ids), UNUSED(ids64), UNUSED(n_ids), UNUSED(rows), UNUSED(compare), UNUSED(out), UNUSED(counter);
+    UNUSED(counter64);
     UNUSED(max_blocks), UNUSED(stream);
     return LPLBK_NO_CUDA;
 }

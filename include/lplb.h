@@ -16,6 +16,7 @@
  *   load              tokens per logical expert; a token routed to k experts counts k times
  *   r2o               [group_size][n_redundant]: slot d of rank r of a group replicates slot d of rank r2o[r][d] of the same group
  *   group             group_size consecutive ranks that balance among themselves; the groups are solved independently
+ *   row               what a rank brings to an exchange: its counts [n_logical], then the digest of its placement and settings
  *
  * Rules that hold for every call
  *   - Every function that can fail returns lplb_status. LPLB_OK is 0. The words about the last failure on a planner are
@@ -42,10 +43,10 @@ extern "C" {
 /* ---- 1. Version and status -------------------------------------------------------------------------------------------------- */
 
 #define LPLB_VERSION_MAJOR 0
-#define LPLB_VERSION_MINOR 1
+#define LPLB_VERSION_MINOR 2
 #define LPLB_VERSION_PATCH 0
 /* 10000 * major + 100 * minor + patch */
-#define LPLB_VERSION 100
+#define LPLB_VERSION 200
 
 /* Limits of one planner. Beyond them creation is refused with LPLB_ERROR_UNSUPPORTED. */
 #define LPLB_MAX_RANKS 1024           /* ranks in one group; an EP group may hold many groups */
@@ -68,7 +69,9 @@ enum {
     LPLB_ERROR_NO_CUDA = 6,          /* built without CUDA, or this machine has no usable GPU or driver */
     LPLB_ERROR_CUDA = 7,             /* the CUDA runtime failed; the words hold its name for the error */
     LPLB_ERROR_TIMEOUT = 8,          /* a peer did not answer in time */
-    LPLB_ERROR_INTERNAL = 9          /* a defect of this library */
+    LPLB_ERROR_INTERNAL = 9,         /* a defect of this library */
+    LPLB_ERROR_DISAGREEMENT = 10,    /* ranks differ in what must be equal on all of them; the words name the ranks and what differs */
+    LPLB_ERROR_PEER_LOST = 11        /* a peer is gone */
 };
 
 /* LPLB_VERSION of the library that is loaded, to compare with the header's. Never fails. */
@@ -105,9 +108,14 @@ typedef struct lplb_config {
     int64_t group_size;    /* ranks that balance among themselves; divides ep_size. 0: ep_size */
     int64_t n_redundant;   /* columns of r2o; 0 when r2o is NULL. 0 with r2o given: a topology without replicas, which can be reordered */
     const int32_t *r2o;    /* host, [group_size][n_redundant], copied; NULL: general placement, see lplb_planner_set_placement */
+    int64_t number;        /* any number that tells planners of equal settings apart, such as the layer's; equal on all ranks */
+    int32_t policy;        /* CUDA: LPLB_EXCHANGE_TRAP or _REPORT, what a kernel does that finds ranks disagreeing in rows that the
+                              caller gathered. With an exchange attached, that one's policy counts */
+    int32_t unused;        /* 0 */
 } lplb_config;
 
-#define LPLB_CONFIG_INIT { (int64_t)sizeof(lplb_config), LPLB_DEVICE_CPU, LPLB_SOLVER_FLOW, 0, LPLB_WHOLE_BATCH, 0, 0, 0, 0, 0, 0 }
+#define LPLB_CONFIG_INIT \
+    { (int64_t)sizeof(lplb_config), LPLB_DEVICE_CPU, LPLB_SOLVER_FLOW, 0, LPLB_WHOLE_BATCH, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /*
  * Creates a planner. With r2o it is placed at once as lplb_planner_place(planner, NULL) would. Without r2o, and with as many physical
@@ -148,6 +156,60 @@ lplb_status lplb_planner_phy2log(lplb_planner *planner, int32_t *phy2log, int64_
 lplb_status lplb_planner_log2phy(lplb_planner *planner, int32_t *log2phy, int64_t n_logical, int64_t max_replicas);
 lplb_status lplb_planner_logcnt(lplb_planner *planner, int32_t *logcnt, int64_t n_logical);
 
+/*
+ * Ranks that plan together must have equal sizes, topology, solver, number, placement and history. Two things see to it:
+ *   - lplb_agree, before the planners are created: one gather of a few hundred bytes compares the settings, and says how the ranks lie
+ *     on hosts.
+ *   - The digest, at every exchange: a planner's digest is a number made from its settings and its placement, and, once an exchange is
+ *     attached, from how many planners were attached to that exchange before it. It travels as the last count of every row, and whoever
+ *     plans from rows compares. So a rank with another placement is found, and so are equal layers that are called in another order. On
+ *     the CPU the call fails with LPLB_ERROR_DISAGREEMENT on every rank; on CUDA the kernel traps or writes a report that the next call
+ *     returns, by the policy.
+ */
+
+/*
+ * A function of the caller's that brings `bytes` bytes of every rank to every rank: all [n_ranks][bytes] in rank order, this rank's own
+ * ones included. Host memory; returns when `all` is there. 0, or any other number for a failure. All ranks call it alike.
+ */
+typedef int32_t (*lplb_gather)(void *context, const void *mine, void *all, int64_t bytes);
+
+typedef struct lplb_agree_config {
+    int64_t struct_size;       /* sizeof(lplb_agree_config); LPLB_AGREE_CONFIG_INIT sets it */
+    const lplb_config *planner; /* what the planner will be created with. All but device, number and unused is compared; rank:
+                                   this rank's */
+    const double *history;     /* NULL, or [n_logical] for lplb_planner_place: compared */
+    const int32_t *phy2log;    /* NULL, or [n_physical] for lplb_planner_set_placement: compared */
+    const char *settings;      /* NULL, or words about settings of the caller's own that must be equal; the first 95 bytes are compared */
+    const char *failure;       /* NULL, or why this rank cannot go on: then every rank fails with these words. `planner` may be NULL */
+    int64_t n_ranks;           /* ranks that gather, planner->ep_size of them; needed because `planner` may be NULL or differ */
+    int64_t rank;              /* this one's place among them */
+    lplb_gather gather;
+    void *context;             /* handed to gather */
+} lplb_agree_config;
+
+#define LPLB_AGREE_CONFIG_INIT { (int64_t)sizeof(lplb_agree_config), 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+typedef struct lplb_agreement {
+    int64_t struct_size;   /* sizeof(lplb_agreement) */
+    int64_t n_nodes;       /* for lplb_config.n_nodes: that of `planner` where it is not 0; else n_hosts where the ranks of a host are
+                              consecutive and as many on every host, else 1 */
+    int64_t n_hosts;       /* different hosts among the ranks, told apart by what the kernel drew at boot, not by visible GPUs */
+    int64_t number;        /* for lplb_config.number: the largest that a rank gave */
+    lplb_dtype row_dtype;  /* in which rows travel: LPLB_INT32 */
+    int32_t all_cuda;      /* 1: every rank's planner->device is a GPU */
+} lplb_agreement;
+
+/*
+ * Compares the ranks' settings before planners are created; every rank calls it. LPLB_OK on all ranks, or the same failure and the same
+ * words on all: LPLB_ERROR_DISAGREEMENT names what differs and on which ranks; a rank's own failure (`failure`, or a `planner` that breaks
+ * a rule) gives its words and INVALID_ARGUMENT or UNSUPPORTED; LPLB_ERROR_PEER_LOST where `gather` failed (on this rank alone perhaps).
+ * Host, synchronous, thread-safe.
+ */
+lplb_status lplb_agree(const lplb_agree_config *config, lplb_agreement *agreement, char *message, int64_t message_size);
+
+/* int32 in a row: n_logical + 1. Never fails. */
+int64_t lplb_counts_width(int64_t n_logical);
+
 /* ---- 3. Planner: plan ------------------------------------------------------------------------------------------------------- */
 
 /*
@@ -166,6 +228,14 @@ lplb_status lplb_planner_count(lplb_planner *planner, const void *ids, lplb_dtyp
                                int32_t *cumulative, int64_t n_chunks, void *stream);
 
 /*
+ * This rank's row [lplb_counts_width(n_logical)] (int32), for an exchange of the caller's own: its counts, and then the planner's digest.
+ * count_row counts the ids; make_row takes counts [n_logical] (a count that does not fit int32 becomes -2^31, which every rank refuses).
+ */
+lplb_status lplb_planner_count_row(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, int32_t *row,
+                                   void *stream);
+lplb_status lplb_planner_make_row(lplb_planner *planner, const void *counts, lplb_dtype counts_dtype, int32_t *row, void *stream);
+
+/*
  * Solves every group for the given counts and keeps the plan. counts: [n_sources][n_logical] of dtype counts_dtype, each >= 0, where
  * n_sources is 1 (the counts of the whole batch) or ep_size (the counts of every rank, in rank order). The plan is the same for the
  * same column sums; with ep_size sources the tokens of this planner's rank are assigned too: own rank first, then own node, then the rest.
@@ -177,6 +247,13 @@ lplb_status lplb_planner_count(lplb_planner *planner, const void *ids, lplb_dtyp
  */
 lplb_status lplb_planner_solve(lplb_planner *planner, const void *counts, lplb_dtype counts_dtype, int64_t n_sources, float *ratios,
                                float *scaled, void *counter, lplb_dtype counter_dtype, void *stream);
+
+/*
+ * The same for gathered rows [ep_size][lplb_counts_width(n_logical)] (int32), the rows of all ranks in rank order. Compares the digests:
+ * where one differs, LPLB_ERROR_DISAGREEMENT on the CPU, before anything is changed; on CUDA by the planner's policy, see lplb_config.
+ */
+lplb_status lplb_planner_solve_rows(lplb_planner *planner, const int32_t *rows, float *ratios, float *scaled, void *counter,
+                                    lplb_dtype counter_dtype, void *stream);
 
 /*
  * Rewrites logical ids as physical ones by the latest plan. The k-th occurrence of an expert in ids goes to the replica whose interval
@@ -195,8 +272,9 @@ lplb_status lplb_planner_redirect_by_ratio(lplb_planner *planner, const void *id
                                            const float *ratios, const int32_t *cumulative, int64_t n_chunks, void *out, void *stream);
 
 /*
- * Everything in one call: count, solve, redirect. gathered: NULL (the ids are all there is: one source), or int32 [ep_size][n_logical],
- * the counts of every rank, this rank's row being those of ids (then nothing is counted here, and the config's rank must be given).
+ * Everything in one call: count, solve, redirect. gathered: NULL (the ids are all there is: one source), or int32
+ * [ep_size][lplb_counts_width(n_logical)], the rows of all ranks, this rank's being that of ids (then nothing is counted here, and the
+ * config's rank must be given); the digests are compared as in lplb_planner_solve_rows.
  * counter as in lplb_planner_solve. Where no expert stands on two ranks (no replicas, or self copies only) the ids are rewritten and the
  * counter grows, but nothing is counted or solved, so there is no plan to read afterwards.
  */
@@ -313,7 +391,7 @@ typedef struct lplb_exchange_config {
     int32_t policy;        /* LPLB_EXCHANGE_TRAP or LPLB_EXCHANGE_REPORT */
     int64_t n_ranks;       /* ranks of this NVLink domain, 1 .. LPLB_EXCHANGE_MAX_RANKS */
     int64_t rank;          /* this one's number among them */
-    int64_t n_counts;      /* int32 from each rank, 1 .. LPLB_MAX_LOGICAL */
+    int64_t n_counts;      /* int32 from each rank, 1 .. LPLB_MAX_LOGICAL + 1; for planners lplb_counts_width(n_logical) */
     int64_t n_nodes;       /* NVLink domains, 1 .. LPLB_EXCHANGE_MAX_NODES; above 1 needs a rail */
     int64_t node;          /* this one's number among them */
     int64_t timeout_ms;    /* longest wait for a peer on the device's clock; 0: no limit */
@@ -361,11 +439,12 @@ lplb_status lplb_exchange_set_limits(lplb_exchange *exchange, int32_t policy, in
  */
 void lplb_exchange_abort(lplb_exchange *exchange);
 
-enum { LPLB_EXCHANGE_FINE = 0, LPLB_EXCHANGE_TIMED_OUT = 1, LPLB_EXCHANGE_ABORTED = 2 };
+enum { LPLB_EXCHANGE_FINE = 0, LPLB_EXCHANGE_TIMED_OUT = 1, LPLB_EXCHANGE_ABORTED = 2,
+       LPLB_EXCHANGE_DISAGREED = 3 }; /* a row came from a planner with another digest; `peer` is then numbered in the EP group */
 
 typedef struct lplb_exchange_report {
     int64_t struct_size;   /* sizeof(lplb_exchange_report) */
-    int32_t code;          /* LPLB_EXCHANGE_FINE, _TIMED_OUT or _ABORTED */
+    int32_t code;          /* LPLB_EXCHANGE_FINE, _TIMED_OUT, _ABORTED or _DISAGREED */
     int32_t rank;          /* that waited, numbered in its NVLink domain */
     int32_t peer;          /* the first one found missing, likewise */
     uint32_t epoch;        /* number of the call */
@@ -390,8 +469,9 @@ const char *lplb_exchange_error(const lplb_exchange *exchange);
 
 /*
  * From now on lplb_planner_run of this CUDA planner, where `gathered` is NULL, exchanges the counts itself: all ranks must then call it in
- * the same order. The planner was created with a rank, on the exchange's device; n_counts is its n_logical, n_nodes * n_ranks its
- * ep_size, and its rank is node * n_ranks + rank. Several planners of one stream order may share an exchange. exchange NULL: as before.
+ * the same order. The planner was created with a rank, on the exchange's device; n_counts is lplb_counts_width of its n_logical,
+ * n_nodes * n_ranks its ep_size, and its rank is node * n_ranks + rank. Several planners of one stream order may share an exchange; all
+ * ranks attach them in the same order. exchange NULL: as before. Waits for the planner's device.
  */
 lplb_status lplb_planner_attach_exchange(lplb_planner *planner, lplb_exchange *exchange);
 

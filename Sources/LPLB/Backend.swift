@@ -30,11 +30,25 @@ struct CounterBuffer {
     let type: IdType
 }
 
-/// Counts handed to a solve: `[sources][nLogical]` of `type`.
+/// Counts handed to a solve: `[sources][nLogical]` of `type`, or rows `[sources][nLogical + 1]` of int32, whose last word is a digest.
 struct CountBuffer {
     let base: UnsafeRawPointer
     let type: IdType
     let sources: Int
+    let areRows: Bool
+    /// The digests are compared with the planner's own: not where an exchange has done so.
+    let compared: Bool
+
+    init(base: UnsafeRawPointer, type: IdType, sources: Int) {
+        (self.base, self.type, self.sources, areRows, compared) = (base, type, sources, false, false)
+    }
+
+    init(rows: UnsafePointer<Int32>, sources: Int, compared: Bool) {
+        (base, type, self.sources, areRows, self.compared) = (UnsafeRawPointer(rows), .int32, sources, true, compared)
+    }
+
+    /// Words from one source's counts to the next one's.
+    func width(_ nLogical: Int) -> Int { areRows ? nLogical + 1 : nLogical }
 }
 
 /// Totals of the latest plan beside the per-group results.
@@ -54,11 +68,18 @@ protocol PlannerBackend: AnyObject {
     var replaysGraphs: Bool { get }
 
     /// Takes over a new placement. What was planned before is void. `tables` stay alive and unchanged while they are loaded.
-    func load(_ tables: SolverTables, stream: UnsafeMutableRawPointer?) throws(Failure)
+    func load(_ tables: SolverTables, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    /// Another digest for the placement that is loaded. Waits for the device.
+    func setDigest(_ digest: Int32) throws(Failure)
 
     func count(
         _ ids: IdBuffer, counts: UnsafeMutablePointer<Int32>, cumulative: UnsafeMutablePointer<Int32>?, chunks: Int,
         stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    /// row [nLogical + 1]: the counts of the ids, or counts of one source, and the digest.
+    func countRow(_ ids: IdBuffer, row: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?) throws(Failure)
+    func makeRow(_ counts: CountBuffer, row: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?) throws(Failure)
 
     /// `ratios` and `scaled` as in lplb_planner_solve.
     func solve(
@@ -71,9 +92,9 @@ protocol PlannerBackend: AnyObject {
         _ ids: IdBuffer, byRatios ratios: UnsafePointer<Float>, cumulative: UnsafePointer<Int32>, chunks: Int, to out: IdOutput,
         stream: UnsafeMutableRawPointer?) throws(Failure)
 
-    /// count, solve and redirect. `gathered` nil: the ids are the only source.
+    /// count, solve and redirect. `gathered` nil: the ids are the only source; else rows.
     func run(
-        _ ids: IdBuffer, gathered: UnsafePointer<Int32>?, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
+        _ ids: IdBuffer, gathered: CountBuffer?, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
         stream: UnsafeMutableRawPointer?) throws(Failure)
 
     /// `run` for the counts of all ranks, which the exchange behind `view` brings, in one launch. False: this takes several, and nothing

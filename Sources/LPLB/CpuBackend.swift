@@ -14,6 +14,7 @@ final class CpuBackend: PlannerBackend {
     private var solver: FlowSolver?
     private var assigner: TokenAssigner?
     private var invalidIds: Int64 = 0
+    private var digest: Int32 = 0
 
     init(shape: ExpertShape, rank: Int?) {
         self.shape = shape
@@ -27,10 +28,13 @@ final class CpuBackend: PlannerBackend {
         counts.deallocate()
     }
 
-    func load(_ tables: SolverTables, stream: UnsafeMutableRawPointer?) throws(Failure) {
+    func load(_ tables: SolverTables, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
         solver = FlowSolver(tables)
         assigner = TokenAssigner(tables, source: rank)
+        self.digest = digest
     }
+
+    func setDigest(_ digest: Int32) { self.digest = digest }
 
     /// The planner lets nobody plan without a placement.
     private func loaded() throws(Failure) -> (FlowSolver, TokenAssigner) {
@@ -50,12 +54,27 @@ final class CpuBackend: PlannerBackend {
         }
     }
 
+    func countRow(_ ids: IdBuffer, row: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        try count(ids, counts: row, cumulative: nil, chunks: 1, stream: stream)
+        row[shape.nLogical] = digest
+    }
+
+    func makeRow(_ counts: CountBuffer, row: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?) {
+        switch counts.type {
+        case .int32: row.update(from: counts.base.assumingMemoryBound(to: Int32.self), count: shape.nLogical)
+        case .int64:
+            let values = counts.base.assumingMemoryBound(to: Int64.self)
+            for expert in 0..<shape.nLogical { row[expert] = Int32(exactly: values[expert]) ?? .min }
+        }
+        row[shape.nLogical] = digest
+    }
+
     func solve(
         _ counts: CountBuffer, ratios: UnsafeMutablePointer<Float>?, scaled: UnsafeMutablePointer<Float>?, counter: CounterBuffer,
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
         let (solver, assigner) = try loaded()
-        try plan(counts, "counts", solver, assigner)
+        try plan(counts, counts.areRows ? "rows" : "counts", solver, assigner)
         if let ratios { solver.writeRatios(ratios) }
         if let scaled { writeScaled(loads: assigner.loads, count: shape.nLogical, to: scaled) }
         add(shape.nGroups, to: counter)
@@ -82,13 +101,13 @@ final class CpuBackend: PlannerBackend {
     }
 
     func run(
-        _ ids: IdBuffer, gathered: UnsafePointer<Int32>?, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
+        _ ids: IdBuffer, gathered: CountBuffer?, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
         let (solver, assigner) = try loaded()
         if solver.tables.nArcs > 0 {
             if let gathered {
-                try plan(CountBuffer(base: gathered, type: .int32, sources: shape.epSize), "gathered", solver, assigner)
+                try plan(gathered, "gathered", solver, assigner)
             } else {
                 // An invalid id is seen twice, here and when it is rewritten, and is one.
                 switch ids.type {
@@ -102,28 +121,38 @@ final class CpuBackend: PlannerBackend {
         add(shape.nGroups, to: counter)
     }
 
-    /// Solves and assigns; refuses impossible counts before anything is changed.
+    /// Solves and assigns; refuses rows of ranks that disagree and impossible counts before anything is changed.
     private func plan(_ counts: CountBuffer, _ argument: String, _ solver: FlowSolver, _ assigner: TokenAssigner) throws(Failure) {
+        let sources = counts.sources, width = counts.width(shape.nLogical)
         switch counts.type {
         case .int32:
             let values = counts.base.assumingMemoryBound(to: Int32.self)
-            guard assigner.sum(values, sources: counts.sources) else { throw refusal(of: values, counts.sources, argument) }
+            if counts.compared { try compareDigests(values + shape.nLogical, sources, width, argument) }
+            guard assigner.sum(values, sources: sources, width: width) else { throw refusal(of: values, sources, width, argument) }
             solver.solve(loads: assigner.loads)
-            assigner.assign(values, sources: counts.sources, quotas: solver.quotas)
+            assigner.assign(values, sources: sources, quotas: solver.quotas)
         case .int64:
             let values = counts.base.assumingMemoryBound(to: Int64.self)
-            guard assigner.sum(values, sources: counts.sources) else { throw refusal(of: values, counts.sources, argument) }
+            guard assigner.sum(values, sources: sources, width: width) else { throw refusal(of: values, sources, width, argument) }
             solver.solve(loads: assigner.loads)
-            assigner.assign(values, sources: counts.sources, quotas: solver.quotas)
+            assigner.assign(values, sources: sources, quotas: solver.quotas)
+        }
+    }
+
+    private func compareDigests(_ digests: UnsafePointer<Int32>, _ sources: Int, _ width: Int, _ argument: String) throws(Failure) {
+        for source in 0..<sources where digests[source * width] != digest {
+            throw disagreement(argument, ranks: sources) { digests[$0 * width] }
         }
     }
 
     /// Words for counts that cannot be: the first one that is negative or that takes its expert above the limit.
-    private func refusal<Count: FixedWidthInteger>(of counts: UnsafePointer<Count>, _ sources: Int, _ argument: String) -> Failure {
+    private func refusal<Count: FixedWidthInteger>(
+        of counts: UnsafePointer<Count>, _ sources: Int, _ width: Int, _ argument: String
+    ) -> Failure {
         for expert in 0..<shape.nLogical {
             var sum: Int64 = 0
             for source in 0..<sources {
-                let value = Int64(counts[source * shape.nLogical + expert])
+                let value = Int64(counts[source * width + expert])
                 if value < 0 || value > TokenAssigner.maxLoad - sum {
                     let place = sources == 1 ? "\(argument)[\(expert)]" : "\(argument)[\(source)][\(expert)]"
                     let rule = value < 0 ? "must not be negative" : "must keep the expert's tokens at most \(TokenAssigner.maxLoad)"

@@ -5,11 +5,7 @@ import CLPLBKernels
 import LPLBSolver
 import LPLBTopology
 
-func makeCudaBackend(
-    device: Int, solver: Int, shape: ExpertShape, topology: RedundancyTopology?, rank: Int?
-) throws(Failure) -> any PlannerBackend {
-    try CudaBackend(device: Int32(device), solver: Int32(solver), shape: shape, topology: topology, rank: rank)
-}
+func makeCudaBackend(_ settings: PlannerSettings) throws(Failure) -> any PlannerBackend { try CudaBackend(settings) }
 
 /// Throws what the kernels' seam reports.
 @inline(__always)
@@ -36,7 +32,11 @@ final class CudaBackend: PlannerBackend {
     private let state: UnsafeMutablePointer<lplbk_planner>
     private var memory: [UnsafeMutableRawPointer] = []
 
-    init(device: Int32, solver: Int32, shape: ExpertShape, topology: RedundancyTopology?, rank: Int?) throws(Failure) {
+    /// What kernels found wrong, shared with the device; nil where no rows are ever compared.
+    private var report: UnsafeMutablePointer<lplbk_report>?
+
+    init(_ settings: PlannerSettings) throws(Failure) {
+        let shape = settings.shape, device = Int32(settings.device)
         let limits = [
             ("group_size", shape.groupSize, Int(LPLB_MAX_RANKS_CUDA)), ("n_logical", shape.nLogical, Int(LPLB_MAX_LOGICAL_CUDA)),
             ("n_physical", shape.nPhysical, Int(LPLB_MAX_PHYSICAL_CUDA)),
@@ -49,10 +49,11 @@ final class CudaBackend: PlannerBackend {
 
         var planner = lplbk_planner()
         planner.device = device
-        planner.solver = solver
+        planner.solver = Int32(settings.solver)
         planner.info = info
-        planner.shape = CudaBackend.shape(shape, topology, rank: rank)
+        planner.shape = CudaBackend.shape(shape, settings.topology, rank: settings.rank)
         planner.has_replicas = shape.nPhysical > shape.nLogical ? 1 : 0
+        planner.traps = settings.policy == Int32(LPLB_EXCHANGE_TRAP) ? 1 : 0
         self.shape = shape
         self.device = device
         state = .allocate(capacity: 1)
@@ -61,6 +62,7 @@ final class CudaBackend: PlannerBackend {
 
     deinit {
         for block in memory { _ = lplbk_free(device, block) }
+        _ = lplbk_free_mapped(device, report)
         state.deallocate()
     }
 
@@ -91,14 +93,20 @@ final class CudaBackend: PlannerBackend {
 
     // MARK: Placing
 
-    func load(_ tables: SolverTables, stream: UnsafeMutableRawPointer?) throws(Failure) {
+    func load(_ tables: SolverTables, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
         if memory.isEmpty { try allocate(tables) }
-        let blob = CudaTables(shape: state.pointee.shape, layout: state.pointee.layout, tables: tables).blob()
+        let blob = CudaTables(shape: state.pointee.shape, layout: state.pointee.layout, tables: tables).blob(digest: digest)
         let zeros = [Int32](repeating: 0, count: shape.nPhysical)
         try upload(zeros, to: state.pointee.quota, stream)
         try upload(zeros, to: state.pointee.take, stream)
         try upload([Int32](repeating: 0, count: shape.nGroups * LPLBK_INFO_WORDS), to: state.pointee.group_info, stream)
         try upload(blob, to: state.pointee.tables, stream)
+        report?.pointee.code = Int32(LPLBK_EXCHANGE_FINE)
+    }
+
+    func setDigest(_ digest: Int32) throws(Failure) {
+        let word = state.pointee.tables + Int(state.pointee.layout.digest)
+        try check(lplbk_write_word(device, word, digest), "placing on device \(device)")
     }
 
     private func upload(_ words: [Int32], to memory: UnsafeMutablePointer<Int32>?, _ stream: UnsafeMutableRawPointer?) throws(Failure) {
@@ -138,6 +146,24 @@ final class CudaBackend: PlannerBackend {
         state.pointee.scratch = scratch
         state.pointee.counters = counters
         memory = blocks
+        try openReport()
+    }
+
+    /// Planners of one rank may be given rows, whose digests the kernels compare.
+    private func openReport() throws(Failure) {
+        guard state.pointee.shape.rank >= 0, report == nil else { return }
+        var page: UnsafeMutableRawPointer?
+        try check(
+            lplbk_alloc_mapped(device, Int64(MemoryLayout<lplbk_report>.size), &page, &state.pointee.report),
+            "allocating host memory for device \(device)")
+        report = page?.assumingMemoryBound(to: lplbk_report.self)
+    }
+
+    /// Throws what a kernel has found, until there is a new placement.
+    @inline(__always)
+    private func requireAgreement() throws(Failure) {
+        guard let report, lplbk_report_code(report) != Int32(LPLBK_EXCHANGE_FINE) else { return }
+        throw disagreement(reported: "rows", by: Int(report.pointee.rank), of: Int(report.pointee.peer))
     }
 
     /// Groups of at most 32 ranks that sweep are solved in registers, with a register for each colour: 2, 4 or 8. 0: not so.
@@ -162,10 +188,25 @@ final class CudaBackend: PlannerBackend {
         try check(lplbk_count(state, ids.base, ids.type.is64, Int64(ids.count), counts, cumulative, Int64(chunks), stream), "count")
     }
 
+    func countRow(_ ids: IdBuffer, row: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        try check(lplbk_count_row(state, ids.base, ids.type.is64, Int64(ids.count), row, stream), "count_row")
+    }
+
+    func makeRow(_ counts: CountBuffer, row: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        try check(lplbk_make_row(state, counts.base, counts.type.is64, row, stream), "make_row")
+    }
+
     func solve(
         _ counts: CountBuffer, ratios: UnsafeMutablePointer<Float>?, scaled: UnsafeMutablePointer<Float>?, counter: CounterBuffer,
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
+        try requireAgreement()
+        guard !counts.areRows else {
+            let rows = counts.base.assumingMemoryBound(to: Int32.self)
+            let compare: Int32 = counts.compared ? 1 : 0
+            return try check(
+                lplbk_solve_rows(state, rows, compare, ratios, scaled, counter.base, counter.type.is64, stream), "solve_rows")
+        }
         try check(
             lplbk_solve(
                 state, counts.base, counts.type.is64, Int64(counts.sources), ratios, scaled, counter.base, counter.type.is64, stream),
@@ -173,6 +214,7 @@ final class CudaBackend: PlannerBackend {
     }
 
     func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        try requireAgreement()
         try check(lplbk_redirect(state, ids.base, ids.type.is64, Int64(ids.count), out.base, Int64(maxBlocks), stream), "redirect")
     }
 
@@ -187,12 +229,14 @@ final class CudaBackend: PlannerBackend {
     }
 
     func run(
-        _ ids: IdBuffer, gathered: UnsafePointer<Int32>?, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
+        _ ids: IdBuffer, gathered: CountBuffer?, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
+        try requireAgreement()
+        let rows = gathered?.base.assumingMemoryBound(to: Int32.self)
         try check(
             lplbk_run(
-                state, ids.base, ids.type.is64, Int64(ids.count), gathered, out.base, counter.base, counter.type.is64, Int64(maxBlocks),
+                state, ids.base, ids.type.is64, Int64(ids.count), rows, gathered?.compared == true ? 1 : 0, out.base, counter.base, counter.type.is64, Int64(maxBlocks),
                 stream),
             "run")
     }

@@ -11,10 +11,11 @@ struct CudaTables {
     let tables: SolverTables
 
     /// [layout.words]
-    func blob() -> [Int32] {
+    func blob(digest: Int32) -> [Int32] {
         var words = [Int32](repeating: 0, count: Int(layout.words))
         words.withUnsafeMutableBufferPointer { buffer in
             guard let t = buffer.baseAddress else { return }
+            t[Int(layout.digest)] = digest
             writeExperts(t)
             if shape.n_redundant > 0 { writeHomes(t) }
             var listed: Int32 = 0

@@ -23,7 +23,7 @@ struct ExchangeSettings {
         device = Int32(try Check.range(Int64(config.device), "device", 0...Int64(Int32.max)))
         ranks = try Check.range(config.n_ranks, "n_ranks", 1...Int64(LPLB_EXCHANGE_MAX_RANKS))
         rank = try Check.range(config.rank, "rank", 0...Int64(ranks - 1))
-        counts = try Check.range(config.n_counts, "n_counts", 1...Int64(LPLB_MAX_LOGICAL))
+        counts = try Check.range(config.n_counts, "n_counts", 1...Int64(LPLB_MAX_LOGICAL) + 1)
         nodes = try Check.range(config.n_nodes, "n_nodes", 1...Int64(LPLB_EXCHANGE_MAX_NODES))
         node = try Check.range(config.node, "node", 0...Int64(nodes - 1))
         firstEpoch = UInt32(try Check.range(config.first_epoch, "first_epoch", 0...Int64(UInt32.max)))
@@ -48,6 +48,9 @@ final class Exchange {
     let view: UnsafeMutablePointer<lplbk_exchange_view>
     /// Shared with the device; nil once the exchange has ended.
     private(set) var host: UnsafeMutablePointer<lplbk_exchange_host>?
+
+    /// How many planners were attached so far.
+    var attachments: Int64 = 0
 
     private var stage = Stage.begun
     /// The buffer that peers write, if it is ours to free.
@@ -168,11 +171,12 @@ final class Exchange {
             let reason = stage == .begun ? "lplb_exchange_finish has not succeeded" : "it is closed"
             throw Failure(LPLB_ERROR_WRONG_ORDER, "exchange: cannot be used, since \(reason)")
         }
-        if let fault { throw Failure(LPLB_ERROR_TIMEOUT, fault) }
+        if let fault { throw fault }
     }
 
+    /// - Parameter compared: the counts are rows, whose last words the kernel compares.
     func allGather(
-        _ counts: UnsafePointer<Int32>, _ gathered: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?
+        _ counts: UnsafePointer<Int32>, _ gathered: UnsafeMutablePointer<Int32>, compared: Bool = false, stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
         try requireReady()
         var brought = counts
@@ -186,7 +190,8 @@ final class Exchange {
             brought = UnsafePointer(target)
         }
         try check(
-            lplbk_exchange_launch(settings.device, view, brought, gathered, 0, stream), "lplb_exchange_all_gather: launch")
+            lplbk_exchange_launch(settings.device, view, brought, gathered, compared ? counts + settings.counts - 1 : nil, 0, stream),
+            "lplb_exchange_all_gather: launch")
     }
 
     /// Where a planner's own counts go before they are exchanged, and everybody's after it.
@@ -212,14 +217,18 @@ final class Exchange {
 
     // MARK: Faults
 
-    /// Words for what ended the exchange, nil while nothing did.
-    var fault: String? {
-        guard let host, host.pointee.code != Int32(LPLBK_EXCHANGE_FINE) else { return nil }
-        let report = host.pointee
+    /// What ended the exchange, nil while nothing did.
+    var fault: Failure? {
+        guard let host, host.pointee.report.code != Int32(LPLBK_EXCHANGE_FINE) else { return nil }
+        let report = host.pointee.report
+        if report.code == Int32(LPLBK_EXCHANGE_DISAGREED) {
+            return disagreement(reported: "exchange", by: settings.node * settings.ranks + settings.rank, of: Int(report.peer))
+        }
         let waited = "rank \(report.rank) waited \(report.waited_ns / 1_000_000) ms for the counts of rank \(report.peer) "
             + "in call \(report.epoch)"
         let aborted = report.code == Int32(LPLBK_EXCHANGE_ABORTED)
-        return aborted ? "exchange: \(waited), then the host aborted it" : "exchange: \(waited); that rank is late, stuck or gone"
+        let words = aborted ? "exchange: \(waited), then the host aborted it" : "exchange: \(waited); that rank is late, stuck or gone"
+        return Failure(LPLB_ERROR_TIMEOUT, words)
     }
 
     func abort() { host?.pointee.abort = 1 }

@@ -94,12 +94,12 @@ public func lplb_exchange_get_report(_ handle: OpaquePointer?, _ report: UnsafeM
     guard let handle, let report, UInt(bitPattern: report) % 8 == 0,
         report.pointee.struct_size == Int64(MemoryLayout<lplb_exchange_report>.size)
     else { return lplb_status(LPLB_ERROR_INVALID_ARGUMENT) }
-    let host = exchange(handle).host?.pointee ?? lplbk_exchange_host()
-    report.pointee.code = host.code
-    report.pointee.rank = host.rank
-    report.pointee.peer = host.peer
-    report.pointee.epoch = host.epoch
-    report.pointee.waited_ns = Int64(clamping: host.waited_ns)
+    let seen = exchange(handle).host?.pointee.report ?? lplbk_report()
+    report.pointee.code = seen.code
+    report.pointee.rank = seen.rank
+    report.pointee.peer = seen.peer
+    report.pointee.epoch = seen.epoch
+    report.pointee.waited_ns = Int64(clamping: seen.waited_ns)
     return lplb_status(LPLB_OK)
 }
 

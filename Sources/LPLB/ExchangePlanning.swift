@@ -6,13 +6,17 @@ import LPLBTopology
 extension Planner {
     /// Checks that the exchange is one of this planner's ranks, then uses it in `run`; nil: no exchange any more.
     func attach(_ exchange: Exchange?) throws(Failure) {
-        guard let exchange else { return self.exchange = nil }
+        guard let exchange else {
+            self.exchange = nil
+            return try number(attached: 0)
+        }
         let settings = exchange.settings
         guard device == Int(settings.device) else {
             throw Failure("exchange", "must be on the planner's device, \(device)", value: "device \(settings.device)")
         }
-        guard settings.counts == shape.nLogical else {
-            throw Failure("exchange", "must carry n_logical = \(shape.nLogical) counts", value: settings.counts)
+        guard settings.counts == shape.nLogical + 1 else {
+            throw Failure(
+                "exchange", "must carry lplb_counts_width(n_logical) = \(shape.nLogical + 1) counts", value: settings.counts)
         }
         guard settings.ranks * settings.nodes == shape.epSize else {
             throw Failure("exchange", "must join ep_size = \(shape.epSize) ranks", value: settings.ranks * settings.nodes)
@@ -22,7 +26,15 @@ extension Planner {
             let own = self.rank.map(String.init) ?? "none"
             throw Failure("exchange", "must be that of the planner's rank, \(own)", value: "rank \(rank)")
         }
+        try number(attached: exchange.attachments + 1)
+        exchange.attachments += 1
         self.exchange = exchange
+    }
+
+    /// Enters the number by which this planner is attached into its digest.
+    private func number(attached: Int64) throws(Failure) {
+        if let placement { try backend.setDigest(digest(of: placement, attached: attached)) }
+        self.attached = attached
     }
 
     /// `run` for the counts of all ranks: in one launch where the backend can, else count, exchange, plan.
@@ -35,9 +47,10 @@ extension Planner {
                 ids, exchanging: exchange.view, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
             if fused { return }
             let counts = exchange.plannerCounts, gathered = exchange.plannerGathered
-            try backend.count(ids, counts: counts, cumulative: nil, chunks: 1, stream: stream)
-            try exchange.allGather(counts, gathered, stream: stream)
-            try backend.run(ids, gathered: gathered, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
+            try backend.countRow(ids, row: counts, stream: stream)
+            try exchange.allGather(counts, gathered, compared: true, stream: stream)
+            let rows = CountBuffer(rows: gathered, sources: shape.epSize, compared: false)
+            try backend.run(ids, gathered: rows, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
         }
     }
 }

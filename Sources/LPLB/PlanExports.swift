@@ -20,6 +20,14 @@ private func idOutput(_ out: UnsafeMutableRawPointer?, for ids: IdBuffer) throws
 }
 
 @inline(__always)
+private func countBuffer(_ counts: UnsafeRawPointer?, _ dtype: lplb_dtype, sources: Int) throws(Failure) -> CountBuffer {
+    let type = try Check.dtype(dtype, "counts_dtype")
+    guard let counts else { throw Failure("counts", "must not be NULL", value: "NULL") }
+    try Check.aligned(counts, "counts", to: type.stride)
+    return CountBuffer(base: counts, type: type, sources: sources)
+}
+
+@inline(__always)
 private func counterBuffer(_ counter: UnsafeMutableRawPointer?, _ dtype: lplb_dtype) throws(Failure) -> CounterBuffer {
     guard counter != nil else { return CounterBuffer(base: nil, type: .int64) }
     let type = try Check.dtype(dtype, "counter_dtype")
@@ -50,14 +58,49 @@ public func lplb_planner_solve(
     _ counter_dtype: lplb_dtype, _ stream: UnsafeMutableRawPointer?
 ) -> lplb_status {
     withPlanner(handle) { (planner) throws(Failure) in
-        let type = try Check.dtype(counts_dtype, "counts_dtype")
-        guard let counts else { throw Failure("counts", "must not be NULL", value: "NULL") }
-        try Check.aligned(counts, "counts", to: type.stride)
         try Check.aligned(UnsafeRawPointer(ratios), "ratios", to: 4)
         try Check.aligned(UnsafeRawPointer(scaled), "scaled", to: 4)
         let sources = try Check.range(n_sources, "n_sources", 1...Int64(LPLB_MAX_EP_SIZE))
         try planner.solve(
-            CountBuffer(base: counts, type: type, sources: sources), ratios: ratios, scaled: scaled,
+            try countBuffer(counts, counts_dtype, sources: sources), ratios: ratios, scaled: scaled,
+            counter: try counterBuffer(counter, counter_dtype), stream: stream)
+    }
+}
+
+@_cdecl("lplb_planner_count_row") @implementation
+public func lplb_planner_count_row(
+    _ handle: OpaquePointer?, _ ids: UnsafeRawPointer?, _ ids_dtype: lplb_dtype, _ n_ids: Int64, _ row: UnsafeMutablePointer<Int32>?,
+    _ stream: UnsafeMutableRawPointer?
+) -> lplb_status {
+    withPlanner(handle) { (planner) throws(Failure) in
+        let ids = try idBuffer(ids, ids_dtype, n_ids)
+        try planner.countRow(ids, row: try Check.pointer(row, "row"), stream: stream)
+    }
+}
+
+@_cdecl("lplb_planner_make_row") @implementation
+public func lplb_planner_make_row(
+    _ handle: OpaquePointer?, _ counts: UnsafeRawPointer?, _ counts_dtype: lplb_dtype, _ row: UnsafeMutablePointer<Int32>?,
+    _ stream: UnsafeMutableRawPointer?
+) -> lplb_status {
+    withPlanner(handle) { (planner) throws(Failure) in
+        let counts = try countBuffer(counts, counts_dtype, sources: 1)
+        try planner.makeRow(counts, row: try Check.pointer(row, "row"), stream: stream)
+    }
+}
+
+@_cdecl("lplb_planner_solve_rows") @implementation
+public func lplb_planner_solve_rows(
+    _ handle: OpaquePointer?, _ rows: UnsafePointer<Int32>?, _ ratios: UnsafeMutablePointer<Float>?,
+    _ scaled: UnsafeMutablePointer<Float>?, _ counter: UnsafeMutableRawPointer?, _ counter_dtype: lplb_dtype,
+    _ stream: UnsafeMutableRawPointer?
+) -> lplb_status {
+    withPlanner(handle) { (planner) throws(Failure) in
+        let rows = try Check.pointer(rows, "rows")
+        try Check.aligned(UnsafeRawPointer(ratios), "ratios", to: 4)
+        try Check.aligned(UnsafeRawPointer(scaled), "scaled", to: 4)
+        try planner.solve(
+            CountBuffer(rows: rows, sources: planner.shape.epSize, compared: true), ratios: ratios, scaled: scaled,
             counter: try counterBuffer(counter, counter_dtype), stream: stream)
     }
 }

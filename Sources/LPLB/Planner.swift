@@ -14,8 +14,14 @@ final class Planner {
     let backend: any PlannerBackend
     /// A CUDA ordinal, or LPLB_DEVICE_CPU.
     let device: Int
+    /// LPLB_SOLVER_*
+    let solver: Int
+    /// The caller's, part of the digest.
+    let number: Int64
     /// Gathers everybody's counts inside `run`.
     var exchange: Exchange?
+    /// How many planners were attached to `exchange` with this one; 0 without an exchange.
+    var attached: Int64 = 0
 
     private(set) var placement: Placement?
     private(set) var tables: SolverTables?
@@ -28,12 +34,14 @@ final class Planner {
     private let words: UnsafeMutablePointer<CChar>
     private static let wordsSize = 1024
 
-    init(_ config: lplb_config) throws(Failure) {
-        shape = try Planner.shape(of: config)
-        topology = try Planner.topology(of: config, shape: shape)
-        rank = try Planner.rank(of: config, shape: shape)
-        device = Int(config.device)
-        backend = try Planner.backend(of: config, shape: shape, topology: topology, rank: rank)
+    init(_ settings: PlannerSettings) throws(Failure) {
+        shape = settings.shape
+        topology = settings.topology
+        rank = settings.rank
+        device = settings.device
+        solver = settings.solver
+        number = settings.number
+        backend = try settings.backend()
         words = .allocate(capacity: Planner.wordsSize)
         words[0] = 0
         if topology != nil {
@@ -94,7 +102,7 @@ final class Planner {
     /// Hands the placement to the backend first, so that a refusal leaves the planner as it was.
     private func adopt(_ placement: Placement, stream: UnsafeMutableRawPointer?) throws(Failure) {
         let tables = SolverTables(placement)
-        try backend.load(tables, stream: stream)
+        try backend.load(tables, digest: digest(of: placement, attached: attached), stream: stream)
         self.placement = placement
         self.tables = tables
         hasPlan = false
@@ -124,6 +132,17 @@ final class Planner {
         try backend.count(ids, counts: counts, cumulative: cumulative, chunks: chunks, stream: stream)
     }
 
+    /// This rank's row, from ids or from counts.
+    func countRow(_ ids: IdBuffer, row: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        try requirePlaced()
+        try backend.countRow(ids, row: row, stream: stream)
+    }
+
+    func makeRow(_ counts: CountBuffer, row: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        try requirePlaced()
+        try backend.makeRow(counts, row: row, stream: stream)
+    }
+
     func solve(
         _ counts: CountBuffer, ratios: UnsafeMutablePointer<Float>?, scaled: UnsafeMutablePointer<Float>?, counter: CounterBuffer,
         stream: UnsafeMutableRawPointer?
@@ -132,6 +151,7 @@ final class Planner {
         guard counts.sources == 1 || counts.sources == shape.epSize else {
             throw Failure("n_sources", "must be 1 or ep_size (\(shape.epSize))", value: counts.sources)
         }
+        if counts.areRows { try requireRank("rows") }
         try requireTopology(ratios != nil, "ratios")
         try backend.solve(counts, ratios: ratios, scaled: scaled, counter: counter, stream: stream)
         hasPlan = true
@@ -158,13 +178,12 @@ final class Planner {
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
         try requirePlaced()
-        if gathered != nil && rank == nil {
-            throw Failure("gathered", "needs a planner created with a rank, so that one row is known to be its own", value: "no rank")
-        }
+        if gathered != nil { try requireRank("gathered") }
         if gathered == nil, hasReplicas, let exchange {
             try run(ids, by: exchange, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
         } else {
-            try backend.run(ids, gathered: gathered, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
+            let rows = gathered.map { CountBuffer(rows: $0, sources: shape.epSize, compared: true) }
+            try backend.run(ids, gathered: rows, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
         }
         if hasReplicas {
             hasPlan = true
@@ -182,57 +201,15 @@ final class Planner {
         }
     }
 
+    private func requireRank(_ argument: String) throws(Failure) {
+        if rank == nil {
+            throw Failure(argument, "needs a planner created with a rank, so that one row is known to be its own", value: "no rank")
+        }
+    }
+
     private func requireTopology(_ needed: Bool, _ argument: String) throws(Failure) {
         if needed && topology == nil {
             throw Failure(argument, "needs a planner created with r2o, since slot classes exist in topologies only", value: "no r2o")
         }
-    }
-}
-
-// MARK: Reading the configuration
-
-extension Planner {
-    private static func shape(of config: lplb_config) throws(Failure) -> ExpertShape {
-        try translating { () throws(RuleViolation) in
-            try ExpertShape(
-                epSize: Int(config.ep_size), nNodes: Int(config.n_nodes), groupSize: Int(config.group_size),
-                nLogical: Int(config.n_logical), nPhysical: Int(config.n_physical))
-        }
-    }
-
-    private static func topology(of config: lplb_config, shape: ExpertShape) throws(Failure) -> RedundancyTopology? {
-        guard let r2o = config.r2o else {
-            guard config.n_redundant == 0 else { throw Failure("n_redundant", "must be 0 when r2o is NULL", value: config.n_redundant) }
-            return nil
-        }
-        try Check.aligned(r2o, "r2o", to: 4)
-        let columns = try Check.range(config.n_redundant, "n_redundant", 0...Int64(LPLB_MAX_PHYSICAL))
-        let (size, overflow) = shape.groupSize.multipliedReportingOverflow(by: columns)
-        guard !overflow, size <= Int(LPLB_MAX_PHYSICAL) else {
-            throw Failure("n_redundant", "must keep group_size * n_redundant within LPLB_MAX_PHYSICAL", value: columns)
-        }
-        return try translating { () throws(RuleViolation) in
-            try RedundancyTopology(
-                r2o: Array(UnsafeBufferPointer(start: r2o, count: size)), groupSize: shape.groupSize, nRedundant: columns)
-        }
-    }
-
-    private static func rank(of config: lplb_config, shape: ExpertShape) throws(Failure) -> Int? {
-        let rank = try Check.range(config.rank, "rank", Int64(LPLB_WHOLE_BATCH)...Int64(shape.epSize - 1))
-        return rank == Int(LPLB_WHOLE_BATCH) ? nil : rank
-    }
-
-    private static func backend(
-        of config: lplb_config, shape: ExpertShape, topology: RedundancyTopology?, rank: Int?
-    ) throws(Failure) -> any PlannerBackend {
-        let solver = try Check.range(Int64(config.solver), "solver", Int64(LPLB_SOLVER_FLOW)...Int64(LPLB_SOLVER_IPM))
-        let device = try Check.range(Int64(config.device), "device", Int64(LPLB_DEVICE_CPU)...Int64(Int32.max))
-        guard device == Int(LPLB_DEVICE_CPU) else {
-            return try makeCudaBackend(device: device, solver: solver, shape: shape, topology: topology, rank: rank)
-        }
-        guard solver == Int(LPLB_SOLVER_FLOW) else {
-            throw Failure(LPLB_ERROR_UNSUPPORTED, "solver: LPLB_SOLVER_IPM runs on CUDA only, got a CPU planner (device \(device))")
-        }
-        return CpuBackend(shape: shape, rank: rank)
     }
 }

@@ -25,9 +25,7 @@ public func lplb_planner_create(
     withMessage(message, message_size) { () throws(Failure) in
         let handle = try Check.pointer(handle, "planner")
         let config = try Check.pointer(config, "config")
-        let size = UnsafeRawPointer(config).load(as: Int64.self)
-        try Check.size(size, "struct_size", is: MemoryLayout<lplb_config>.size, "sizeof(lplb_config)")
-        let planner = try Planner(config.pointee)
+        let planner = try Planner(PlannerSettings(reading: config))
         handle.pointee = OpaquePointer(Unmanaged.passRetained(planner).toOpaque())
     }
 }

@@ -24,6 +24,8 @@ public final class TokenAssigner {
     public private(set) var ownNode: Int64 = 0
     public private(set) var otherNodes: Int64 = 0
 
+    /// Words from one source's counts to the next one's, of the latest `sum`.
+    private var width: Int
     private let sums: UnsafeMutablePointer<Int64>
     private let taken: UnsafeMutablePointer<Int64>
     /// [nLogical]: sums over the ranks before the source's node, and over those before the source.
@@ -44,6 +46,7 @@ public final class TokenAssigner {
         }
         self.tables = tables
         self.source = source
+        width = tables.shape.nLogical
         sums = zeros(tables.shape.nLogical)
         taken = zeros(tables.nPlaces)
         beforeNode = zeros(tables.shape.nLogical)
@@ -69,9 +72,11 @@ public final class TokenAssigner {
     public static let maxLoad: Int64 = 1 << 40
 
     /// Adds up the counts of all sources into `loads`. False, with `loads` undefined, if a count is negative or a sum above `maxLoad`.
-    /// - Parameter counts: [sources][nLogical]; sources 1 or epSize.
-    public func sum(_ counts: UnsafePointer<Int32>, sources: Int) -> Bool { add(counts, sources) }
-    public func sum(_ counts: UnsafePointer<Int64>, sources: Int) -> Bool { add(counts, sources) }
+    /// - Parameters:
+    ///   - counts: [sources][width], of which the first nLogical of each row are counts; sources 1 or epSize.
+    ///   - width: nil for nLogical.
+    public func sum(_ counts: UnsafePointer<Int32>, sources: Int, width: Int? = nil) -> Bool { add(counts, sources, width) }
+    public func sum(_ counts: UnsafePointer<Int64>, sources: Int, width: Int? = nil) -> Bool { add(counts, sources, width) }
 
     /// Assigns the tokens. With one source, or no `source`, `take` is the whole quota.
     /// - Parameters:
@@ -81,8 +86,10 @@ public final class TokenAssigner {
     public func assign(_ counts: UnsafePointer<Int64>, sources: Int, quotas: UnsafePointer<Int64>) { share(counts, sources, quotas) }
 
     @inline(__always)
-    private func add<T: FixedWidthInteger>(_ counts: UnsafePointer<T>, _ sources: Int) -> Bool {
+    private func add<T: FixedWidthInteger>(_ counts: UnsafePointer<T>, _ sources: Int, _ width: Int?) -> Bool {
         let count = tables.shape.nLogical, sums = sums
+        let width = width ?? count
+        self.width = width
         let perNode = tables.shape.ranksPerNode
         // The or of all values shows a negative one and, with 41 bits, keeps the sums of 8192 rows far from overflow.
         var bits: Int64 = 0
@@ -92,7 +99,7 @@ public final class TokenAssigner {
                 if row == source &- source % perNode { beforeNode.update(from: sums, count: count) }
                 if row == source { beforeSource.update(from: sums, count: count) }
             }
-            let values = counts + row &* count
+            let values = counts + row &* width
             for e in 0..<count {
                 let value = Int64(truncatingIfNeeded: values[e])
                 bits |= value
@@ -109,7 +116,7 @@ public final class TokenAssigner {
     private func share<T: FixedWidthInteger>(_ counts: UnsafePointer<T>, _ sources: Int, _ quotas: UnsafePointer<Int64>) {
         if let source, sources > 1 {
             let start = tables.expertStart
-            let row = counts + source &* tables.shape.nLogical
+            let row = counts + source &* width
             for expert in 0..<tables.shape.nLogical {
                 let first = Int(start[expert]), end = Int(start[expert &+ 1])
                 let tokens = Int64(truncatingIfNeeded: row[expert])
@@ -130,7 +137,7 @@ public final class TokenAssigner {
     private func shareExpert<T: FixedWidthInteger>(
         _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ quotas: UnsafePointer<Int64>, _ source: Int
     ) {
-        let rankOf = tables.placeRank, width = tables.shape.nLogical, perNode = tables.shape.ranksPerNode
+        let rankOf = tables.placeRank, width = width, perNode = tables.shape.ranksPerNode
         for place in first..<end { taken[place] = 0 }
         if tokens == 0 { return }
 
@@ -181,7 +188,7 @@ public final class TokenAssigner {
         _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ position: Int64,
         _ quotas: UnsafePointer<Int64>, _ home: Int
     ) {
-        let rankOf = tables.placeRank, width = tables.shape.nLogical, perNode = tables.shape.ranksPerNode
+        let rankOf = tables.placeRank, width = width, perNode = tables.shape.ranksPerNode
         var position = position
         for place in first..<end {
             let node = Int(rankOf[place]) / perNode

@@ -205,7 +205,7 @@ void run_missing(bool abort_instead, int abort_after_ms = 0) {
 
     // The exchange stays down: a call on the stream comes back at once, with this rank's own counts alone.
     const auto before = std::chrono::steady_clock::now();
-    SEAM(lplbk_exchange_launch(0, &group.views[0], counts, gathered, 0, nullptr));
+    SEAM(lplbk_exchange_launch(0, &group.views[0], counts, gathered, nullptr, 0, nullptr));
     CUDA(cudaDeviceSynchronize());
     const double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - before).count();
     CUDA(cudaMemcpy(all.data(), gathered, group.gathered_words() * 4, cudaMemcpyDeviceToHost));
@@ -244,7 +244,7 @@ void run_streams(int n_ranks, int n_counts, int blocks, uint32_t first_epoch) {
     CUDA(cudaMemset(errors, 0, sizeof *errors));
     const auto call = [&](int rank) {
         fill_counts<<<1, 256, 0, streams[rank]>>>(counts[rank], n_counts, rounds[rank], rank);
-        SEAM(lplbk_exchange_launch(0, &group.views[rank], counts[rank], gathered[rank], blocks, streams[rank]));
+        SEAM(lplbk_exchange_launch(0, &group.views[rank], counts[rank], gathered[rank], nullptr, blocks, streams[rank]));
         check_counts<<<1, 256, 0, streams[rank]>>>(gathered[rank], n_counts, n_ranks, rounds[rank], errors);
     };
     const int per_graph = 16;
@@ -311,7 +311,7 @@ void time_alone() {
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < 100; ++i) SEAM(lplbk_exchange_launch(0, &group.views[0], counts, gathered, 0, stream));
+    for (int i = 0; i < 100; ++i) SEAM(lplbk_exchange_launch(0, &group.views[0], counts, gathered, nullptr, 0, stream));
     CUDA(cudaStreamEndCapture(stream, &graph));
     CUDA(cudaGraphInstantiate(&exec, graph, 0));
     cudaEvent_t start, stop;
@@ -357,7 +357,7 @@ void run_trap() {
     CUDA(cudaMalloc(&counts, 64));
     CUDA(cudaMalloc(&gathered, 128));
     CUDA(cudaMemset(counts, 0, 64));
-    SEAM(lplbk_exchange_launch(0, &group->views[1], counts, gathered, 0, nullptr));
+    SEAM(lplbk_exchange_launch(0, &group->views[1], counts, gathered, nullptr, 0, nullptr));
     const cudaError_t error = cudaDeviceSynchronize();
     const lplbk_exchange_host &host = *group->hosts[1];
     char detail[160];

@@ -112,7 +112,7 @@ static void check_one(const string &name, const reference::Instance &in, Random 
     const auto want = rewrite(in, ids, plan.quota);
     for (int pass = 0; pass < 2; ++pass) {
         Id *out = pass == 0 ? to.data : from.data + misaligned;
-        CHECK(lplbk_run(&planner.p, from.data + misaligned, wide, n, nullptr, out, counter.data, 0, max_blocks, nullptr));
+        CHECK(lplbk_run(&planner.p, from.data + misaligned, wide, n, nullptr, 0, out, counter.data, 0, max_blocks, nullptr));
         check_ids(where + " run", out_ids(out), want.ids);
         bad += want.invalid;
         expect(invalid() == bad, where, "invalid", invalid(), bad);
@@ -217,8 +217,13 @@ static void check_one(const string &name, const reference::Instance &in, Random 
             }
         }
         const auto whole = reference::solve(in, gathered, s.ep_size);
-        Buffer<int32_t> device(vector<int32_t>(gathered.begin(), gathered.end()));
-        CHECK(lplbk_run(&planner.p, from.data + misaligned, wide, n, device.data, to.data, counter.data, 0, max_blocks, nullptr));
+        vector<int32_t> rows;  // with a digest behind each
+        for (int r = 0; r < s.ep_size; ++r) {
+            rows.insert(rows.end(), gathered.begin() + (size_t)r * s.n_logical, gathered.begin() + (size_t)(r + 1) * s.n_logical);
+            rows.push_back(12345);
+        }
+        Buffer<int32_t> device(rows);
+        CHECK(lplbk_run(&planner.p, from.data + misaligned, wide, n, device.data, 0, to.data, counter.data, 0, max_blocks, nullptr));
         check_ids(where + " run gathered", out_ids(to.data), rewrite(in, ids, whole.take).ids);
         const auto quota = planner.read(planner.p.quota, s.n_physical), take = planner.read(planner.p.take, s.n_physical);
         const auto info = planner.read(planner.p.group_info, s.n_groups * LPLBK_INFO_WORDS);
@@ -334,7 +339,7 @@ static void timing(const string &name, const reference::Instance &in, int n_toke
     Buffer<int64_t> counter(1);
     // The chain of runs in a graph takes every set in turn.
     const auto times = time_in_graphs(n / 8, 32, [&, k = 0](int, cudaStream_t stream) mutable {
-        CHECK(lplbk_run(&planner.p, from.data + (size_t)(k++ % sets) * n_ids, 1, n_ids, nullptr, to.data, counter.data, 1, max_blocks,
+        CHECK(lplbk_run(&planner.p, from.data + (size_t)(k++ % sets) * n_ids, 1, n_ids, nullptr, 0, to.data, counter.data, 1, max_blocks,
                         stream));
     });
     const Spread t = spread(times);
@@ -355,7 +360,7 @@ static void profile(const string &name, const reference::Instance &in, int n_tok
     for (int i = 0; i < 16; ++i) {
         Buffer<int64_t> from(make_ids(random, n_ids, in.shape.n_logical, kSkewed));
         for (int k = 0; k < 8; ++k) {
-            CHECK(lplbk_run(&planner.p, from.data, 1, n_ids, nullptr, to.data, nullptr, 1, 0, nullptr));
+            CHECK(lplbk_run(&planner.p, from.data, 1, n_ids, nullptr, 0, to.data, nullptr, 1, 0, nullptr));
             CHECK(cudaDeviceSynchronize());
         }
         long long marks[32];

@@ -11,7 +11,8 @@ Importing needs numpy alone. The library is loaded and torch is used when the fi
 from . import eplb, topology
 from ._native import VERSION
 from .errors import (
-    Busy, CudaError, InternalError, InvalidArgument, LibraryError, LplbError, NoCuda, OutOfMemory, PeerTimeout, Unsupported, WrongOrder)
+    Busy, CudaError, Disagreement, InternalError, InvalidArgument, LibraryError, LplbError, NoCuda, OutOfMemory, PeerLost, PeerTimeout,
+    Unsupported, WrongOrder)
 from .info import GroupInfo, Info, Locality
 from .planner import Planner
 from .solve import Solution, solve, witness_bound
@@ -21,5 +22,5 @@ __version__ = ".".join(map(str, VERSION))
 __all__ = [
     "Planner", "Info", "GroupInfo", "Locality", "solve", "Solution", "witness_bound", "eplb", "topology",
     "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory", "NoCuda", "CudaError",
-    "PeerTimeout", "InternalError", "__version__",
+    "PeerTimeout", "PeerLost", "Disagreement", "InternalError", "__version__",
 ]

@@ -39,10 +39,6 @@ def device_ordinal(device: Any, given: Any) -> int:
     return int(torch.cuda.current_device()) if torch.cuda.is_available() else 0  # the library says why there is none
 
 
-def default_nodes(ep_size: int, ordinal: int) -> int:
-    nodes = 0
-    if ordinal >= 0:
-        nodes = max(1, ep_size // max(1, loaded_torch().cuda.device_count()))
-    if not nodes or ep_size % nodes:
-        nodes = ep_size // 8 if ep_size % 8 == 0 else 1
-    return nodes
+def default_nodes(ep_size: int) -> int:
+    """The library's rule where nobody says how the ranks lie on hosts."""
+    return ep_size // 8 if ep_size % 8 == 0 else 1

@@ -87,8 +87,8 @@ class Exchange(ABC):
         if planner.ep_size != self.ranks or planner.rank != self.rank:
             raise broken_rule("exchange", f"must join the planner's ep_size = {planner.ep_size} ranks as rank {planner.rank}",
                               f"{self.ranks} ranks, rank {self.rank}")
-        if planner.n_logical_routed_experts != self.n_counts:
-            raise broken_rule("exchange", f"must carry n_logical = {planner.n_logical_routed_experts} counts", self.n_counts)
+        if planner._handle.width != self.n_counts:
+            raise broken_rule("exchange", f"must carry n_logical + 1 = {planner._handle.width} counts", self.n_counts)
         planner._handle.exchange = self
 
     def report(self) -> Report | None:
@@ -149,8 +149,18 @@ class TorchExchange(Exchange):
 
     def all_gather(self, counts: Tensor, out: Tensor | None = None) -> Tensor:
         everyone = self._output(counts, out)
-        gather_by_torch(self.group, counts.reshape(-1).contiguous(), everyone.view(self.ranks, self.n_counts))
-        return everyone
+        # int32 always travels, so that ranks whose counts have other types meet.
+        row = counts.reshape(-1).to(torch.int32).contiguous()
+        if counts.is_cuda:
+            rows = torch.empty((self.ranks, self.n_counts), dtype=torch.int32, device=counts.device)
+            gather_by_torch(self.group, row, rows)
+        else:
+            if counts.dtype is torch.int64 and not torch.equal(row, counts.reshape(-1)):
+                raise broken_rule("counts", "must fit int32", int(counts.abs().max()))
+            from ._agree import gather_rows
+
+            rows = gather_rows(self.group, row)
+        return everyone.copy_(rows.view_as(everyone))
 
     def describe(self) -> str:
         return f"torch.distributed ({dist.get_backend(self.group)})"

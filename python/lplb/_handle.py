@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import _native
@@ -22,7 +23,7 @@ class Handle:
     """Owns one lplb_planner. Holds what a call needs, read once: `run` is counted in microseconds."""
 
     __slots__ = ("library", "pointer", "number", "device", "n_logical", "n_physical", "ep_size", "rank", "exchange",
-                 "owns_exchange", "debug", "has_replicas", "n_ratios", "planner_run")
+                 "owns_exchange", "debug", "compare", "width", "has_replicas", "n_ratios", "planner_run")
 
     def __init__(self, library: _native.Library, config: _native.Config) -> None:
         pointer = ctypes.c_void_p()
@@ -41,6 +42,8 @@ class Handle:
         self.exchange: Exchange | None = None  # None: the counts given are everybody's
         self.owns_exchange = False
         self.debug = False
+        self.compare: Callable[[Any], None] | None = None  # of the ids with those of the other ranks
+        self.width: int = library.counts_width(config.n_logical)
         self.has_replicas = self.n_physical > self.n_logical
         self.n_ratios: int = config.ep_size * config.n_redundant  # 0: no slot classes, and so no ratios
         self.number = next(_numbers)

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from .errors import BY_STATUS, InternalError, LibraryError, LplbError
 
-VERSION = (0, 1, 0)  # LPLB_VERSION_* of the header; a test compares the two
+VERSION = (0, 2, 0)  # LPLB_VERSION_* of the header; a test compares the two
 
 OK = 0
 ERROR_BUSY = 4
@@ -45,6 +45,43 @@ class Config(ctypes.Structure):
         ("group_size", c_int64),
         ("n_redundant", c_int64),
         ("r2o", c_void_p),
+        ("number", c_int64),
+        ("policy", c_int32),
+        ("unused", c_int32),
+    ]
+
+
+# int32_t (*lplb_gather)(void *context, const void *mine, void *all, int64_t bytes);
+GATHER = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64)
+
+
+class AgreeConfig(ctypes.Structure):
+    """lplb_agree_config"""
+
+    _fields_ = [
+        ("struct_size", c_int64),
+        ("planner", POINTER(Config)),
+        ("history", c_void_p),
+        ("phy2log", c_void_p),
+        ("settings", c_char_p),
+        ("failure", c_char_p),
+        ("n_ranks", c_int64),
+        ("rank", c_int64),
+        ("gather", GATHER),
+        ("context", c_void_p),
+    ]
+
+
+class AgreementStruct(ctypes.Structure):
+    """lplb_agreement"""
+
+    _fields_ = [
+        ("struct_size", c_int64),
+        ("n_nodes", c_int64),
+        ("n_hosts", c_int64),
+        ("number", c_int64),
+        ("row_dtype", c_int32),
+        ("all_cuda", c_int32),
     ]
 
 
@@ -141,6 +178,28 @@ class Library:
             #                                float *ratios, float *scaled, void *counter, lplb_dtype counter_dtype, void *stream);
             self.planner_solve: Callable[[Address, Address, int, int, Address, Address, Address, int, Address], int] = self._bind(
                 "lplb_planner_solve", i32, address, address, i32, i64, address, address, address, i32, address)
+
+            # int64_t lplb_counts_width(int64_t n_logical);
+            self.counts_width: Callable[[int], int] = self._bind("lplb_counts_width", i64, i64)
+
+            # lplb_status lplb_agree(const lplb_agree_config *config, lplb_agreement *agreement, char *message, int64_t message_size);
+            self.agree: Callable[[Any, Any, Any, int], int] = self._bind(
+                "lplb_agree", i32, POINTER(AgreeConfig), POINTER(AgreementStruct), c_char_p, i64)
+
+            # lplb_status lplb_planner_count_row(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids,
+            #                                    int32_t *row, void *stream);
+            self.planner_count_row: Callable[[Address, Address, int, int, Address, Address], int] = self._bind(
+                "lplb_planner_count_row", i32, address, address, i32, i64, address, address)
+
+            # lplb_status lplb_planner_make_row(lplb_planner *planner, const void *counts, lplb_dtype counts_dtype, int32_t *row,
+            #                                   void *stream);
+            self.planner_make_row: Callable[[Address, Address, int, Address, Address], int] = self._bind(
+                "lplb_planner_make_row", i32, address, address, i32, address, address)
+
+            # lplb_status lplb_planner_solve_rows(lplb_planner *planner, const int32_t *rows, float *ratios, float *scaled,
+            #                                     void *counter, lplb_dtype counter_dtype, void *stream);
+            self.planner_solve_rows: Callable[[Address, Address, Address, Address, Address, int, Address], int] = self._bind(
+                "lplb_planner_solve_rows", i32, address, address, address, address, address, i32, address)
 
             # lplb_status lplb_planner_redirect(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, void *out,
             #                                   int64_t max_blocks, void *stream);

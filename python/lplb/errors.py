@@ -43,6 +43,14 @@ class PeerTimeout(LplbError, TimeoutError):
     """A peer did not answer in time."""
 
 
+class Disagreement(LplbError):
+    """Ranks differ in what must be equal on all of them: settings, placement, or the order of their calls. The same on all ranks."""
+
+
+class PeerLost(LplbError):
+    """A peer is gone: it ended, was killed, or raised before its call."""
+
+
 class InternalError(LplbError):
     """A defect of the library: please report it with its text."""
 
@@ -58,6 +66,8 @@ BY_STATUS: dict[int, type[LplbError]] = {
     7: CudaError,
     8: PeerTimeout,
     9: InternalError,
+    10: Disagreement,
+    11: PeerLost,
 }
 
 

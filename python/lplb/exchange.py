@@ -342,7 +342,7 @@ def _nvshmem_is_running() -> bool:
 
 def connect(planner: Any, kind: str = "auto") -> Exchange:
     """Makes an exchange for a Planner with a group, and attaches it. Collective."""
-    exchange = create(planner.ep_group, planner._handle.device, planner.n_logical_routed_experts, kind)
+    exchange = create(planner.ep_group, planner._handle.device, planner._handle.width, kind)
     exchange.attach(planner)
     return exchange
 

@@ -75,14 +75,16 @@ def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int) ->
     counter, counter_dtype = _counter(avail_counter, handle)
     if handle.debug:
         _refuse_invalid(ids, handle.n_logical)
+        if handle.compare is not None:
+            handle.compare(ids)
     out = torch.empty_like(ids, memory_format=_CONTIGUOUS)
     stream = None if handle.device < 0 else _raw_stream(handle.device)  # type: ignore[misc]
     address, n_ids, everyone = ids.data_ptr(), ids.numel(), None
     exchange = handle.exchange
     if exchange is not None and handle.has_replicas and not exchange.attached:  # attached: the library does it inside
-        counts = torch.empty(handle.n_logical, dtype=torch.int32, device=ids.device)
-        handle.check(handle.library.planner_count(handle.pointer, address, dtype, n_ids, counts.data_ptr(), None, 0, stream))
-        gathered = exchange.all_gather(counts)
+        row = torch.empty(handle.width, dtype=torch.int32, device=ids.device)
+        handle.check(handle.library.planner_count_row(handle.pointer, address, dtype, n_ids, row.data_ptr(), stream))
+        gathered = exchange.all_gather(row)
         everyone = gathered.data_ptr()
     status = handle.planner_run(handle.pointer, address, dtype, n_ids, everyone, out.data_ptr(), counter, counter_dtype, n_sms, stream)
     if status:
@@ -108,17 +110,21 @@ def _solve(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | None, 
     counts, dtype = _checked("workload", workload, handle)
     counter, counter_dtype = _counter(avail_counter, handle)
     sources = handle.sources("workload", counts.shape)
-    if sources == 1 and handle.exchange is not None:
-        counts, sources = handle.exchange.all_gather(counts.view(-1)), handle.ep_size
     # Without replicas nothing is decided: every share stays at its original, and the library knows no ratios.
     ratios = (torch.empty if handle.n_ratios else torch.ones)(ratio_shape, dtype=torch.float32, device=counts.device)
     scaled = torch.empty(scaled_shape, dtype=torch.float32, device=counts.device)
     handle.check_sizes("scaled_shape", scaled.numel(), handle.n_logical)
     if handle.n_ratios:
         handle.check_sizes("ratio_shape", ratios.numel(), handle.n_ratios)
-    handle.check(handle.library.planner_solve(
-        handle.opened(), counts.data_ptr(), dtype, sources, ratios.data_ptr() if handle.n_ratios else None, scaled.data_ptr(),
-        counter, counter_dtype, _stream(handle)))
+    outputs = (ratios.data_ptr() if handle.n_ratios else None, scaled.data_ptr(), counter, counter_dtype, _stream(handle))
+    if handle.exchange is None:
+        handle.check(handle.library.planner_solve(handle.opened(), counts.data_ptr(), dtype, sources, *outputs))
+    else:
+        own = counts.view(sources, -1)[handle.rank if sources > 1 else 0]
+        row = torch.empty(handle.width, dtype=torch.int32, device=counts.device)
+        handle.check(handle.library.planner_make_row(handle.opened(), own.data_ptr(), dtype, row.data_ptr(), _stream(handle)))
+        rows = handle.exchange.all_gather(row)
+        handle.check(handle.library.planner_solve_rows(handle.opened(), rows.data_ptr(), *outputs))
     return ratios, scaled
 
 

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ._exchange import Exchange
 
 EXCHANGES = ("auto", "symm", "ipc", "nccl")
+TOKENS = ("own", "same")
 
 
 class Planner:
@@ -34,16 +36,24 @@ class Planner:
     redundant_to_original: integers [group_size, num_redundants], on any device: slot d of rank r replicates slot d of rank
         redundant_to_original[r, d] of the same group. Each column is a permutation of 0 .. group_size-1.
     n_routed_experts, n_logical_routed_experts: physical experts with the redundant ones, and logical experts.
-    ep_size, group: ranks, or the torch.distributed group they form; one of the two is needed. With a group every plan is made from
-        the counts of all its ranks; without, from the given ids or counts alone.
+    ep_size, group: ranks, or the torch.distributed group they form; one of the two is needed. With a group every rank has tokens of its
+        own and every plan is made from the counts of all of them (see tokens); without, from the given ids or counts alone.
     device: "cpu", "cuda", "cuda:1", an ordinal or a torch.device. None: the device of a CUDA topology; else the current GPU if there
         is one; else, and for a topology in a numpy array, the CPU.
-    n_nodes: hosts, whose ranks are consecutive. None: ep_size / visible GPUs on CUDA, else ep_size / 8, where that divides, else 1.
+    n_nodes: hosts, whose ranks are consecutive. None: with a group, the hosts that its ranks say they are on; else ep_size / 8, where 8
+        divides ep_size, else 1.
     rank: which rank plans. None: the rank in group; without a group, the ids are those of all ranks together.
     solver: "flow" (exact, certified) or "ipm" (CUDA: interior point method, near-optimal).
     exchange: how the counts of all ranks travel: "nccl" (torch.distributed, whatever its backend), "symm" or "ipc" (over NVLink, see
         lplb.exchange), "auto" (the fastest there is), or an exchange that planners of one stream share.
-    debug: an id out of range raises at the call, which then waits for the GPU. Otherwise it becomes -1 and is counted in info().
+    tokens: "own": each rank of group has tokens of its own. "same": all ranks of group hold the same tokens, and every rank must choose
+        the same replica for each: nothing is exchanged. Given "own" where the ranks hold the same tokens, each rank would take every
+        token for another one and the ranks would choose different replicas.
+    debug: an id out of range raises at the call, which then waits for the GPU; with tokens="same", so do ids that differ between ranks.
+        Otherwise an id out of range becomes -1 and is counted in info().
+
+    With a group, making a planner is collective: the ranks compare their arguments, and where one fails all fail. The placement is
+    compared whenever counts travel, so that a rank with another history is found: Disagreement, see lplb.h.
 
     Tensors in, tensors out, on the planner's device; numpy arrays in, numpy arrays out (CPU). A planner may be used by one thread at a
     time: concurrent calls raise Busy. Errors are subclasses of LplbError.
@@ -55,14 +65,28 @@ class Planner:
 
     def __init__(self, redundant_to_original: Array, n_routed_experts: int, n_logical_routed_experts: int, ep_size: int | None = None,
                  group: torch.distributed.ProcessGroup | None = None, *, device: Any = None, n_nodes: int | None = None,
-                 rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto", debug: bool = False) -> None:
+                 rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto", tokens: str = "own",
+                 debug: bool = False) -> None:
+        self._group(ep_size, group, rank, tokens)
+        with self._telling():
+            r2o = self._start(redundant_to_original, n_routed_experts, n_logical_routed_experts, device, n_nodes, solver, exchange, debug)
+        self._create(exchange)
+        num_redundants = self.num_redundants = r2o.shape[1]
+        spare = self.n_local_routed_experts - self.n_local_logical_routed_experts
+        self.combined_redundant_experts = spare // num_redundants if num_redundants else 0
+        self.r2o = self._output(r2o)
+        self.o2r = self._output(np.argsort(r2o, axis=0, kind="stable").astype(np.int32))
+        self.phy2log = self.mapping()[0]
+
+    def _start(self, redundant_to_original: Array, n_routed_experts: int, n_logical_routed_experts: int, device: Any,
+               n_nodes: int | None, solver: str, exchange: str | Exchange, debug: bool) -> Int32s:
+        """Checks the arguments of a planner with a topology. Returns r2o."""
         r2o: Int32s = host_integers("redundant_to_original", redundant_to_original, 2, np.int32)
         group_size, num_redundants = r2o.shape
         if group_size == 0:
             raise broken_rule("redundant_to_original", "must have at least one row", f"shape {list(r2o.shape)}")
         if (np.sort(r2o, axis=0) != np.arange(group_size)[:, None]).any():
             raise broken_rule("redundant_to_original", f"each column must be a permutation of 0 .. {group_size - 1}", r2o.T.tolist())
-        self._group(ep_size, group, rank)
         n_logical = self.n_logical_routed_experts = integer("n_logical_routed_experts", n_logical_routed_experts, 1)
         n_physical = self.n_routed_experts = integer("n_routed_experts", n_routed_experts, 1)
         if self.ep_size % group_size:
@@ -75,19 +99,14 @@ class Planner:
         if n_physical > n_logical and not num_redundants:
             raise broken_rule("redundant_to_original", "must have a column for each class of redundant slots", f"shape {list(r2o.shape)}")
         used = r2o if n_physical > n_logical else np.empty((group_size, 0), dtype=np.int32)
-        self._create(redundant_to_original, used, group_size, device, n_nodes, solver, exchange, debug)
-        self.num_redundants: int = num_redundants
-        spare = self.n_local_routed_experts - self.n_local_logical_routed_experts
-        self.combined_redundant_experts = spare // num_redundants if num_redundants else 0
-        self.r2o = self._output(r2o)
-        self.o2r = self._output(np.argsort(r2o, axis=0, kind="stable").astype(np.int32))
-        self.phy2log = self.mapping()[0]
+        self._configure(redundant_to_original, used, group_size, device, n_nodes, solver, exchange, debug)
+        return r2o
 
     @classmethod
     def from_placement(cls, phy2log: Array, *, ep_size: int | None = None, n_logical: int | None = None,
                        group: torch.distributed.ProcessGroup | None = None, group_size: int | None = None, device: Any = None,
                        n_nodes: int | None = None, rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto",
-                       debug: bool = False) -> Self:
+                       tokens: str = "own", debug: bool = False) -> Self:
         """A planner for any placement, such as EPLB's: any number of replicas per expert, anywhere in the group.
 
         phy2log: integers [n_physical], the logical expert of every slot; rank r owns n_physical / ep_size consecutive slots; every
@@ -95,31 +114,45 @@ class Planner:
         and hold all replicas of an expert between them, None: ep_size. The rest as for Planner.
         """
         self = cls.__new__(cls)
-        slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32)
-        if not slots.size:
-            raise broken_rule("phy2log", "must have at least one slot", f"shape {list(slots.shape)}")
-        self._group(ep_size, group, rank)
-        self.n_routed_experts = slots.size
-        self.n_logical_routed_experts = integer("n_logical", int(slots.max()) + 1 if n_logical is None else n_logical, 1)
-        size = self.ep_size if group_size is None else integer("group_size", group_size, 1)
-        if self.ep_size % size:
-            raise broken_rule("group_size", f"must divide ep_size = {self.ep_size}", size)
-        if slots.size % self.ep_size:
-            raise broken_rule("phy2log", f"must have a multiple of ep_size = {self.ep_size} slots", slots.size)
-        self._create(phy2log, None, size, device, n_nodes, solver, exchange, debug)
-        self.num_redundants = self.combined_redundant_experts = 0
+        self._group(ep_size, group, rank, tokens)
+        with self._telling():
+            slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32)
+            if not slots.size:
+                raise broken_rule("phy2log", "must have at least one slot", f"shape {list(slots.shape)}")
+            self.n_routed_experts = slots.size
+            self.n_logical_routed_experts = integer("n_logical", int(slots.max()) + 1 if n_logical is None else n_logical, 1)
+            size = self.ep_size if group_size is None else integer("group_size", group_size, 1)
+            if self.ep_size % size:
+                raise broken_rule("group_size", f"must divide ep_size = {self.ep_size}", size)
+            if slots.size % self.ep_size:
+                raise broken_rule("phy2log", f"must have a multiple of ep_size = {self.ep_size} slots", slots.size)
+            self._configure(phy2log, None, size, device, n_nodes, solver, exchange, debug)
+        self._create(exchange, slots)
         self.r2o = self.o2r = self._output(np.empty((size, 0), dtype=np.int32))
-        self._general = True
-        try:
-            self.update_placement(slots)
-        except BaseException:
-            self.close()
-            raise
+        self.num_redundants = self.combined_redundant_experts = 0
+        self.phy2log = self.mapping()[0]
         return self
 
-    def _group(self, ep_size: int | None, group: Any, rank: int | None) -> None:
-        """Sets ep_size, ep_group and rank."""
+    def _telling(self) -> Any:
+        """A failure inside is told to all ranks of the group, which wait for this one."""
+        if self.ep_group is None:
+            return nullcontext()
+        return importlib.import_module("._agree", __package__).telling(self.ep_group, self._collective_device())
+
+    def _collective_device(self) -> int:
+        """The device whose collectives serve the planner's group, before and after the planner's own device is known."""
+        config = getattr(self, "_config", None)
+        if config is not None:
+            return int(config.device)
+        torch = loaded_torch()
+        return int(torch.cuda.current_device()) if torch is not None and torch.cuda.is_available() else _native.DEVICE_CPU
+
+    def _group(self, ep_size: int | None, group: Any, rank: int | None, tokens: str) -> None:
+        """Sets ep_size, ep_group, rank and tokens."""
+        if tokens not in TOKENS:
+            raise broken_rule("tokens", f"must be one of {', '.join(TOKENS)}", repr(tokens))
         self.ep_group = group
+        self.tokens = tokens
         if group is None:
             if ep_size is None:
                 raise broken_rule("ep_size", "must be given where group is not", None)
@@ -139,45 +172,62 @@ class Planner:
         if self.rank is not None and self.rank >= self.ep_size:
             raise broken_rule("rank", f"must be below ep_size = {self.ep_size}", self.rank)
 
-    def _create(self, given: Any, r2o: Int32s | None, group_size: int, device: Any, n_nodes: int | None, solver: str,
-                exchange: str | Exchange, debug: bool) -> None:
-        """Makes the native planner and the attributes that follow from the sizes."""
+    def _configure(self, given: Any, r2o: Int32s | None, group_size: int, device: Any, n_nodes: int | None, solver: str,
+                   exchange: str | Exchange, debug: bool) -> None:
+        """Fills in what the native planner is made from, and the attributes that follow from the sizes."""
         if solver not in _native.SOLVERS:
             raise broken_rule("solver", f"must be one of {', '.join(_native.SOLVERS)}", repr(solver))
         if isinstance(exchange, str) and exchange not in EXCHANGES:
             raise broken_rule("exchange", f"must be one of {', '.join(EXCHANGES)}", repr(exchange))
         ordinal = device_ordinal(device, given)
-        if n_nodes is None:
-            self.n_nodes = default_nodes(self.ep_size, ordinal)
-        else:
-            self.n_nodes = integer("n_nodes", n_nodes, 1)
-        if self.ep_size % self.n_nodes:
-            raise broken_rule("n_nodes", f"must divide ep_size = {self.ep_size}", self.n_nodes)
-        config = _native.Config(
+        nodes = 0 if n_nodes is None else integer("n_nodes", n_nodes, 1)
+        if nodes and self.ep_size % nodes:
+            raise broken_rule("n_nodes", f"must divide ep_size = {self.ep_size}", nodes)
+        whole_batch = self.rank is None or self.tokens == "same"
+        self._config = _native.Config(
             struct_size=ctypes.sizeof(_native.Config), device=ordinal, solver=_native.SOLVERS[solver], ep_size=self.ep_size,
-            rank=_native.WHOLE_BATCH if self.rank is None else self.rank, n_nodes=self.n_nodes,
-            n_logical=self.n_logical_routed_experts, n_physical=self.n_routed_experts, group_size=group_size,
-            n_redundant=0 if r2o is None else r2o.shape[1], r2o=None if r2o is None else address(r2o))
-        handle = Handle(_native.load(), config)
-        self._finalizer = weakref.finalize(self, handle.close)
-        handle.debug = debug
-        self._handle = handle
-        self.number = handle.number  #: how the operators of lplb.ops name this planner
-        self._general = False
+            rank=_native.WHOLE_BATCH if whole_batch else self.rank, n_nodes=nodes, n_logical=self.n_logical_routed_experts,
+            n_physical=self.n_routed_experts, group_size=group_size, n_redundant=0 if r2o is None else r2o.shape[1],
+            r2o=None if r2o is None else address(r2o))
+        self._kept = r2o  # the config holds its address
+        self._general = r2o is None
         torch = loaded_torch()
         self._as_tensors = torch is not None and (ordinal >= 0 or not isinstance(given, np.ndarray))
         self.device: Any = torch.device("cuda", ordinal) if ordinal >= 0 else torch.device("cpu") if torch else "cpu"
         self._ops: Any = None
-        if torch is not None:
-            self._load_ops()
         self.group_size = group_size
         self.n_group = self.ep_size // group_size
         self.n_local_routed_experts = self.n_routed_experts // self.ep_size
         self.n_local_logical_routed_experts = self.n_logical_routed_experts // self.ep_size
         self.solver, self.debug = solver, debug
         self.deep_ep_initialized = False
-        self._plan = torch.empty(1, dtype=torch.int32, device=self.device) if torch else None
+
+    def _create(self, exchange: str | Exchange, slots: Int32s | None = None) -> None:
+        """Agrees with the other ranks, makes the native planner, and joins the exchange. slots: a general placement."""
+        config, group = self._config, self.ep_group
+        if group is not None:
+            agree = importlib.import_module("._agree", __package__)
+            kind = exchange if isinstance(exchange, str) else "a shared exchange"
+            agree.settle(group, config, f"exchange={kind}, tokens={self.tokens}", None if slots is None else address(slots))
+        with self._telling():
+            handle = self._handle = Handle(_native.load(), config)
+            self._finalizer = weakref.finalize(self, handle.close)
+            self.number = handle.number  #: how the operators of lplb.ops name this planner
+            handle.debug = self.debug
+            self.n_nodes: int = config.n_nodes or default_nodes(self.ep_size)
+            torch = loaded_torch()
+            if torch is not None:
+                self._load_ops()
+            self._plan = torch.empty(1, dtype=torch.int32, device=self.device) if torch else None
+            try:
+                if slots is not None:
+                    handle.check(handle.library.planner_set_placement(handle.opened(), address(slots), slots.size, self._stream()))
+            except BaseException:
+                self.close()
+                raise
         try:
+            if group is not None:
+                agree.agree(group, config, device=config.device)  # every rank has made its planner
             self._connect(exchange)
         except BaseException:
             self.close()
@@ -200,6 +250,7 @@ class Planner:
             if history.size != handle.n_logical:
                 raise broken_rule("workload", f"must have n_logical_routed_experts = {handle.n_logical} elements", history.size)
         pointer = None if history is None else address(history)
+        self._agree_on_placement(history=pointer)
         handle.check(handle.library.planner_place(handle.opened(), pointer, self._stream()))
         mapping = self.mapping()
         self.phy2log = mapping[0]
@@ -213,10 +264,17 @@ class Planner:
         if slots.size != self.n_routed_experts:
             raise broken_rule("phy2log", f"must have {self.n_routed_experts} slots as before", slots.size)
         handle = self._handle
+        self._agree_on_placement(phy2log=address(slots))
         handle.check(handle.library.planner_set_placement(handle.opened(), address(slots), slots.size, self._stream()))
         mapping = self.mapping()
         self.phy2log = mapping[0]
         return mapping
+
+    def _agree_on_placement(self, **arrays: int | None) -> None:
+        """Where nothing travels that could be compared later, a new placement is compared at once."""
+        if self.tokens == "same" and self.ep_group is not None:
+            agree = importlib.import_module("._agree", __package__)
+            agree.agree(self.ep_group, self._config, device=self._config.device, **arrays)
 
     def mapping(self) -> tuple[Array, Array, Array]:
         """The placement: (phy2log int32 [n_physical], log2phy int32 [n_logical, max(2, most replicas)], -1 padded, original first,
@@ -296,7 +354,8 @@ class Planner:
     def solve(self, workload: Array, avail_counter: Array | None = None) -> None:
         """Plans from counts, for any placement; redirect then applies the plan, and info, split and assignment read it.
 
-        workload: as in solve_probs, or int [ep_size, n_logical], the counts of all ranks in rank order.
+        workload: as in solve_probs, or int [ep_size, n_logical], the counts of all ranks in rank order. With a group, the row of this rank
+        is what travels, and the others' rows come from the others.
         """
         empty_shape = [self.n_group, self.group_size, self.num_redundants if self._handle.n_ratios else 0]
         scaled_shape = [self.n_logical_routed_experts]
@@ -385,12 +444,15 @@ class Planner:
         handle = self._handle
         if not isinstance(exchange, str):
             exchange.attach(self)
+        elif self.ep_group is not None and self.tokens == "same":
+            if self.debug:
+                handle.compare = importlib.import_module("._agree", __package__).same_tokens(self.ep_group, handle.device)
         elif self.ep_group is not None:
             assert self.rank is not None
             if exchange == "nccl" or (exchange == "auto" and handle.device < 0) or not handle.has_replicas:
                 from ._exchange import Layout, TorchExchange
 
-                TorchExchange(self.ep_group, Layout(1, 0, self.ep_size, self.rank), self.n_logical_routed_experts, "").attach(self)
+                TorchExchange(self.ep_group, Layout(1, 0, self.ep_size, self.rank), handle.width, "").attach(self)
             else:
                 importlib.import_module(".exchange", __package__).connect(self, exchange)
             handle.owns_exchange = True

@@ -1,0 +1,69 @@
+// A checked lplb_config: what a planner is made from.
+
+import CLPLB
+import LPLBTopology
+
+struct PlannerSettings {
+    let shape: ExpertShape
+    let topology: RedundancyTopology?
+    /// nil: the ids are those of all ranks together.
+    let rank: Int?
+    /// A CUDA ordinal, or LPLB_DEVICE_CPU.
+    let device: Int
+    let solver: Int
+    let number: Int64
+    /// LPLB_EXCHANGE_TRAP or _REPORT.
+    let policy: Int32
+    /// n_nodes as the caller gave it; 0: the default.
+    let nodesGiven: Int64
+
+    /// Reads the struct behind `config`, its size first: the caller's may be another version's.
+    init(reading config: UnsafePointer<lplb_config>) throws(Failure) {
+        let size = UnsafeRawPointer(config).load(as: Int64.self)
+        try Check.size(size, "struct_size", is: MemoryLayout<lplb_config>.size, "sizeof(lplb_config)")
+        try self.init(config.pointee)
+    }
+
+    private init(_ config: lplb_config) throws(Failure) {
+        let shape = try translating { () throws(RuleViolation) in
+            try ExpertShape(
+                epSize: Int(config.ep_size), nNodes: Int(config.n_nodes), groupSize: Int(config.group_size),
+                nLogical: Int(config.n_logical), nPhysical: Int(config.n_physical))
+        }
+        self.shape = shape
+        nodesGiven = config.n_nodes
+        topology = try PlannerSettings.topology(of: config, shape: shape)
+        let rank = try Check.range(config.rank, "rank", Int64(LPLB_WHOLE_BATCH)...Int64(shape.epSize - 1))
+        self.rank = rank == Int(LPLB_WHOLE_BATCH) ? nil : rank
+        solver = try Check.range(Int64(config.solver), "solver", Int64(LPLB_SOLVER_FLOW)...Int64(LPLB_SOLVER_IPM))
+        device = try Check.range(Int64(config.device), "device", Int64(LPLB_DEVICE_CPU)...Int64(Int32.max))
+        number = config.number
+        policy = Int32(try Check.range(Int64(config.policy), "policy", Int64(LPLB_EXCHANGE_TRAP)...Int64(LPLB_EXCHANGE_REPORT)))
+        guard config.unused == 0 else { throw Failure("unused", "must be 0", value: config.unused) }
+    }
+
+    private static func topology(of config: lplb_config, shape: ExpertShape) throws(Failure) -> RedundancyTopology? {
+        guard let r2o = config.r2o else {
+            guard config.n_redundant == 0 else { throw Failure("n_redundant", "must be 0 when r2o is NULL", value: config.n_redundant) }
+            return nil
+        }
+        try Check.aligned(r2o, "r2o", to: 4)
+        let columns = try Check.range(config.n_redundant, "n_redundant", 0...Int64(LPLB_MAX_PHYSICAL))
+        let (size, overflow) = shape.groupSize.multipliedReportingOverflow(by: columns)
+        guard !overflow, size <= Int(LPLB_MAX_PHYSICAL) else {
+            throw Failure("n_redundant", "must keep group_size * n_redundant within LPLB_MAX_PHYSICAL", value: columns)
+        }
+        return try translating { () throws(RuleViolation) in
+            try RedundancyTopology(
+                r2o: Array(UnsafeBufferPointer(start: r2o, count: size)), groupSize: shape.groupSize, nRedundant: columns)
+        }
+    }
+
+    func backend() throws(Failure) -> any PlannerBackend {
+        guard device == Int(LPLB_DEVICE_CPU) else { return try makeCudaBackend(self) }
+        guard solver == Int(LPLB_SOLVER_FLOW) else {
+            throw Failure(LPLB_ERROR_UNSUPPORTED, "solver: LPLB_SOLVER_IPM runs on CUDA only, got a CPU planner (device \(device))")
+        }
+        return CpuBackend(shape: shape, rank: rank)
+    }
+}

@@ -1,0 +1,140 @@
+"""What the ranks of a group must agree on, and the gather by which they find out: lplb_agree over torch.distributed."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import struct
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _native
+from ._exchange import gather_by_torch
+from .errors import Disagreement, LplbError, PeerLost
+
+# Every message between hosts has this one size, whatever is in it: ranks that are in different calls then see each other's kind, where
+# sizes that differ would end the process (gloo) or mix up the bytes (NCCL). The largest is a row of LPLB_MAX_LOGICAL + 1 counts.
+MESSAGE_BYTES = 4 * (4096 + 4)
+_HEADER = struct.Struct("<II")  # kind, length
+SETTINGS, ROW, TOKENS = 1, 2, 3
+_MEANING = {SETTINGS: "makes or places a planner", ROW: "exchanges counts", TOKENS: "compares its tokens"}
+
+
+def gather_bytes(group: Any, kind: int, mine: bytes, device: int) -> list[bytes]:
+    """What every rank brings, in rank order. device: the planner's. Disagreement where another rank is in another kind of call."""
+    message = bytearray(MESSAGE_BYTES)
+    message[: _HEADER.size + len(mine)] = _HEADER.pack(kind, len(mine)) + mine
+    on_gpu = device >= 0 and dist.get_backend(group) != "gloo" or dist.get_backend(group) == "nccl"
+    where = torch.device("cuda", device if device >= 0 else torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    everyone = torch.empty((dist.get_world_size(group), MESSAGE_BYTES), dtype=torch.uint8, device=where)
+    gather_by_torch(group, torch.frombuffer(message, dtype=torch.uint8).to(where), everyone)
+    return [_opened(rank, kind, row.tobytes()) for rank, row in enumerate(everyone.cpu().numpy())]
+
+
+def _opened(rank: int, kind: int, message: bytes) -> bytes:
+    theirs, length = _HEADER.unpack_from(message)
+    if theirs != kind:
+        raise Disagreement(f"group: all ranks must make the same calls in the same order, but rank {rank} "
+                           f"{_MEANING.get(theirs, 'does something else')} where this one {_MEANING[kind]}")
+    return message[_HEADER.size : _HEADER.size + length]
+
+
+def gather_rows(group: Any, row: Tensor) -> Tensor:
+    """int32 [ranks, width], the rows of all ranks, on the host."""
+    rows = gather_bytes(group, ROW, row.numpy().tobytes(), _native.DEVICE_CPU)
+    lengths = {len(other) for other in rows}
+    if len(lengths) > 1:
+        odd = next(rank for rank, other in enumerate(rows) if len(other) != 4 * row.numel())
+        raise Disagreement(f"group: all ranks must exchange the counts of the same planner, but rank {odd} brings {len(rows[odd]) // 4} "
+                           f"where this one brings {row.numel()}")
+    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), -1)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks of a group have in common."""
+
+    n_nodes: int
+    n_hosts: int
+    number: int
+    all_cuda: bool
+
+
+# The number of the planner that was made last with a group. Numbers are part of digests, so that equal planners are told apart.
+_numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def settle(group: Any, config: _native.Config, settings: str, phy2log: int | None) -> None:
+    """Agrees on what a new planner is made from, and enters into config what the ranks find out together: n_nodes and number."""
+    config.number = _numbers.get(group, 0) + 1
+    agreement = agree(group, config, settings=settings, phy2log=phy2log, device=config.device)
+    config.number = _numbers[group] = agreement.number
+    config.n_nodes = agreement.n_nodes
+
+
+def agree(group: Any, config: _native.Config | None, *, settings: str = "", failure: str | None = None, history: int | None = None,
+          phy2log: int | None = None, device: int = _native.DEVICE_CPU) -> Agreement:
+    """Compares the ranks' settings: on all of them the same agreement, or an error with the same words. history and phy2log: addresses of
+    host arrays as in lplb.h. failure: why this rank cannot go on. Collective."""
+    lost: list[Exception] = []
+
+    def gather(context: int | None, mine: int, everyone: int, size: int) -> int:
+        try:
+            rows = gather_bytes(group, SETTINGS, ctypes.string_at(mine, size), device)
+            ctypes.memmove(everyone, b"".join(row.ljust(size, b"\0")[:size] for row in rows), size * len(rows))
+            return 0
+        except Exception as error:  # nothing may pass through C
+            lost.append(error)
+            return 1
+
+    callback = _native.GATHER(gather)
+    request = _native.AgreeConfig(
+        struct_size=ctypes.sizeof(_native.AgreeConfig), planner=None if config is None else ctypes.pointer(config), history=history,
+        phy2log=phy2log, settings=settings.encode(), failure=None if failure is None else failure.encode("utf-8", "replace"),
+        n_ranks=dist.get_world_size(group), rank=dist.get_rank(group), gather=callback, context=None)
+    found = _native.AgreementStruct(struct_size=ctypes.sizeof(_native.AgreementStruct))
+    message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
+    status = _native.load().agree(ctypes.byref(request), ctypes.byref(found), message, len(message))
+    if lost:
+        if isinstance(lost[0], LplbError):
+            raise lost[0]
+        raise PeerLost(f"group: the settings of all ranks could not be gathered: {lost[0]}") from lost[0]
+    if status:
+        raise _native.failure(status, _native.text(message.value))
+    return Agreement(found.n_nodes, found.n_hosts, found.number, bool(found.all_cuda))
+
+
+@contextmanager
+def telling(group: Any, device: int = _native.DEVICE_CPU) -> Iterator[None]:
+    """A failure inside is told to all ranks of the group (None: there are no others), which wait in agree() meanwhile."""
+    try:
+        yield
+    except LplbError as error:
+        if group is not None:
+            try:
+                agree(group, None, failure=str(error), device=device)
+            except LplbError:
+                pass  # the same words, or a peer that is gone as well
+        raise
+
+
+def same_tokens(group: Any, device: int) -> Callable[[Tensor], None]:
+    """A check that all ranks have the same ids, for planners whose ranks hold the same tokens. Waits for the GPU, and collective."""
+
+    def check(ids: Tensor) -> None:
+        host = ids.detach().cpu().contiguous().to(torch.int64)
+        mine = hashlib.blake2b(repr(list(host.shape)).encode() + host.numpy().tobytes(), digest_size=16).digest()
+        digests = gather_bytes(group, TOKENS, mine, device)
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise Disagreement("idx: must be equal on all ranks, since the planner was made with tokens='same', got other ids on ranks "
+                               f"{', '.join(map(str, odd))} than on rank 0")
+
+    return check
