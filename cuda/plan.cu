@@ -90,12 +90,13 @@ cudaError_t launch_fused(const lplbk_planner &planner, const void *ids, int64_t 
 }
 
 template <class Id, Source kSource>
-cudaError_t prepare_fused_kernel(lplbk_planner &planner) {
+int32_t prepare_fused_kernel(lplbk_planner &planner) {
     const auto kernel = fused_kernel<Id, kSource>(planner);
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planner.info.shared_bytes);
-    if (error != cudaSuccess || planner.info.max_cluster == 1) return error;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
+    // It has no static shared memory: fused_fits() reckons with all that a block can have.
+    const int32_t refused = allow_shared(planner.info, kernel, planner.info.shared_bytes);
+    if (refused != 0 || planner.info.max_cluster == 1) return refused;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return taken(error);
     // The largest cluster that the device can hold with all the shared memory a block may ask for.
     for (int blocks = 16; blocks > 1; blocks /= 2) {
         cudaLaunchAttribute attribute;
@@ -111,12 +112,12 @@ cudaError_t prepare_fused_kernel(lplbk_planner &planner) {
         error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
         if (error == cudaSuccess && clusters > 0) {
             planner.info.max_cluster = min(blocks, planner.info.max_cluster);
-            return cudaSuccess;
+            return 0;
         }
         cudaGetLastError();
     }
     planner.info.max_cluster = 1;
-    return cudaSuccess;
+    return 0;
 }
 
 // n_sources: as in FusedSpace.
@@ -147,13 +148,13 @@ int32_t prepare_fused(lplbk_planner &planner) {
     planner.fused_ids = kFusedIds;
     if (!fused_shape(planner)) return 0;
     if (planner.info.max_cluster > 1) planner.info.max_cluster = 16;
-    cudaError_t error = prepare_fused_kernel<int64_t, kOwnIds>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, kOwnIds>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int64_t, kGiven>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, kGiven>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int64_t, kExchanged>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, kExchanged>(planner);
-    return taken(error);
+    int32_t error = prepare_fused_kernel<int64_t, kOwnIds>(planner);
+    if (error == 0) error = prepare_fused_kernel<int32_t, kOwnIds>(planner);
+    if (error == 0) error = prepare_fused_kernel<int64_t, kGiven>(planner);
+    if (error == 0) error = prepare_fused_kernel<int32_t, kGiven>(planner);
+    if (error == 0) error = prepare_fused_kernel<int64_t, kExchanged>(planner);
+    if (error == 0) error = prepare_fused_kernel<int32_t, kExchanged>(planner);
+    return error;
 }
 
 }  // namespace lplb

@@ -344,20 +344,15 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_so
     return launch(planner.info, kernel, shape.n_groups, general_threads(planner), bytes, 0, stream, tables, loads, out);
 }
 
-template <class Kernel>
-cudaError_t allow_shared(Kernel kernel, int bytes) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 template <class Count>
-cudaError_t prepare(const lplbk_planner &planner) {
-    const int bytes = (int)shared_bytes(planner);
+int32_t prepare(const lplbk_planner &planner) {
+    const int64_t bytes = shared_bytes(planner);
     if (by_pairs(planner)) {
-        const cudaError_t error = allow_shared(pair_kernel<false, Count>(planner.shape.pair_slots), bytes);
-        return error != cudaSuccess ? error : allow_shared(pair_kernel<true, Count>(planner.shape.pair_slots), bytes);
+        const int32_t error = allow_shared(planner.info, pair_kernel<false, Count>(planner.shape.pair_slots), bytes);
+        return error != 0 ? error : allow_shared(planner.info, pair_kernel<true, Count>(planner.shape.pair_slots), bytes);
     }
-    const cudaError_t error = allow_shared(general_kernel<false, Count>(planner), bytes);
-    return error != cudaSuccess ? error : allow_shared(general_kernel<true, Count>(planner), bytes);
+    const int32_t error = allow_shared(planner.info, general_kernel<false, Count>(planner), bytes);
+    return error != 0 ? error : allow_shared(planner.info, general_kernel<true, Count>(planner), bytes);
 }
 
 }  // namespace
@@ -372,9 +367,8 @@ cudaError_t solve_gathered(const lplbk_planner &planner, const int32_t *gathered
 
 int32_t prepare_solve(const lplbk_planner &planner) {
     if (interior(planner) && planner.shape.group_size > kMaxInteriorGroup) return LPLBK_UNSUPPORTED;
-    if (shared_bytes(planner) > planner.info.shared_bytes) return LPLBK_UNSUPPORTED;
-    const cudaError_t error = prepare<int32_t>(planner);
-    return taken(error != cudaSuccess ? error : prepare<int64_t>(planner));
+    const int32_t error = prepare<int32_t>(planner);
+    return error != 0 ? error : prepare<int64_t>(planner);
 }
 
 }  // namespace lplb
