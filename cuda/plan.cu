@@ -28,7 +28,7 @@ auto fused_kernel(const lplbk_planner &planner) {
 bool fused_shape(const lplbk_planner &planner) {
     const lplbk_shape &shape = planner.shape;
     if (planner.solver != 0) return false;  // LPLB_SOLVER_FLOW only
-    if (shape.pair_slots > 0) return shape.n_groups <= 4 * kMaxSolvers;
+    if (shape.pair_slots > 0) return shape.n_groups <= kMaxGroups;
     return shape.n_groups == 1 && planner.layout.mask_words > 0 && shape.combined <= 1;
 }
 
@@ -129,6 +129,19 @@ bool fused_fits(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks,
     return 4 * space_of(planner, size.blocks, size.per_block, n_sources).words <= planner.info.shared_bytes;
 }
 
+// Takes over staged tables; what was planned before is void.
+__global__ void __launch_bounds__(kThreads) adopt(const __grid_constant__ lplbk_planner planner) {
+    const int first = blockIdx.x * kThreads + threadIdx.x, stride = gridDim.x * kThreads;
+    for (int i = first; i < planner.layout.words; i += stride) planner.tables[i] = planner.staged[i];
+    for (int slot = first; slot < planner.shape.n_physical; slot += stride) planner.quota[slot] = planner.take[slot] = 0;
+    for (int i = first; i < planner.shape.n_groups * LPLBK_INFO_WORDS; i += stride) planner.group_info[i] = 0;
+}
+
+// After a launch that failed between count_runs() and rewrite_runs(): else the next plan would count on top of what is there.
+cudaError_t clear_totals(const lplbk_planner &planner, cudaStream_t stream) {
+    return cudaMemsetAsync(multi_scratch(planner).totals, 0, 4 * (size_t)planner.shape.n_logical, stream);
+}
+
 }  // namespace
 
 bool fused_possible(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks) { return fused_fits(planner, n_ids, max_blocks, 0); }
@@ -174,6 +187,18 @@ int32_t lplbk_prepare(lplbk_planner *planner) {
     return error;
 }
 
+int32_t lplbk_place(const lplbk_planner *planner, const int32_t *tables, void *stream) {
+    using namespace lplb;
+    int32_t error = lplbk_upload(planner->device, planner->staged, tables, 4ll * planner->layout.words, stream);
+    if (error != 0) return error;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    adopt<<<max(1, min(ceil_div(planner->layout.words, kThreads), planner->info.n_sms)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        *planner);
+    error = taken(cudaGetLastError());
+    return error != 0 ? error : lplbk_wait(planner->device, stream);
+}
+
 int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *gathered, void *out,
                   void *counter, int32_t counter64, int64_t max_blocks, void *stream) {
     using namespace lplb;
@@ -186,11 +211,11 @@ int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, 
     }
     const Runs runs = runs_of(*planner, n_ids, max_blocks);
     cudaError_t error = count_runs(*planner, ids, ids64, n_ids, runs, gathered == nullptr, queue);
-    if (error == cudaSuccess) {
-        error = gathered == nullptr ? solve_totals(*planner, counter, counter64, queue)
-                                    : solve_gathered(*planner, gathered, counter, counter64, queue);
-    }
+    if (error != cudaSuccess) return taken(error);
+    error = gathered == nullptr ? solve_totals(*planner, counter, counter64, queue)
+                                : solve_gathered(*planner, gathered, counter, counter64, queue);
     if (error == cudaSuccess) error = rewrite_runs(*planner, ids, ids64, n_ids, runs, out, gathered == nullptr, queue);
+    if (error != cudaSuccess && gathered == nullptr) taken(clear_totals(*planner, queue));
     return taken(error);
 }
 

@@ -96,8 +96,7 @@ __global__ void __launch_bounds__(512, 1)
         if (!overflow) {
             write_pair_info<kSlots>(out, group, flow);
         } else {
-            out.info(group)[lane_id()] = 0;
-            if (lane_id() == 0) out.count_overflow();
+            write_overflow(out, group);
         }
     } else {
 #pragma unroll 1
@@ -109,7 +108,9 @@ __global__ void __launch_bounds__(512, 1)
             int2 take = quota;
             if constexpr (!kPlain) {
                 const int ranks[2] = {home.slot() / out.n_local, home.copy_slot() / out.n_local};
-                if (assigned) {
+                if (assigned && overflow) {
+                    take = make_int2(loads.of(out.rank, home.expert()), 0);
+                } else if (assigned) {
                     assign_tokens(
                         2, [&](int j) { return j == 0 ? quota.x : quota.y; }, [&](int j) { return j == 0 ? ranks[0] : ranks[1]; },
                         [&](int s) { return loads.of(s, home.expert()); }, out.rank, out.per_node,
@@ -194,9 +195,8 @@ __global__ void __launch_bounds__(512, 1)
     MARK(4);
     if (!overflow) {
         solve_general_group<kGeneral>(t, space, group, out, true);
-    } else if (threadIdx.x < LPLBK_INFO_WORDS) {
-        out.info(group)[threadIdx.x] = 0;
-        if (threadIdx.x == 0) out.count_overflow();
+    } else if (threadIdx.x < 32) {
+        write_overflow(out, group);
     }
     MARK(5);
     __syncthreads();
@@ -224,6 +224,7 @@ __global__ void __launch_bounds__(512, 1)
             if (record.group() != group || record.bundle() < 0) continue;
             const GeneralQuota quota = quota_of(t, space, group, expert, record, overflow);
             const auto emit = [&](int j, int take) {
+                if (assigned && overflow) take = j == 0 ? loads.of(out.rank, expert) : 0;
                 const int2 place = place_of(t, record.first_place() + j);
                 const int tokens = quota(j);
                 moved += j > 0 ? tokens : 0;

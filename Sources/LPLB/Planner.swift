@@ -110,8 +110,6 @@ final class Planner {
 
     // MARK: Planning
 
-    var hasReplicas: Bool { tables.map { $0.nArcs > 0 } ?? false }
-
     @inline(__always)
     private func requirePlaced() throws(Failure) {
         if placement == nil { _ = try placed() }
@@ -140,7 +138,7 @@ final class Planner {
 
     func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure) {
         try requirePlaced()
-        if hasReplicas { try requirePlan("lplb_planner_redirect") }
+        if shape.hasReplicas { try requirePlan("lplb_planner_redirect") }
         try backend.redirect(ids, to: out, maxBlocks: maxBlocks, stream: stream)
     }
 
@@ -161,12 +159,12 @@ final class Planner {
         if gathered != nil && rank == nil {
             throw Failure("gathered", "needs a planner created with a rank, so that one row is known to be its own", value: "no rank")
         }
-        if gathered == nil, hasReplicas, let exchange {
+        if gathered == nil, shape.hasReplicas, let exchange {
             try run(ids, by: exchange, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
         } else {
             try backend.run(ids, gathered: gathered, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
         }
-        if hasReplicas {
+        if shape.hasReplicas {
             hasPlan = true
             everPlanned = true
         }

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import both_devices
 from lplb import Planner
 from lplb.errors import LplbError
 from lplb.topology import CUBE_8P2E, HYPERCUBE_16P2E, RING_8P, SQUARE_4P2E, torus_2d
@@ -214,6 +215,14 @@ def test_a_smaller_planner_takes_nothing_from_a_larger_one(name):
             cpu.solve(loads)
             gpu.solve(loads.cuda())
             assert_same_plan(cpu, gpu)
+
+
+def test_invalid_ids_count_once_however_they_are_planned():
+    both_devices.check_invalid_ids_count_once("cuda")
+
+
+def test_replicas_on_one_rank_are_planned_like_any():
+    both_devices.check_replicas_on_one_rank("cuda")
 
 
 def test_shapes_offsets_and_block_limits():
