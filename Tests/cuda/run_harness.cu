@@ -258,6 +258,149 @@ static void check(const string &name, const reference::Instance &in, Random &ran
     fflush(stdout);
 }
 
+// What a planner has on the device, placement and plan.
+static vector<vector<int32_t>> memory_of(const Planner &planner) {
+    const lplbk_planner &p = planner.p;
+    return {planner.read(p.tables, p.layout.words), planner.read(p.quota, p.shape.n_physical), planner.read(p.take, p.shape.n_physical),
+            planner.read(p.group_info, p.shape.n_groups * LPLBK_INFO_WORDS)};
+}
+
+// Launches that fail in the middle of a call, and a placement that does: what comes after must not notice.
+static void check_failures(const string &name, const reference::Instance &in, Random &random) {
+    const int before = failures, n = 5000;
+    Planner planner(in);
+    planner.p.fused_ids = 0;
+    const auto ids = make_ids(random, n, in.shape.n_logical, kSkewed);
+    const auto plan = reference::solve(in, counts_of(ids, in.shape.n_logical), 1);
+    Buffer<int64_t> from(ids), to(n);
+    const auto check_run = [&](const string &where) {
+        CHECK(lplbk_run(&planner.p, from.data, 1, n, nullptr, to.data, nullptr, 0, 0, nullptr));
+        check_ids(name + where, to.get(), rewrite(in, ids, plan.quota).ids);
+        const auto quota = planner.read(planner.p.quota, in.shape.n_physical);
+        for (size_t p = 0; p < quota.size(); ++p) expect(quota[p] == plan.quota[p], name + where, "quota", quota[p], plan.quota[p]);
+    };
+    // Sizes beyond shared memory: the solver's, and those of the rewriting.
+    lplbk_planner no_solve = planner.p, no_rewrite = planner.p;
+    no_solve.layout.image_words = no_solve.shape.n_redundant = 1 << 16;
+    no_rewrite.shape.n_physical = 1 << 20;
+    cudaStream_t stream;
+    CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    for (const lplbk_planner *broken : {&no_solve, &no_rewrite}) {
+        const string where = broken == &no_solve ? " after a solve that was refused" : " after a rewrite that was refused";
+        const int error = lplbk_run(broken, from.data, 1, n, nullptr, to.data, nullptr, 0, 0, nullptr);
+        expect(error != 0, name + where, "error", error, (int)cudaErrorInvalidValue);
+        check_run(where);
+        cudaGraph_t graph = nullptr;
+        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        lplbk_run(broken, from.data, 1, n, nullptr, to.data, nullptr, 0, 0, stream);
+        if (cudaStreamEndCapture(stream, &graph) == cudaSuccess) {
+            cudaGraphExec_t exec;
+            CHECK(cudaGraphInstantiate(&exec, graph, 0));
+            CHECK(cudaGraphLaunch(exec, stream));
+            CHECK(cudaStreamSynchronize(stream));
+            CHECK(cudaGraphExecDestroy(exec));
+            CHECK(cudaGraphDestroy(graph));
+        }
+        cudaGetLastError();
+        check_run(where + " in a graph");
+    }
+    const auto had = memory_of(planner);
+    lplbk_planner nowhere = planner.p;
+    nowhere.staged = nullptr;
+    const vector<int32_t> zeros(planner.p.layout.words, 0);
+    expect(lplbk_place(&nowhere, zeros.data(), nullptr) != 0, name, "placing without memory", 0, 1);
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    expect(lplbk_place(&planner.p, zeros.data(), stream) != 0, name, "placing in a capture", 0, 1);
+    cudaGraph_t graph = nullptr;
+    cudaStreamEndCapture(stream, &graph);
+    if (graph != nullptr) CHECK(cudaGraphDestroy(graph));
+    cudaGetLastError();
+    CHECK(cudaStreamDestroy(stream));
+    expect(memory_of(planner) == had, name, "memory after a placement that failed", 0, 1);
+    planner.place(in);
+    const auto placed = memory_of(planner);
+    expect(placed[0] == had[0], name, "tables after a placement", 0, 1);
+    for (int k : {1, 2, 3}) {
+        for (int word : placed[k]) expect(word == 0, name, "plan after a placement", word, 0);
+    }
+    check_run(" after a placement");
+    printf("%-44s after failures: %s\n", name.c_str(), failures == before ? "equal" : "DIFFERENT");
+    fflush(stdout);
+}
+
+// Counts whose total passes 31 bits in some groups: the fused run does as the solve of its own, group by group.
+static void check_overflow(const string &name, const reference::Instance &in, Random &random) {
+    const int before = failures, n = 3000;
+    const lplbk_shape &s = in.shape;
+    Planner fused(in), several(in);
+    several.p.fused_ids = 0;
+    const auto ids = make_ids(random, n, s.n_logical, kUniform);
+    const auto mine = counts_of(ids, s.n_logical);
+    const auto group_of = [&](int expert) { return in.place_rank[expert][0] / s.group_size; };
+    const int per_group = s.n_logical / s.n_groups;
+    Buffer<int64_t> from(ids), to(n);
+    for (int kind = 0; kind < 3; ++kind) {  // none; every second group; one expert beyond 2^31 in the last group
+        vector<int32_t> gathered((size_t)s.ep_size * s.n_logical);
+        vector<int64_t> whole(gathered.size());
+        for (int r = 0; r < s.ep_size; ++r) {
+            for (int e = 0; e < s.n_logical; ++e) {
+                int64_t count = r == s.rank ? mine[e] : random() % 50;
+                const bool heavy = kind == 1 && group_of(e) % 2 == 0 && r != s.rank;
+                if (heavy) count = ((int64_t)1 << 31) / per_group / (s.ep_size - 1) + 50;
+                if (kind == 2 && e == s.n_logical - 1 && r != s.rank) count = ((int64_t)1 << 31) / (s.ep_size - 1) + 1;
+                gathered[(size_t)r * s.n_logical + e] = (int32_t)count;
+                whole[(size_t)r * s.n_logical + e] = count;
+            }
+        }
+        int64_t n_overflows = 0;
+        vector<int64_t> totals(s.n_groups, 0);
+        for (size_t i = 0; i < whole.size(); ++i) totals[group_of(i % s.n_logical)] += whole[i];
+        for (int64_t total : totals) n_overflows += total > INT32_MAX;
+        const auto plan = reference::solve(in, whole, s.ep_size);
+        Buffer<int32_t> device(gathered);
+        vector<vector<vector<int32_t>>> memory;
+        for (Planner *planner : {&fused, &several}) {
+            const string where = name + (planner == &fused ? " overflow, one launch" : " overflow, several") + " kind " +
+                                 std::to_string(kind);
+            Buffer<int64_t> counter(1);
+            const auto had = planner->read(planner->p.counters, LPLBK_COUNTER_WORDS)[LPLBK_COUNTER_OVERFLOW];
+            CHECK(lplbk_run(&planner->p, from.data, 1, n, device.data, to.data, counter.data, 1, 0, nullptr));
+            const auto has = planner->read(planner->p.counters, LPLBK_COUNTER_WORDS)[LPLBK_COUNTER_OVERFLOW];
+            expect(has - had == n_overflows, where, "overflows", has - had, n_overflows);
+            expect(counter.get()[0] == s.n_groups - n_overflows, where, "counter", counter.get()[0], s.n_groups - n_overflows);
+            const auto out = to.get();
+            const auto expected = rewrite(in, ids, plan.take).ids;
+            const auto take = planner->read(planner->p.take, s.n_physical);
+            const auto info = planner->read(planner->p.group_info, s.n_groups * LPLBK_INFO_WORDS);
+            for (int i = 0; i < n; ++i) {
+                const bool stays = ids[i] >= 0 && totals[group_of(ids[i])] > INT32_MAX;
+                const int64_t want = stays ? in.replicas[ids[i]][0] : expected[i];
+                expect(out[i] == want, where, "id", out[i], want);
+            }
+            for (int e = 0; e < s.n_logical; ++e) {
+                const bool stays = totals[group_of(e)] > INT32_MAX;
+                for (size_t j = 0; j < in.place_slot[e].size(); ++j) {
+                    const int slot = in.place_slot[e][j];
+                    const int64_t want = !stays ? plan.take[slot] : j == 0 ? mine[e] : 0;
+                    expect(take[slot] == want, where, "take", take[slot], want);
+                }
+            }
+            for (int g = 0; g < s.n_groups; ++g) {
+                const bool stays = totals[g] > INT32_MAX;
+                const int32_t *words = &info[g * LPLBK_INFO_WORDS];
+                const int64_t load = stays ? 0 : plan.groups[g].max_load, total = stays ? 0 : plan.groups[g].total;
+                expect(words[LPLBK_INFO_MAX_LOAD] == load, where, "max load", words[LPLBK_INFO_MAX_LOAD], load);
+                expect(words[LPLBK_INFO_TOTAL] == total, where, "total", words[LPLBK_INFO_TOTAL], total);
+                expect(words[LPLBK_INFO_CERTIFIED] == !stays, where, "certified", words[LPLBK_INFO_CERTIFIED], !stays);
+            }
+            memory.push_back(memory_of(*planner));
+        }
+        for (int k : {1, 2}) expect(memory[0][k] == memory[1][k], name, "tokens in one launch and in several", 0, 1);
+    }
+    printf("%-44s overflow: %s\n", name.c_str(), failures == before ? "equal" : "DIFFERENT");
+    fflush(stdout);
+}
+
 // Every rank of an EP group on this one GPU, each on a stream of its own: run with the exchange inside.
 static void check_exchanging(const string &name, const std::function<reference::Instance(int)> &of_rank, int n_ranks, int64_t max_blocks,
                              Random &random) {
@@ -419,6 +562,20 @@ int main(int argc, char **argv) {
             check_exchanging("EPLB 256/4/272", [&](int r) { return reference::general(4, 4, 2, r, 256, phy2log); }, 4, 8, random);
         }
         placement("1 rank", 1, 1, 1, 0, 4, {0, 1, 2, 3, 0}, n / 2);
+        topology("self copies", 4, 4, 1, {0, 1, 2, 3}, 4, 1, 1, 2, n / 2);
+        topology("self copies and others, m 2", 4, 4, 2, {0, 1, 1, 0, 3, 2, 2, 3}, 4, 2, 1, -1, n / 2);
+        placement("replicas beside their originals", 4, 4, 1, 2, 6, {0, 0, 1, 1, 2, 3, 4, 5}, n / 2);
+        for (int rank : {-1, 3}) {
+            if (most_ids < 1 << 30) break;  // a sanitizer reports the errors that are meant
+            check_failures("cube 8x2", reference::topology(8, 8, 2, cube(), 64, 1, 1, rank, random_order(random, 64)), random);
+            check_failures("EPLB 256/32/288", reference::general(32, 32, 4, rank, 256, eplb(weight, 288, 32)), random);
+        }
+        const auto cubes = [&](int m) { return reference::topology(32, 8, 2, cube(), 256, m, 4, 20, random_order(random, 256)); };
+        check_overflow("4 cubes, 32 ranks", cubes(1), random);
+        check_overflow("4 cubes, 32 ranks, m 2", cubes(2), random);
+        check_overflow("16 pairs, 32 ranks", reference::topology(32, 2, 1, ring(2), 160, 2, 4, 20, random_order(random, 160)), random);
+        check_overflow("EPLB 256/32/288", reference::general(32, 32, 4, 13, 256, eplb(weight, 288, 32)), random);
+        check_overflow("random 4 groups of 8, 96 of 64", reference::general(32, 8, 4, 9, 64, random_placement(random, 64, 96, 4)), random);
         printf("%d wrong\n", failures);
     }
     if (timed > 0) {
