@@ -16,7 +16,6 @@ struct CountOut {
     bool cumulative;      // the last block turns rows into running sums
     unsigned *ticket;     // for sum_rows; 0 between launches
     const int32_t *digest; // written behind the totals by the last block; nullptr: not so
-    int64_t *invalid;     // nullptr: invalid ids are counted by somebody else
 };
 
 template <class Id>
@@ -26,7 +25,6 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ int is_last;
     wait_for_stream();
     let_next_start();
-    int bad = 0;
     for (int run = blockIdx.x; run < n_runs; run += gridDim.x) {
         for (int e = threadIdx.x; e < n_logical; e += kThreads) histogram[e] = 0;
         __syncthreads();
@@ -34,11 +32,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
         for (int64_t i = run * run_length + threadIdx.x; i < end; i += kThreads) {
             const unsigned id = packed_id(ids[i], n_logical);
-            if (id < kBadId) {
-                atomicAdd(&histogram[id], 1);
-            } else {
-                bad += id == kBadId;
-            }
+            if (id < kBadId) atomicAdd(&histogram[id], 1);  // what has no place here is noticed by whoever rewrites it
         }
         __syncthreads();
         for (int e = threadIdx.x; e < n_logical; e += kThreads) {
@@ -46,10 +40,6 @@ __global__ void __launch_bounds__(kThreads)
             if (out.rows != nullptr) out.rows[(int64_t)run * n_logical + e] = count;
             if (out.add_totals && count != 0) atomicAdd(&out.totals[e], count);
         }
-    }
-    if (out.invalid != nullptr) {
-        bad = warp_sum(bad);
-        if (lane_id() == 0 && bad != 0) atomicAdd(reinterpret_cast<unsigned long long *>(out.invalid), (unsigned long long)bad);
     }
     if (!out.sum_rows) return;
 
@@ -120,7 +110,7 @@ Runs runs_of(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks) {
 cudaError_t count_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, bool add_totals,
                        cudaStream_t stream) {
     const MultiScratch scratch = multi_scratch(planner);
-    const CountOut out{scratch.rows, scratch.totals, false, add_totals, false, nullptr, nullptr, nullptr};
+    const CountOut out{scratch.rows, scratch.totals, false, add_totals, false, nullptr, nullptr};
     return count(planner, ids, ids64, n_ids, runs.length, runs.n, out, stream);
 }
 
@@ -136,8 +126,7 @@ int32_t count_all(const lplbk_planner *planner, const void *ids, int32_t ids64, 
     const MultiScratch scratch = multi_scratch(*planner);
     Runs runs = runs_of(*planner, n_ids, 64);
     if (cumulative != nullptr) runs = {max(ceil_div64(ceil_div64(n_ids, n_chunks), 1024) * 1024, (int64_t)1024), (int)n_chunks};
-    const CountOut out{cumulative != nullptr ? cumulative : scratch.rows, counts, true, false, cumulative != nullptr, scratch.ticket, digest,
-                       planner->counters + LPLBK_COUNTER_INVALID};
+    const CountOut out{cumulative != nullptr ? cumulative : scratch.rows, counts, true, false, cumulative != nullptr, scratch.ticket, digest};
     return taken(count(*planner, ids, ids64, n_ids, runs.length, runs.n, out, static_cast<cudaStream_t>(stream)));
 }
 

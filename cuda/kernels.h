@@ -196,7 +196,7 @@ static inline int32_t lplbk_report_code(const lplbk_report *report) { return __a
 typedef struct lplbk_planner {
     int32_t device;
     int32_t solver;          /* LPLB_SOLVER_* */
-    int32_t has_replicas;    /* 0: no placement of this planner has any */
+    int32_t has_replicas;    /* 0: n_physical == n_logical, so that there is nothing to plan under any placement of this planner */
     int32_t fused_ids;       /* set by lplbk_prepare: as many ids at most are planned in one launch */
     lplbk_shape shape;
     lplbk_layout layout;
@@ -208,6 +208,7 @@ typedef struct lplbk_planner {
     int32_t *group_info;     /* [n_groups][LPLBK_INFO_WORDS] */
     int64_t *counters;       /* [LPLBK_COUNTER_WORDS] */
     int32_t *scratch;        /* [lplbk_scratch_words()] */
+    int32_t *staged;         /* [layout.words] where lplbk_place brings tables before they are taken over */
     /* for rows whose digests differ */
     uint64_t report;         /* device address of an lplbk_report, 0: rows are never compared */
     int32_t traps;           /* 1: the kernel traps after reporting */
@@ -219,6 +220,12 @@ int64_t lplbk_scratch_words(const lplbk_planner *planner);
 /* Whether the kernels can serve this planner on its device: 0, LPLBK_UNSUPPORTED or a CUDA error. Also opts in to the shared memory and
    cluster sizes they need, and sets info.max_cluster and fused_ids. Comes once, before the first launch. */
 int32_t lplbk_prepare(lplbk_planner *planner);
+
+/*
+ * Another placement: tables [layout.words] in host memory. Waits for the stream; then takes the tables over and zeroes quota, take and
+ * group_info, all in one launch, and waits for it. A failure leaves the placement and the plan as they were. No capture.
+ */
+int32_t lplbk_place(const lplbk_planner *planner, const int32_t *tables, void *stream);
 
 /* ---- Launches: nothing waits, nothing allocates, all can be captured --------------------------------------------------------- */
 /* `..64`: 0 for int32, 1 for int64. Shapes and rules are those of lplb.h. n_ids < 2^31. */

@@ -31,7 +31,7 @@ inline MultiScratch multi_scratch(const lplbk_planner &planner) {
             reinterpret_cast<unsigned *>(start + (int64_t)(kMaxRuns + 1) * planner.shape.n_logical)};
 }
 
-// Counts every run into scratch.rows and, with add_totals, all of them into scratch.totals. Does not count invalid ids.
+// Counts every run into scratch.rows and, with add_totals, all of them into scratch.totals. Invalid ids are counted by rewrite_runs().
 cudaError_t count_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, bool add_totals,
                        cudaStream_t stream);
 
@@ -41,7 +41,7 @@ cudaError_t solve_totals(const lplbk_planner &planner, void *counter, int32_t co
 cudaError_t solve_rows(const lplbk_planner &planner, const int32_t *rows, bool compare, float *ratios, float *scaled, void *counter,
                        int32_t counter64, cudaStream_t stream);
 
-// Rewrites ids by the plan; scratch.rows as count_runs() left them. clear_totals: zeroes scratch.totals.
+// Rewrites ids by the plan; scratch.rows as count_runs() left them. clear_totals: zeroes scratch.totals for the next count_runs().
 cudaError_t rewrite_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, void *out,
                          bool clear_totals, cudaStream_t stream);
 // Rewrites ids where no expert has a second place. counter: grows by the number of groups.

@@ -28,7 +28,7 @@ auto fused_kernel(const lplbk_planner &planner) {
 bool fused_shape(const lplbk_planner &planner) {
     const lplbk_shape &shape = planner.shape;
     if (planner.solver != 0) return false;  // LPLB_SOLVER_FLOW only
-    if (shape.pair_slots > 0) return shape.n_groups <= 4 * kMaxSolvers;
+    if (shape.pair_slots > 0) return shape.n_groups <= kMaxGroups;
     return shape.n_groups == 1 && planner.layout.mask_words > 0 && shape.combined <= 1;
 }
 
@@ -94,12 +94,13 @@ cudaError_t launch_fused(const lplbk_planner &planner, const void *ids, int64_t 
 }
 
 template <class Id, Source kSource>
-cudaError_t prepare_fused_kernel(lplbk_planner &planner) {
+int32_t prepare_fused_kernel(lplbk_planner &planner) {
     const auto kernel = fused_kernel<Id, kSource>(planner);
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, planner.info.shared_bytes);
-    if (error != cudaSuccess || planner.info.max_cluster == 1) return error;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
+    // It has no static shared memory: fused_fits() reckons with all that a block can have.
+    const int32_t refused = allow_shared(planner.info, kernel, planner.info.shared_bytes);
+    if (refused != 0 || planner.info.max_cluster == 1) return refused;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return taken(error);
     // The largest cluster that the device can hold with all the shared memory a block may ask for.
     for (int blocks = 16; blocks > 1; blocks /= 2) {
         cudaLaunchAttribute attribute;
@@ -115,12 +116,12 @@ cudaError_t prepare_fused_kernel(lplbk_planner &planner) {
         error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
         if (error == cudaSuccess && clusters > 0) {
             planner.info.max_cluster = min(blocks, planner.info.max_cluster);
-            return cudaSuccess;
+            return 0;
         }
         cudaGetLastError();
     }
     planner.info.max_cluster = 1;
-    return cudaSuccess;
+    return 0;
 }
 
 // n_sources: as in FusedSpace.
@@ -130,6 +131,19 @@ bool fused_fits(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks,
     const FusedSize size = fused_size(planner, n_ids, max_blocks);
     if (size.per_block > kMaxPerBlock) return false;
     return 4 * space_of(planner, size.blocks, size.per_block, n_sources).words <= planner.info.shared_bytes;
+}
+
+// Takes over staged tables; what was planned before is void.
+__global__ void __launch_bounds__(kThreads) adopt(const __grid_constant__ lplbk_planner planner) {
+    const int first = blockIdx.x * kThreads + threadIdx.x, stride = gridDim.x * kThreads;
+    for (int i = first; i < planner.layout.words; i += stride) planner.tables[i] = planner.staged[i];
+    for (int slot = first; slot < planner.shape.n_physical; slot += stride) planner.quota[slot] = planner.take[slot] = 0;
+    for (int i = first; i < planner.shape.n_groups * LPLBK_INFO_WORDS; i += stride) planner.group_info[i] = 0;
+}
+
+// After a launch that failed between count_runs() and rewrite_runs(): else the next plan would count on top of what is there.
+cudaError_t clear_totals(const lplbk_planner &planner, cudaStream_t stream) {
+    return cudaMemsetAsync(multi_scratch(planner).totals, 0, 4 * (size_t)planner.shape.n_logical, stream);
 }
 
 }  // namespace
@@ -152,13 +166,13 @@ int32_t prepare_fused(lplbk_planner &planner) {
     planner.fused_ids = kFusedIds;
     if (!fused_shape(planner)) return 0;
     if (planner.info.max_cluster > 1) planner.info.max_cluster = 16;
-    cudaError_t error = prepare_fused_kernel<int64_t, kOwnIds>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, kOwnIds>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int64_t, kGiven>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, kGiven>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int64_t, kExchanged>(planner);
-    if (error == cudaSuccess) error = prepare_fused_kernel<int32_t, kExchanged>(planner);
-    return taken(error);
+    int32_t error = prepare_fused_kernel<int64_t, kOwnIds>(planner);
+    if (error == 0) error = prepare_fused_kernel<int32_t, kOwnIds>(planner);
+    if (error == 0) error = prepare_fused_kernel<int64_t, kGiven>(planner);
+    if (error == 0) error = prepare_fused_kernel<int32_t, kGiven>(planner);
+    if (error == 0) error = prepare_fused_kernel<int64_t, kExchanged>(planner);
+    if (error == 0) error = prepare_fused_kernel<int32_t, kExchanged>(planner);
+    return error;
 }
 
 }  // namespace lplb
@@ -178,6 +192,18 @@ int32_t lplbk_prepare(lplbk_planner *planner) {
     return error;
 }
 
+int32_t lplbk_place(const lplbk_planner *planner, const int32_t *tables, void *stream) {
+    using namespace lplb;
+    int32_t error = lplbk_upload(planner->device, planner->staged, tables, 4ll * planner->layout.words, stream);
+    if (error != 0) return error;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    adopt<<<max(1, min(ceil_div(planner->layout.words, kThreads), planner->info.n_sms)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        *planner);
+    error = taken(cudaGetLastError());
+    return error != 0 ? error : lplbk_wait(planner->device, stream);
+}
+
 int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *rows, int32_t compare,
                   void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream) {
     using namespace lplb;
@@ -190,11 +216,11 @@ int32_t lplbk_run(const lplbk_planner *planner, const void *ids, int32_t ids64, 
     }
     const Runs runs = runs_of(*planner, n_ids, max_blocks);
     cudaError_t error = count_runs(*planner, ids, ids64, n_ids, runs, rows == nullptr, queue);
-    if (error == cudaSuccess) {
-        error = rows == nullptr ? solve_totals(*planner, counter, counter64, queue)
-                                : solve_rows(*planner, rows, compare != 0, nullptr, nullptr, counter, counter64, queue);
-    }
+    if (error != cudaSuccess) return taken(error);
+    error = rows == nullptr ? solve_totals(*planner, counter, counter64, queue)
+                            : solve_rows(*planner, rows, compare != 0, nullptr, nullptr, counter, counter64, queue);
     if (error == cudaSuccess) error = rewrite_runs(*planner, ids, ids64, n_ids, runs, out, rows == nullptr, queue);
+    if (error != cudaSuccess && rows == nullptr) taken(clear_totals(*planner, queue));
     return taken(error);
 }
 

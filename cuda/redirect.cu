@@ -270,16 +270,15 @@ cudaError_t rewrite_plainly(const lplbk_planner &planner, const void *ids, int32
 
 int32_t prepare_rewrite(const lplbk_planner &planner) {
     const int bytes = shared_bytes(rewrite_tables(planner));
-    if (bytes > planner.info.shared_bytes) return LPLBK_UNSUPPORTED;
-    cudaError_t error = cudaSuccess;
+    int32_t error = 0;
     const auto allow = [&](auto kernel) {
-        if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (error == 0) error = allow_shared(planner.info, kernel, bytes);
     };
     allow(rewrite<int64_t, ByPlan>);
     allow(rewrite<int32_t, ByPlan>);
     allow(rewrite<int64_t, ByRatio>);
     allow(rewrite<int32_t, ByRatio>);
-    return taken(error);
+    return error;
 }
 
 }  // namespace lplb

@@ -21,6 +21,8 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSolvers = 8;         // warps that solve; the others number and rewrite ids meanwhile
 static_assert(kMaxSolvers < kWarps && kMaskWarps < kWarps, "somebody must rewrite the ids");
+constexpr int kMaxGroups = 4 * kMaxSolvers;
+static_assert(kMaxGroups <= 32, "a set of groups is a word");
 constexpr int kMaxPerBlock = 1 << 14;  // ids; counters have 16 bits
 
 struct FusedShape {
@@ -326,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
         }
     }
-    bool overflow = false;
+    unsigned overflow = 0;  // bit g: the total of group g does not fit 31 bits
     if constexpr (kGathered) {
         bool large = false;
 #pragma unroll 1
@@ -343,9 +345,15 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         if (__syncthreads_or(large)) {
             WideSum *wide = kPairs ? pair_space.wide : general_space.wide;
-            for (int e = threadIdx.x; e < f.n_logical; e += kThreads) wide->add(gathered.total<true>(e));
+#pragma unroll 1
+            for (int expert = threadIdx.x; expert < f.n_logical; expert += kThreads) {
+                const int i = -1 - code[expert];
+                const int rank = !kPairs ? 0 : i < 0 ? home[expert] : kind[i] < 0 ? -1 - kind[i] : kind[i] / pairs.n_redundant;
+                wide[kPairs ? rank / pairs.n_ranks : 0].add(gathered.total<true>(expert));
+            }
             __syncthreads();
-            overflow = wide->overflow();
+#pragma unroll 1
+            for (int group = 0; group < pairs.n_groups; ++group) overflow |= wide[group].overflow() ? 1u << group : 0;
         }
     } else {
         __syncthreads();
@@ -354,9 +362,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     // ---- The first warps solve
     if constexpr (kPairs) {
-        if (warp < n_solvers && !overflow) {
+        if (warp < n_solvers) {
 #pragma unroll 1
             for (int group = warp; group < pairs.n_groups; group += n_solvers) {
+                if ((overflow >> group & 1) != 0) continue;
                 if (group != warp) {
                     load_lanes<kSlots>(pairs, group, lanes);
                     flow.open(lanes, pairs.n_ranks);
@@ -366,11 +375,13 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
         }
     } else {
-        if (!overflow) solve_general_group<kWords>(general, general_space, 0, out, writes);
+        if (overflow == 0) solve_general_group<kWords>(general, general_space, 0, out, writes);
     }
-    if (overflow && writes) {
-        for (int i = threadIdx.x; i < pairs.n_groups * LPLBK_INFO_WORDS; i += kThreads) out.group_info[i] = 0;
-        if (threadIdx.x == 0) out.count_overflow();
+    if (overflow != 0 && writes) {
+#pragma unroll 1
+        for (int group = warp; group < pairs.n_groups; group += kWarps) {
+            if ((overflow >> group & 1) != 0) write_overflow(out, group);
+        }
     }
 
     // ---- The others number what they queued, each warp from 0, rewrite what needs no plan, and write the tokens of single places
@@ -406,7 +417,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     // ---- Tokens of replicated experts; occurrences in the warps before each warp, by the last threads; what the solvers found out
     if constexpr (kPairs) {
-        if (warp < n_solvers && writes && !overflow && pairs.n_groups <= n_solvers) write_pair_info<kSlots>(out, warp, flow);
+        const bool solved = warp < n_solvers && (overflow >> warp & 1) == 0;
+        if (solved && writes && pairs.n_groups <= n_solvers) write_pair_info<kSlots>(out, warp, flow);
     }
     const int first_worker = kPairs ? 32 * n_solvers : 0;
 #pragma unroll 1
@@ -429,7 +441,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int all = tokens[i], of_class = kind[i];
             const int slot = steps[i].z, copy_slot = steps[i].w;
             int copied = 0;
-            if (of_class >= 0 && !overflow) {
+            const bool stays = of_class < 0 || (overflow != 0 && (overflow >> of_class / (pairs.n_ranks * pairs.n_redundant) & 1) != 0);
+            if (!stays) {
                 const int sum = pair_space.class_sum[of_class];
                 copied = sum - pair_space.class_kept[of_class];
                 if (pairs.combined > 1) {
@@ -442,7 +455,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int ranks[2] = {slot / out.n_local, copy_slot / out.n_local};
             if constexpr (kGathered) {
                 const int expert = f.replicated[i];
-                if (of_class >= 0) {
+                if (!stays) {
                     assign_tokens(
                         2, [&](int j) { return j == 0 ? all - copied : copied; }, [&](int j) { return j == 0 ? ranks[0] : ranks[1]; },
                         [&](int s) { return gathered.of(s, expert); }, out.rank, out.per_node, [&](int j, int mine) { take[j] = mine; });
@@ -484,11 +497,12 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const int first = general_space.tables.bundle_start[i];
                 const int n_places = general_space.tables.bundle_start[i + 1] - first;
                 const int expert = f.replicated[i];
-                const auto quota = [&](int j) { return overflow ? (j == 0 ? tokens[i] : 0) : general_space.flow.x[first + j]; };
+                const auto quota = [&](int j) { return overflow != 0 ? (j == 0 ? tokens[i] : 0) : general_space.flow.x[first + j]; };
                 assign_tokens(
                     n_places, quota, [&](int j) { return general_space.tables.arc_rank[first + j]; },
                     [&](int s) { return gathered.of(s, expert); }, out.rank, out.per_node,
                     [&](int j, int take) {
+                        if (overflow != 0) take = j == 0 ? gathered.of(out.rank, expert) : 0;
                         const int slot = general_space.tables.arc_slot[first + j] & 0x7fffffff;
                         arc_take[first + j] = take;
                         moved += j > 0 ? quota(j) : 0;

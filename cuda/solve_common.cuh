@@ -159,6 +159,12 @@ __device__ __forceinline__ int info_word(int word, int max_load, const FlowEnd &
     return value;
 }
 
+// By one warp: the information of a group whose total does not fit 31 bits.
+__device__ __forceinline__ void write_overflow(const PlanOut &out, int group) {
+    out.info(group)[lane_id()] = 0;
+    if (lane_id() == 0) out.count_overflow();
+}
+
 // floor(x * part / whole) for 0 <= x, part <= whole < 2^31, whole > 0; inverse: 1.0 / whole.
 __device__ __forceinline__ int floor_share(int x, int part, int whole, double inverse) {
     const int64_t product = (int64_t)x * part;

@@ -97,8 +97,7 @@ __global__ void __launch_bounds__(512, 1)
         if (!overflow) {
             write_pair_info<kSlots>(out, group, flow);
         } else {
-            out.info(group)[lane_id()] = 0;
-            if (lane_id() == 0) out.count_overflow();
+            write_overflow(out, group);
         }
     } else {
 #pragma unroll 1
@@ -110,7 +109,9 @@ __global__ void __launch_bounds__(512, 1)
             int2 take = quota;
             if constexpr (!kPlain) {
                 const int ranks[2] = {home.slot() / out.n_local, home.copy_slot() / out.n_local};
-                if (assigned) {
+                if (assigned && overflow) {
+                    take = make_int2(loads.of(out.rank, home.expert()), 0);
+                } else if (assigned) {
                     assign_tokens(
                         2, [&](int j) { return j == 0 ? quota.x : quota.y; }, [&](int j) { return j == 0 ? ranks[0] : ranks[1]; },
                         [&](int s) { return loads.of(s, home.expert()); }, out.rank, out.per_node,
@@ -196,9 +197,8 @@ __global__ void __launch_bounds__(512, 1)
     MARK(4);
     if (!overflow) {
         solve_general_group<kGeneral>(t, space, group, out, true);
-    } else if (threadIdx.x < LPLBK_INFO_WORDS) {
-        out.info(group)[threadIdx.x] = 0;
-        if (threadIdx.x == 0) out.count_overflow();
+    } else if (threadIdx.x < 32) {
+        write_overflow(out, group);
     }
     MARK(5);
     __syncthreads();
@@ -226,6 +226,7 @@ __global__ void __launch_bounds__(512, 1)
             if (record.group() != group || record.bundle() < 0) continue;
             const GeneralQuota quota = quota_of(t, space, group, expert, record, overflow);
             const auto emit = [&](int j, int take) {
+                if (assigned && overflow) take = j == 0 ? loads.of(out.rank, expert) : 0;
                 const int2 place = place_of(t, record.first_place() + j);
                 const int tokens = quota(j);
                 moved += j > 0 ? tokens : 0;
@@ -351,20 +352,15 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_so
     return launch(planner.info, kernel, shape.n_groups, general_threads(planner), bytes, 0, stream, tables, loads, out);
 }
 
-template <class Kernel>
-cudaError_t allow_shared(Kernel kernel, int bytes) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 template <class Count>
-cudaError_t prepare(const lplbk_planner &planner) {
-    const int bytes = (int)shared_bytes(planner);
+int32_t prepare(const lplbk_planner &planner) {
+    const int64_t bytes = shared_bytes(planner);
     if (by_pairs(planner)) {
-        const cudaError_t error = allow_shared(pair_kernel<false, Count>(planner.shape.pair_slots), bytes);
-        return error != cudaSuccess ? error : allow_shared(pair_kernel<true, Count>(planner.shape.pair_slots), bytes);
+        const int32_t error = allow_shared(planner.info, pair_kernel<false, Count>(planner.shape.pair_slots), bytes);
+        return error != 0 ? error : allow_shared(planner.info, pair_kernel<true, Count>(planner.shape.pair_slots), bytes);
     }
-    const cudaError_t error = allow_shared(general_kernel<false, Count>(planner), bytes);
-    return error != cudaSuccess ? error : allow_shared(general_kernel<true, Count>(planner), bytes);
+    const int32_t error = allow_shared(planner.info, general_kernel<false, Count>(planner), bytes);
+    return error != 0 ? error : allow_shared(planner.info, general_kernel<true, Count>(planner), bytes);
 }
 
 }  // namespace
@@ -381,9 +377,8 @@ cudaError_t solve_rows(const lplbk_planner &planner, const int32_t *rows, bool c
 
 int32_t prepare_solve(const lplbk_planner &planner) {
     if (interior(planner) && planner.shape.group_size > kMaxInteriorGroup) return LPLBK_UNSUPPORTED;
-    if (shared_bytes(planner) > planner.info.shared_bytes) return LPLBK_UNSUPPORTED;
-    const cudaError_t error = prepare<int32_t>(planner);
-    return taken(error != cudaSuccess ? error : prepare<int64_t>(planner));
+    const int32_t error = prepare<int32_t>(planner);
+    return error != 0 ? error : prepare<int64_t>(planner);
 }
 
 }  // namespace lplb

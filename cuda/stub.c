@@ -81,6 +81,11 @@ int32_t lplbk_prepare(lplbk_planner *planner) {
     return LPLBK_NO_CUDA;
 }
 
+int32_t lplbk_place(const lplbk_planner *planner, const int32_t *tables, void *stream) {
+    UNUSED(planner), UNUSED(tables), UNUSED(stream);
+    return LPLBK_NO_CUDA;
+}
+
 int32_t lplbk_count(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, int32_t *counts, int32_t *cumulative,
                     int64_t n_chunks, void *stream) {
     UNUSED(planner), UNUSED(ids), UNUSED(ids64), UNUSED(n_ids), UNUSED(counts), UNUSED(cumulative), UNUSED(n_chunks), UNUSED(stream);

@@ -21,7 +21,8 @@
  * Rules that hold for every call
  *   - Every function that can fail returns lplb_status. LPLB_OK is 0. The words about the last failure on a planner are
  *     lplb_planner_error(planner); functions without a planner write them to `message`.
- *   - A failed call changes nothing: the planner keeps the placement and the plan it had.
+ *   - A failed call changes nothing: the planner keeps the placement and the plan it had. (Except that a launch which CUDA refuses in the
+ *     middle of a call of section 3, LPLB_ERROR_CUDA, leaves a plan that nobody should use; the next solve or run makes a whole one.)
  *   - `stream` is a cudaStream_t (NULL: the default stream) and is ignored by CPU planners. On a CUDA planner all data pointers of section 3
  *     are device pointers and the call returns before the work is done; on a CPU planner they are host pointers and the work is done
  *     when the call returns. The pointers of the sections 2, 4, 5 and 6 are always host pointers and these calls are synchronous.
@@ -215,7 +216,8 @@ int64_t lplb_counts_width(int64_t n_logical);
 /*
  * Ids: n_ids (at most 2^31 - 1) logical experts, -1 .. n_logical-1, in row-major order of whatever shape the caller has; -1 means "no
  * expert" and stays -1.
- * Any other id is never used as an index: it is counted in lplb_plan_info.invalid_ids and comes back as -1.
+ * Any other id is never used as an index: it comes back as -1, and the call that rewrites it (redirect, redirect_by_ratio, run) counts it
+ * in lplb_plan_info.invalid_ids. lplb_planner_count skips it, so that an id is counted once, whichever way it is planned.
  * max_blocks: upper bound of the CUDA blocks used, 0: as many as measured best. CPU planners ignore it.
  */
 
@@ -275,8 +277,9 @@ lplb_status lplb_planner_redirect_by_ratio(lplb_planner *planner, const void *id
  * Everything in one call: count, solve, redirect. gathered: NULL (the ids are all there is: one source), or int32
  * [ep_size][lplb_counts_width(n_logical)], the rows of all ranks, this rank's being that of ids (then nothing is counted here, and the
  * config's rank must be given); the digests are compared as in lplb_planner_solve_rows.
- * counter as in lplb_planner_solve. Where no expert stands on two ranks (no replicas, or self copies only) the ids are rewritten and the
- * counter grows, but nothing is counted or solved, so there is no plan to read afterwards.
+ * counter as in lplb_planner_solve. A planner without replicas (n_physical == n_logical) rewrites the ids and lets the counter grow, but
+ * counts, exchanges and solves nothing, so there is no plan to read afterwards. With replicas it plans under every placement, also where
+ * they happen to stand on one rank: what a captured graph does must not depend on the placement.
  */
 lplb_status lplb_planner_run(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, const int32_t *gathered,
                              void *out, void *counter, lplb_dtype counter_dtype, int64_t max_blocks, void *stream);
@@ -299,12 +302,13 @@ typedef struct lplb_group_info {
 typedef struct lplb_plan_info {
     int64_t struct_size;   /* sizeof(lplb_plan_info); LPLB_PLAN_INFO_INIT sets it */
     int64_t n_groups;
-    int64_t invalid_ids;   /* ids out of range seen since the planner was created */
+    int64_t invalid_ids;   /* ids out of range that were rewritten since the planner was created */
     /* Where the tokens of this planner's rank go; all zero for LPLB_WHOLE_BATCH. */
     int64_t own_rank;
     int64_t own_node;      /* another rank of the same node */
     int64_t other_nodes;
-    int64_t overflow;      /* CUDA: solves whose total did not fit 31 bits (their tokens stayed at the originals) */
+    int64_t overflow;      /* CUDA: groups not solved since the planner was created, whose total did not fit 31 bits: their tokens stay
+                              at the originals, their lplb_group_info is zero, and the counter does not count them */
 } lplb_plan_info;
 
 #define LPLB_PLAN_INFO_INIT { (int64_t)sizeof(lplb_plan_info), 0, 0, 0, 0, 0, 0 }

@@ -48,9 +48,10 @@ final class CpuBackend: PlannerBackend {
         _ ids: IdBuffer, counts: UnsafeMutablePointer<Int32>, cumulative: UnsafeMutablePointer<Int32>?, chunks: Int,
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
+        // An invalid id is counted where it is rewritten.
         switch ids.type {
-        case .int32: invalidIds &+= mapper.count(ids.as32, ids.count, counts: counts, cumulative: cumulative, chunks: chunks)
-        case .int64: invalidIds &+= mapper.count(ids.as64, ids.count, counts: counts, cumulative: cumulative, chunks: chunks)
+        case .int32: _ = mapper.count(ids.as32, ids.count, counts: counts, cumulative: cumulative, chunks: chunks)
+        case .int64: _ = mapper.count(ids.as64, ids.count, counts: counts, cumulative: cumulative, chunks: chunks)
         }
     }
 
@@ -105,15 +106,11 @@ final class CpuBackend: PlannerBackend {
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
         let (solver, assigner) = try loaded()
-        if solver.tables.nArcs > 0 {
+        if shape.hasReplicas {
             if let gathered {
                 try plan(gathered, "gathered", solver, assigner)
             } else {
-                // An invalid id is seen twice, here and when it is rewritten, and is one.
-                switch ids.type {
-                case .int32: _ = mapper.count(ids.as32, ids.count, counts: counts)
-                case .int64: _ = mapper.count(ids.as64, ids.count, counts: counts)
-                }
+                try count(ids, counts: counts, cumulative: nil, chunks: 1, stream: stream)
                 try plan(CountBuffer(base: counts, type: .int32, sources: 1), "ids", solver, assigner)
             }
         }

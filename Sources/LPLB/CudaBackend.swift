@@ -52,7 +52,7 @@ final class CudaBackend: PlannerBackend {
         planner.solver = Int32(settings.solver)
         planner.info = info
         planner.shape = CudaBackend.shape(shape, settings.topology, rank: settings.rank)
-        planner.has_replicas = shape.nPhysical > shape.nLogical ? 1 : 0
+        planner.has_replicas = shape.hasReplicas ? 1 : 0
         planner.traps = settings.policy == Int32(LPLB_EXCHANGE_TRAP) ? 1 : 0
         self.shape = shape
         self.device = device
@@ -93,15 +93,22 @@ final class CudaBackend: PlannerBackend {
 
     // MARK: Placing
 
+    /// All or nothing: a failure leaves the placement and the plan that were there, or a planner that has none.
     func load(_ tables: SolverTables, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        if memory.isEmpty { try allocate(tables) }
-        let blob = CudaTables(shape: state.pointee.shape, layout: state.pointee.layout, tables: tables).blob(digest: digest)
-        let zeros = [Int32](repeating: 0, count: shape.nPhysical)
-        try upload(zeros, to: state.pointee.quota, stream)
-        try upload(zeros, to: state.pointee.take, stream)
-        try upload([Int32](repeating: 0, count: shape.nGroups * LPLBK_INFO_WORDS), to: state.pointee.group_info, stream)
-        try upload(blob, to: state.pointee.tables, stream)
+        var planner = state.pointee
+        if report == nil { try openReport(&planner) }
+        let blocks = memory.isEmpty ? try allocate(&planner, tables) : []
+        let words = CudaTables(shape: planner.shape, layout: planner.layout, tables: tables).blob(digest: digest)
+        let error = words.withUnsafeBufferPointer { lplbk_place(&planner, $0.baseAddress, stream) }
+        if error != 0 {
+            for block in blocks { _ = lplbk_free(device, block) }
+            throw cudaFailure(error, "placing on device \(device)")
+        }
         report?.pointee.code = Int32(LPLBK_EXCHANGE_FINE)
+        if memory.isEmpty {
+            state.pointee = planner
+            memory = blocks
+        }
     }
 
     func setDigest(_ digest: Int32) throws(Failure) {
@@ -109,16 +116,30 @@ final class CudaBackend: PlannerBackend {
         try check(lplbk_write_word(device, word, digest), "placing on device \(device)")
     }
 
-    private func upload(_ words: [Int32], to memory: UnsafeMutablePointer<Int32>?, _ stream: UnsafeMutableRawPointer?) throws(Failure) {
-        let error = words.withUnsafeBytes { lplbk_upload(device, memory, $0.baseAddress, Int64($0.count), stream) }
-        try check(error, "placing on device \(device)")
+    /// Planners of one rank may be given rows, whose digests the kernels compare.
+    private func openReport(_ planner: inout lplbk_planner) throws(Failure) {
+        guard planner.shape.rank >= 0 else { return }
+        var page: UnsafeMutableRawPointer?
+        try check(
+            lplbk_alloc_mapped(device, Int64(MemoryLayout<lplbk_report>.size), &page, &planner.report),
+            "allocating host memory for device \(device)")
+        report = page?.assumingMemoryBound(to: lplbk_report.self)
+        state.pointee.report = planner.report
     }
 
-    /// The colours of a topology are the same for every placement, so the layout settled here stays.
-    private func allocate(_ tables: SolverTables) throws(Failure) {
-        state.pointee.shape.pair_slots = CudaBackend.pairSlots(tables, shape)
-        state.pointee.layout = withUnsafePointer(to: &state.pointee.shape) { lplbk_layout_of($0) }
-        try check(lplbk_prepare(state), "device \(device)")
+    /// Throws what a kernel has found, until there is a new placement.
+    @inline(__always)
+    private func requireAgreement() throws(Failure) {
+        guard let report, lplbk_report_code(report) != Int32(LPLBK_EXCHANGE_FINE) else { return }
+        throw disagreement(reported: "rows", by: Int(report.pointee.rank), of: Int(report.pointee.peer))
+    }
+
+    /// Sizes and memory of a planner that is placed for the first time. The colours of a topology are the same for every placement, so the
+    /// layout settled here stays. Returns the memory, which is the caller's to free.
+    private func allocate(_ planner: inout lplbk_planner, _ tables: SolverTables) throws(Failure) -> [UnsafeMutableRawPointer] {
+        planner.shape.pair_slots = CudaBackend.pairSlots(tables, shape)
+        planner.layout = withUnsafePointer(to: &planner.shape) { lplbk_layout_of($0) }
+        try check(lplbk_prepare(&planner), "device \(device)")
         var blocks: [UnsafeMutableRawPointer] = []
         func block(_ bytes: Int) throws(Failure) -> UnsafeMutableRawPointer? {
             var memory: UnsafeMutableRawPointer?
@@ -133,37 +154,14 @@ final class CudaBackend: PlannerBackend {
         func words(_ count: Int) throws(Failure) -> UnsafeMutablePointer<Int32>? {
             try block(4 * count)?.assumingMemoryBound(to: Int32.self)
         }
-        let tableWords = try words(Int(state.pointee.layout.words))
-        let quota = try words(shape.nPhysical)
-        let take = try words(shape.nPhysical)
-        let info = try words(shape.nGroups * LPLBK_INFO_WORDS)
-        let scratch = try words(Int(lplbk_scratch_words(state)))
-        let counters = try block(8 * LPLBK_COUNTER_WORDS)?.assumingMemoryBound(to: Int64.self)
-        state.pointee.tables = tableWords
-        state.pointee.quota = quota
-        state.pointee.take = take
-        state.pointee.group_info = info
-        state.pointee.scratch = scratch
-        state.pointee.counters = counters
-        memory = blocks
-        try openReport()
-    }
-
-    /// Planners of one rank may be given rows, whose digests the kernels compare.
-    private func openReport() throws(Failure) {
-        guard state.pointee.shape.rank >= 0, report == nil else { return }
-        var page: UnsafeMutableRawPointer?
-        try check(
-            lplbk_alloc_mapped(device, Int64(MemoryLayout<lplbk_report>.size), &page, &state.pointee.report),
-            "allocating host memory for device \(device)")
-        report = page?.assumingMemoryBound(to: lplbk_report.self)
-    }
-
-    /// Throws what a kernel has found, until there is a new placement.
-    @inline(__always)
-    private func requireAgreement() throws(Failure) {
-        guard let report, lplbk_report_code(report) != Int32(LPLBK_EXCHANGE_FINE) else { return }
-        throw disagreement(reported: "rows", by: Int(report.pointee.rank), of: Int(report.pointee.peer))
+        planner.tables = try words(Int(planner.layout.words))
+        planner.staged = try words(Int(planner.layout.words))
+        planner.quota = try words(shape.nPhysical)
+        planner.take = try words(shape.nPhysical)
+        planner.group_info = try words(shape.nGroups * LPLBK_INFO_WORDS)
+        planner.scratch = try words(Int(lplbk_scratch_words(&planner)))
+        planner.counters = try block(8 * LPLBK_COUNTER_WORDS)?.assumingMemoryBound(to: Int64.self)
+        return blocks
     }
 
     /// Groups of at most 32 ranks that sweep are solved in registers, with a register for each colour: 2, 4 or 8. 0: not so.

@@ -118,8 +118,6 @@ final class Planner {
 
     // MARK: Planning
 
-    var hasReplicas: Bool { tables.map { $0.nArcs > 0 } ?? false }
-
     @inline(__always)
     private func requirePlaced() throws(Failure) {
         if placement == nil { _ = try placed() }
@@ -160,7 +158,7 @@ final class Planner {
 
     func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure) {
         try requirePlaced()
-        if hasReplicas { try requirePlan("lplb_planner_redirect") }
+        if shape.hasReplicas { try requirePlan("lplb_planner_redirect") }
         try backend.redirect(ids, to: out, maxBlocks: maxBlocks, stream: stream)
     }
 
@@ -179,13 +177,13 @@ final class Planner {
     ) throws(Failure) {
         try requirePlaced()
         if gathered != nil { try requireRank("gathered") }
-        if gathered == nil, hasReplicas, let exchange {
+        if gathered == nil, shape.hasReplicas, let exchange {
             try run(ids, by: exchange, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
         } else {
             let rows = gathered.map { CountBuffer(rows: $0, sources: shape.epSize, compared: true) }
             try backend.run(ids, gathered: rows, to: out, counter: counter, maxBlocks: maxBlocks, stream: stream)
         }
-        if hasReplicas {
+        if shape.hasReplicas {
             hasPlan = true
             everPlanned = true
         }

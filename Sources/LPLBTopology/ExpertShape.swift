@@ -18,6 +18,9 @@ public struct ExpertShape: Sendable, Equatable {
     public var nLocal: Int { nPhysical / epSize }
     public var nGroups: Int { epSize / groupSize }
     public var ranksPerNode: Int { epSize / nNodes }
+    /// Some expert has several slots, wherever they stand: there is something to plan. This holds for all placements of a shape, so that
+    /// host and device, and a graph captured under an earlier placement, agree on it.
+    public var hasReplicas: Bool { nPhysical > nLogical }
 
     /// Checks the sizes. Any integers may be given.
     /// - Parameters:

@@ -42,18 +42,15 @@ static void after(subject *s, const char *call, lplb_status status, int expected
     }
 }
 
-/* Reads the placement back and notes whether any expert has replicas on different ranks. */
+/* Reads the placement back. */
 static void reread(subject *s) {
     check("lplb_planner_phy2log", lplb_planner_phy2log(s->handle, s->phy2log, s->config.n_physical), OK, lplb_planner_error(s->handle));
     s->has_placement = 1;
-    s->has_plan = s->has_replicas = 0;
-    int64_t *rank = make(s->config.n_logical, sizeof *rank);
-    for (int64_t e = 0; e < s->config.n_logical; e++) rank[e] = -1;
+    s->has_plan = 0;
+    s->has_replicas = s->config.n_physical > s->config.n_logical;
     for (int64_t p = 0; p < s->config.n_physical; p++) {
         int32_t e = s->phy2log[p];
         if (e < 0 || e >= s->config.n_logical) fail("slot %" PRId64 " holds expert %d", p, e);
-        if (rank[e] >= 0 && rank[e] != p / s->n_local) s->has_replicas = 1;
-        rank[e] = p / s->n_local;
     }
     drop("lplb_planner_phy2log");
 }

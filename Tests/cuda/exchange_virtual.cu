@@ -139,7 +139,7 @@ void run_blocks(int n_ranks, int n_nodes, int n_counts, uint32_t rounds, uint32_
     CUDA(cudaEventElapsedTime(&ms, start, stop));
     CUDA(cudaMemcpy(&wrong, errors, sizeof wrong, cudaMemcpyDeviceToHost));
     bool quiet = true;
-    for (auto *host : group.hosts) quiet = quiet && host->code == LPLBK_EXCHANGE_FINE;
+    for (auto *host : group.hosts) quiet = quiet && host->report.code == LPLBK_EXCHANGE_FINE;
     uint32_t epoch;
     CUDA(cudaMemcpy(&epoch, (void *)(uintptr_t)group.views[0].state, sizeof epoch, cudaMemcpyDeviceToHost));
     char name[160], detail[160];
@@ -188,7 +188,7 @@ void run_missing(bool abort_instead, int abort_after_ms = 0) {
     CUDA(cudaMemcpy(all.data(), gathered, all.size() * 4, cudaMemcpyDeviceToHost));
     bool fine = true;
     for (int rank = 0; rank < n_ranks; ++rank) {
-        const volatile lplbk_exchange_host &host = *group.hosts[rank];
+        const volatile lplbk_report &host = group.hosts[rank]->report;
         if (rank == absent) {
             fine = fine && host.code == LPLBK_EXCHANGE_FINE;
             continue;
@@ -199,8 +199,8 @@ void run_missing(bool abort_instead, int abort_after_ms = 0) {
         fine = fine && right_or_zero(all, group, rank, absent, rounds - 1);
     }
     char detail[160];
-    snprintf(detail, sizeof detail, "rank 0: code %d, peer %d, epoch %u, waited %.2f ms", group.hosts[0]->code, group.hosts[0]->peer,
-             group.hosts[0]->epoch, group.hosts[0]->waited_ns * 1e-6);
+    snprintf(detail, sizeof detail, "rank 0: code %d, peer %d, epoch %u, waited %.2f ms", group.hosts[0]->report.code, group.hosts[0]->report.peer,
+             group.hosts[0]->report.epoch, group.hosts[0]->report.waited_ns * 1e-6);
     verdict(abort_instead ? "blocks: a missing rank, no limit, the host aborts" : "blocks: a missing rank, limit 30 ms", fine, detail);
 
     // The exchange stays down: a call on the stream comes back at once, with this rank's own counts alone.
@@ -284,7 +284,7 @@ void run_streams(int n_ranks, int n_counts, int blocks, uint32_t first_epoch) {
         uint32_t round, epoch;
         CUDA(cudaMemcpy(&round, rounds[rank], 4, cudaMemcpyDeviceToHost));
         CUDA(cudaMemcpy(&epoch, (void *)(uintptr_t)group.views[rank].state, 4, cudaMemcpyDeviceToHost));
-        fine = fine && round == expected && epoch == first_epoch + expected && group.hosts[rank]->code == LPLBK_EXCHANGE_FINE;
+        fine = fine && round == expected && epoch == first_epoch + expected && group.hosts[rank]->report.code == LPLBK_EXCHANGE_FINE;
         CUDA(cudaGraphExecDestroy(graphs[rank]));
         CUDA(cudaStreamDestroy(streams[rank]));
         CUDA(cudaFree(counts[rank]));
@@ -359,7 +359,7 @@ void run_trap() {
     CUDA(cudaMemset(counts, 0, 64));
     SEAM(lplbk_exchange_launch(0, &group->views[1], counts, gathered, nullptr, 0, nullptr));
     const cudaError_t error = cudaDeviceSynchronize();
-    const lplbk_exchange_host &host = *group->hosts[1];
+    const lplbk_report &host = group->hosts[1]->report;
     char detail[160];
     snprintf(detail, sizeof detail, "%s; code %d, rank %d, peer %d, epoch %u, waited %.2f ms", cudaGetErrorName(error), host.code,
              host.rank, host.peer, host.epoch, host.waited_ns * 1e-6);

@@ -1,4 +1,6 @@
-// Shared by the CUDA harnesses: planners on the device, random instances, timing.
+// Shared by the CUDA harnesses: planners on the device, random instances, timing. Building one, and its short suite under a sanitizer:
+//   nvcc -arch=native -O3 -std=c++17 -lineinfo -Icuda Tests/cuda/run_harness.cu cuda/*.cu -o run_harness
+//   compute-sanitizer --tool racecheck --error-exitcode 9 ./run_harness 4 0 2000    (memcheck, synccheck, initcheck alike)
 #pragma once
 
 #include <cuda_runtime.h>
@@ -54,6 +56,7 @@ struct Planner {
         CHECK(lplbk_device_info_get(0, &p.info));
         CHECK(lplbk_prepare(&p));
         CHECK(lplbk_alloc(0, 4ll * p.layout.words, (void **)&p.tables));
+        CHECK(lplbk_alloc(0, 4ll * p.layout.words, (void **)&p.staged));
         CHECK(lplbk_alloc(0, 4ll * p.shape.n_physical, (void **)&p.quota));
         CHECK(lplbk_alloc(0, 4ll * p.shape.n_physical, (void **)&p.take));
         CHECK(lplbk_alloc(0, 4ll * p.shape.n_groups * LPLBK_INFO_WORDS, (void **)&p.group_info));
@@ -63,14 +66,11 @@ struct Planner {
     }
     void place(const reference::Instance &in) {
         const vector<int32_t> t = reference::tables(in);
-        const vector<int32_t> zeros(p.shape.n_physical, 0);
-        CHECK(lplbk_upload(0, p.tables, t.data(), 4 * t.size(), nullptr));
-        CHECK(lplbk_upload(0, p.quota, zeros.data(), 4 * zeros.size(), nullptr));
-        CHECK(lplbk_upload(0, p.take, zeros.data(), 4 * zeros.size(), nullptr));
+        CHECK(lplbk_place(&p, t.data(), nullptr));
     }
     ~Planner() {
         for (void *memory :
-             {(void *)p.tables, (void *)p.quota, (void *)p.take, (void *)p.group_info, (void *)p.counters, (void *)p.scratch}) {
+             {(void *)p.tables, (void *)p.staged, (void *)p.quota, (void *)p.take, (void *)p.group_info, (void *)p.counters, (void *)p.scratch}) {
             lplbk_free(0, memory);
         }
     }

@@ -82,6 +82,17 @@ static vector<int64_t> counts_of(const vector<int64_t> &ids, int n_logical) {
     return counts;
 }
 
+// The counts of all ranks as rows, with a digest behind each.
+template <class Count>
+static vector<int32_t> rows_of(const vector<Count> &counts, const lplbk_shape &s) {
+    vector<int32_t> rows;
+    for (int r = 0; r < s.ep_size; ++r) {
+        rows.insert(rows.end(), counts.begin() + (size_t)r * s.n_logical, counts.begin() + (size_t)(r + 1) * s.n_logical);
+        rows.push_back(12345);
+    }
+    return rows;
+}
+
 template <class Id>
 static void check_ids(const string &where, const vector<Id> &got, const vector<int64_t> &want) {
     for (size_t i = 0; i < want.size(); ++i) {
@@ -161,8 +172,7 @@ static void check_one(const string &name, const reference::Instance &in, Random 
         }
     }
     for (int e = 0; e < s.n_logical; ++e) expect(got2[e] == counts[e], where, "count 2", got2[e], counts[e]);
-    bad += 2 * want.invalid;
-    expect(invalid() == bad, where, "invalid after count", invalid(), bad);
+    expect(invalid() == bad, where, "invalid after count", invalid(), bad);  // those that are rewritten count
 
     // solve and redirect, of the counts and of others (more and fewer tokens than planned for).
     if (planner.p.has_replicas) {
@@ -217,12 +227,7 @@ static void check_one(const string &name, const reference::Instance &in, Random 
             }
         }
         const auto whole = reference::solve(in, gathered, s.ep_size);
-        vector<int32_t> rows;  // with a digest behind each
-        for (int r = 0; r < s.ep_size; ++r) {
-            rows.insert(rows.end(), gathered.begin() + (size_t)r * s.n_logical, gathered.begin() + (size_t)(r + 1) * s.n_logical);
-            rows.push_back(12345);
-        }
-        Buffer<int32_t> device(rows);
+        Buffer<int32_t> device(rows_of(gathered, s));
         CHECK(lplbk_run(&planner.p, from.data + misaligned, wide, n, device.data, 0, to.data, counter.data, 0, max_blocks, nullptr));
         check_ids(where + " run gathered", out_ids(to.data), rewrite(in, ids, whole.take).ids);
         const auto quota = planner.read(planner.p.quota, s.n_physical), take = planner.read(planner.p.take, s.n_physical);
@@ -264,12 +269,176 @@ static void check(const string &name, const reference::Instance &in, Random &ran
     fflush(stdout);
 }
 
+// What a planner has on the device, placement and plan.
+static vector<vector<int32_t>> memory_of(const Planner &planner) {
+    const lplbk_planner &p = planner.p;
+    return {planner.read(p.tables, p.layout.words), planner.read(p.quota, p.shape.n_physical), planner.read(p.take, p.shape.n_physical),
+            planner.read(p.group_info, p.shape.n_groups * LPLBK_INFO_WORDS)};
+}
+
+// Launches that fail in the middle of a call, and a placement that does: what comes after must not notice.
+static void check_failures(const string &name, const reference::Instance &in, Random &random) {
+    const int before = failures, n = 5000;
+    Planner planner(in);
+    planner.p.fused_ids = 0;
+    const auto ids = make_ids(random, n, in.shape.n_logical, kSkewed);
+    const auto plan = reference::solve(in, counts_of(ids, in.shape.n_logical), 1);
+    Buffer<int64_t> from(ids), to(n);
+    const auto check_run = [&](const string &where) {
+        CHECK(lplbk_run(&planner.p, from.data, 1, n, nullptr, 0, to.data, nullptr, 0, 0, nullptr));
+        check_ids(name + where, to.get(), rewrite(in, ids, plan.quota).ids);
+        const auto quota = planner.read(planner.p.quota, in.shape.n_physical);
+        for (size_t p = 0; p < quota.size(); ++p) expect(quota[p] == plan.quota[p], name + where, "quota", quota[p], plan.quota[p]);
+    };
+    // Sizes beyond shared memory: the solver's, and those of the rewriting.
+    lplbk_planner no_solve = planner.p, no_rewrite = planner.p;
+    no_solve.layout.image_words = no_solve.shape.n_redundant = 1 << 16;
+    no_rewrite.shape.n_physical = 1 << 20;
+    cudaStream_t stream;
+    CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    for (const lplbk_planner *broken : {&no_solve, &no_rewrite}) {
+        const string where = broken == &no_solve ? " after a solve that was refused" : " after a rewrite that was refused";
+        const int error = lplbk_run(broken, from.data, 1, n, nullptr, 0, to.data, nullptr, 0, 0, nullptr);
+        expect(error != 0, name + where, "error", error, (int)cudaErrorInvalidValue);
+        check_run(where);
+        cudaGraph_t graph = nullptr;
+        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        lplbk_run(broken, from.data, 1, n, nullptr, 0, to.data, nullptr, 0, 0, stream);
+        if (cudaStreamEndCapture(stream, &graph) == cudaSuccess) {
+            cudaGraphExec_t exec;
+            CHECK(cudaGraphInstantiate(&exec, graph, 0));
+            CHECK(cudaGraphLaunch(exec, stream));
+            CHECK(cudaStreamSynchronize(stream));
+            CHECK(cudaGraphExecDestroy(exec));
+            CHECK(cudaGraphDestroy(graph));
+        }
+        cudaGetLastError();
+        check_run(where + " in a graph");
+    }
+    const auto had = memory_of(planner);
+    lplbk_planner nowhere = planner.p;
+    nowhere.staged = nullptr;
+    const vector<int32_t> zeros(planner.p.layout.words, 0);
+    expect(lplbk_place(&nowhere, zeros.data(), nullptr) != 0, name, "placing without memory", 0, 1);
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    expect(lplbk_place(&planner.p, zeros.data(), stream) != 0, name, "placing in a capture", 0, 1);
+    cudaGraph_t graph = nullptr;
+    cudaStreamEndCapture(stream, &graph);
+    if (graph != nullptr) CHECK(cudaGraphDestroy(graph));
+    cudaGetLastError();
+    CHECK(cudaStreamDestroy(stream));
+    expect(memory_of(planner) == had, name, "memory after a placement that failed", 0, 1);
+    planner.place(in);
+    const auto placed = memory_of(planner);
+    expect(placed[0] == had[0], name, "tables after a placement", 0, 1);
+    for (int k : {1, 2, 3}) {
+        for (int word : placed[k]) expect(word == 0, name, "plan after a placement", word, 0);
+    }
+    check_run(" after a placement");
+    printf("%-44s after failures: %s\n", name.c_str(), failures == before ? "equal" : "DIFFERENT");
+    fflush(stdout);
+}
+
+// Counts whose total passes 31 bits in some groups: the fused run does as the solve of its own, group by group.
+static void check_overflow(const string &name, const reference::Instance &in, Random &random) {
+    const int before = failures, n = 3000;
+    const lplbk_shape &s = in.shape;
+    Planner fused(in), several(in);
+    several.p.fused_ids = 0;
+    const auto ids = make_ids(random, n, s.n_logical, kUniform);
+    const auto mine = counts_of(ids, s.n_logical);
+    const auto group_of = [&](int expert) { return in.place_rank[expert][0] / s.group_size; };
+    const int per_group = s.n_logical / s.n_groups;
+    Buffer<int64_t> from(ids), to(n);
+    for (int kind = 0; kind < 3; ++kind) {  // none; every second group; one expert beyond 2^31 in the last group
+        vector<int32_t> gathered((size_t)s.ep_size * s.n_logical);
+        vector<int64_t> whole(gathered.size());
+        for (int r = 0; r < s.ep_size; ++r) {
+            for (int e = 0; e < s.n_logical; ++e) {
+                int64_t count = r == s.rank ? mine[e] : random() % 50;
+                const bool heavy = kind == 1 && group_of(e) % 2 == 0 && r != s.rank;
+                if (heavy) count = ((int64_t)1 << 31) / per_group / (s.ep_size - 1) + 50;
+                if (kind == 2 && e == s.n_logical - 1 && r != s.rank) count = ((int64_t)1 << 31) / (s.ep_size - 1) + 1;
+                gathered[(size_t)r * s.n_logical + e] = (int32_t)count;
+                whole[(size_t)r * s.n_logical + e] = count;
+            }
+        }
+        int64_t n_overflows = 0;
+        vector<int64_t> totals(s.n_groups, 0);
+        for (size_t i = 0; i < whole.size(); ++i) totals[group_of(i % s.n_logical)] += whole[i];
+        for (int64_t total : totals) n_overflows += total > INT32_MAX;
+        const auto plan = reference::solve(in, whole, s.ep_size);
+        Buffer<int32_t> device(rows_of(gathered, s));
+        vector<vector<vector<int32_t>>> memory;
+        for (Planner *planner : {&fused, &several}) {
+            const string where = name + (planner == &fused ? " overflow, one launch" : " overflow, several") + " kind " +
+                                 std::to_string(kind);
+            Buffer<int64_t> counter(1);
+            const auto had = planner->read(planner->p.counters, LPLBK_COUNTER_WORDS)[LPLBK_COUNTER_OVERFLOW];
+            CHECK(lplbk_run(&planner->p, from.data, 1, n, device.data, 0, to.data, counter.data, 1, 0, nullptr));
+            const auto has = planner->read(planner->p.counters, LPLBK_COUNTER_WORDS)[LPLBK_COUNTER_OVERFLOW];
+            expect(has - had == n_overflows, where, "overflows", has - had, n_overflows);
+            expect(counter.get()[0] == s.n_groups - n_overflows, where, "counter", counter.get()[0], s.n_groups - n_overflows);
+            const auto out = to.get();
+            const auto expected = rewrite(in, ids, plan.take).ids;
+            const auto take = planner->read(planner->p.take, s.n_physical);
+            const auto info = planner->read(planner->p.group_info, s.n_groups * LPLBK_INFO_WORDS);
+            for (int i = 0; i < n; ++i) {
+                const bool stays = ids[i] >= 0 && totals[group_of(ids[i])] > INT32_MAX;
+                const int64_t want = stays ? in.replicas[ids[i]][0] : expected[i];
+                expect(out[i] == want, where, "id", out[i], want);
+            }
+            for (int e = 0; e < s.n_logical; ++e) {
+                const bool stays = totals[group_of(e)] > INT32_MAX;
+                for (size_t j = 0; j < in.place_slot[e].size(); ++j) {
+                    const int slot = in.place_slot[e][j];
+                    const int64_t want = !stays ? plan.take[slot] : j == 0 ? mine[e] : 0;
+                    expect(take[slot] == want, where, "take", take[slot], want);
+                }
+            }
+            for (int g = 0; g < s.n_groups; ++g) {
+                const bool stays = totals[g] > INT32_MAX;
+                const int32_t *words = &info[g * LPLBK_INFO_WORDS];
+                const int64_t load = stays ? 0 : plan.groups[g].max_load, total = stays ? 0 : plan.groups[g].total;
+                expect(words[LPLBK_INFO_MAX_LOAD] == load, where, "max load", words[LPLBK_INFO_MAX_LOAD], load);
+                expect(words[LPLBK_INFO_TOTAL] == total, where, "total", words[LPLBK_INFO_TOTAL], total);
+                expect(words[LPLBK_INFO_CERTIFIED] == !stays, where, "certified", words[LPLBK_INFO_CERTIFIED], !stays);
+            }
+            memory.push_back(memory_of(*planner));
+        }
+        for (int k : {1, 2}) expect(memory[0][k] == memory[1][k], name, "tokens in one launch and in several", 0, 1);
+    }
+    printf("%-44s overflow: %s\n", name.c_str(), failures == before ? "equal" : "DIFFERENT");
+    fflush(stdout);
+}
+
+// One rank's planner gets another digest: every rank reports it.
+static void check_disagreement(const string &name, const vector<std::unique_ptr<Planner>> &planners, const vector<lplbk_exchange_view> &views,
+                               const vector<lplbk_exchange_host *> &hosts, const vector<cudaStream_t> &streams) {
+    const int n_ranks = (int)planners.size(), odd = n_ranks / 2;
+    if (n_ranks == 1) return;
+    Buffer<int64_t> ids(vector<int64_t>(64, 0)), to(64 * n_ranks);
+    const lplbk_planner &other = planners[odd]->p;
+    CHECK(lplbk_write_word(0, other.tables + other.layout.digest, 4711));
+    for (int r = 0; r < n_ranks; ++r) {
+        CHECK(lplbk_run_exchanging(&planners[r]->p, &views[r], ids.data, 1, 64, to.data + 64 * r, nullptr, 0, 0, streams[r]));
+    }
+    CHECK(cudaDeviceSynchronize());
+    for (int r = 0; r < n_ranks; ++r) {
+        const lplbk_report &report = hosts[r]->report;
+        const string where = name + " disagreeing, rank " + std::to_string(r);
+        expect(lplbk_report_code(&report) == LPLBK_EXCHANGE_DISAGREED, where, "code", report.code, LPLBK_EXCHANGE_DISAGREED);
+        expect(report.rank == r, where, "rank", report.rank, r);
+        expect(r == odd ? report.peer != odd : report.peer == odd, where, "peer", report.peer, odd);
+    }
+}
+
 // Every rank of an EP group on this one GPU, each on a stream of its own: run with the exchange inside.
 static void check_exchanging(const string &name, const std::function<reference::Instance(int)> &of_rank, int n_ranks, int64_t max_blocks,
                              Random &random) {
     const int before = failures;
-    const int n_logical = of_rank(0).shape.n_logical, rounds = 6;
-    const int64_t words = lplbk_exchange_buffer_words(n_ranks, 1, n_logical);
+    const int n_logical = of_rank(0).shape.n_logical, rounds = 6, width = n_logical + 1;
+    const int64_t words = lplbk_exchange_buffer_words(n_ranks, 1, width);
     vector<void *> buffers(n_ranks);
     for (void *&buffer : buffers) CHECK(lplbk_exchange_alloc(0, words, 7, &buffer));
     vector<lplbk_exchange_view> views(n_ranks);
@@ -282,8 +451,8 @@ static void check_exchanging(const string &name, const std::function<reference::
         memset(&view, 0, sizeof view);
         for (int peer = 0; peer < n_ranks; ++peer) view.peer[peer] = (uint64_t)(uintptr_t)buffers[peer];
         view.timeout_ns = 2000000000;
-        view.rank = r, view.n_ranks = n_ranks, view.n_nodes = 1, view.n_counts = n_logical;
-        view.n_words = n_logical, view.n_packets = (n_logical + 1) / 2, view.policy = LPLBK_EXCHANGE_REPORT;
+        view.rank = r, view.n_ranks = n_ranks, view.n_nodes = 1, view.n_counts = width;
+        view.n_words = width, view.n_packets = (width + 1) / 2, view.policy = LPLBK_EXCHANGE_REPORT;
         CHECK(lplbk_exchange_open(0, 7, &view, &hosts[r]));
         instances.push_back(of_rank(r));
         planners.push_back(std::make_unique<Planner>(instances[r]));
@@ -311,9 +480,10 @@ static void check_exchanging(const string &name, const std::function<reference::
             check_ids(where, to[r].get(), rewrite(instances[r], ids[r], plan.take).ids);
             const auto take = planners[r]->read(planners[r]->p.take, instances[r].shape.n_physical);
             for (size_t p = 0; p < take.size(); ++p) expect(take[p] == plan.take[p], where, "take", take[p], plan.take[p]);
-            expect(hosts[r]->code == 0, where, "exchange", hosts[r]->code, 0);
+            expect(hosts[r]->report.code == 0, where, "exchange", hosts[r]->report.code, 0);
         }
     }
+    check_disagreement(name, planners, views, hosts, streams);
     for (int r = 0; r < n_ranks; ++r) {
         CHECK(cudaStreamDestroy(streams[r]));
         CHECK(lplbk_exchange_close(0, &views[r], hosts[r]));
@@ -425,6 +595,20 @@ int main(int argc, char **argv) {
             check_exchanging("EPLB 256/4/272", [&](int r) { return reference::general(4, 4, 2, r, 256, phy2log); }, 4, 8, random);
         }
         placement("1 rank", 1, 1, 1, 0, 4, {0, 1, 2, 3, 0}, n / 2);
+        topology("self copies", 4, 4, 1, {0, 1, 2, 3}, 4, 1, 1, 2, n / 2);
+        topology("self copies and others, m 2", 4, 4, 2, {0, 1, 1, 0, 3, 2, 2, 3}, 4, 2, 1, -1, n / 2);
+        placement("replicas beside their originals", 4, 4, 1, 2, 6, {0, 0, 1, 1, 2, 3, 4, 5}, n / 2);
+        for (int rank : {-1, 3}) {
+            if (most_ids < 1 << 30) break;  // a sanitizer reports the errors that are meant
+            check_failures("cube 8x2", reference::topology(8, 8, 2, cube(), 64, 1, 1, rank, random_order(random, 64)), random);
+            check_failures("EPLB 256/32/288", reference::general(32, 32, 4, rank, 256, eplb(weight, 288, 32)), random);
+        }
+        const auto cubes = [&](int m) { return reference::topology(32, 8, 2, cube(), 256, m, 4, 20, random_order(random, 256)); };
+        check_overflow("4 cubes, 32 ranks", cubes(1), random);
+        check_overflow("4 cubes, 32 ranks, m 2", cubes(2), random);
+        check_overflow("16 pairs, 32 ranks", reference::topology(32, 2, 1, ring(2), 160, 2, 4, 20, random_order(random, 160)), random);
+        check_overflow("EPLB 256/32/288", reference::general(32, 32, 4, 13, 256, eplb(weight, 288, 32)), random);
+        check_overflow("random 4 groups of 8, 96 of 64", reference::general(32, 8, 4, 9, 64, random_placement(random, 64, 96, 4)), random);
         printf("%d wrong\n", failures);
     }
     if (timed > 0) {

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import both_devices
 from lplb import Planner
 from lplb.errors import LplbError
 from lplb.topology import CUBE_8P2E, HYPERCUBE_16P2E, RING_8P, SQUARE_4P2E, torus_2d
@@ -177,6 +178,51 @@ def test_invalid_ids_are_counted_and_come_back_as_none():
     with pytest.raises(LplbError, match="ids"):
         strict.run(ids.cuda(), None)
     strict.run(torch.zeros(5, dtype=torch.int64, device="cuda"), None)
+
+
+def small_and_large():
+    """Pairs of planners that run the same kernels, the first with more shared memory: name -> two ways to make one."""
+    def placed(ep_size, slots):
+        phy2log = torch.arange(ep_size * slots) % (2 * ep_size)
+        return lambda device: Planner.from_placement(phy2log, ep_size=ep_size, n_logical=2 * ep_size, device=device)
+
+    def cubes(n_logical, **more):
+        return lambda device: Planner(CUBE_8P2E, n_logical + 16, n_logical, 8, device=device, **(more if device == "cuda" else {}))
+
+    return {
+        "issue": (cubes(256), cubes(64)), "one word": (placed(16, 200), placed(16, 4)), "two words": (placed(48, 40), placed(48, 4)),
+        "scan": (placed(80, 20), placed(80, 4)), "ipm": (cubes(256, solver="ipm"), cubes(64, solver="ipm")),
+    }
+
+
+@pytest.mark.parametrize("name", small_and_large())
+def test_a_smaller_planner_takes_nothing_from_a_larger_one(name):
+    """What an attribute of a kernel is set to holds for all planners."""
+    rng = np.random.default_rng(9)
+    large, small = small_and_large()[name]
+    cpu, gpu = large("cpu"), large("cuda")
+    later = small("cuda")
+    for planner in (gpu, later, gpu):
+        n_logical = planner.n_logical_routed_experts
+        loads = torch.from_numpy(oracle.random_loads(rng, n_logical, "zipf"))
+        planner.solve(loads.cuda())
+        planner.redirect(torch.arange(n_logical, device="cuda"))
+        ids = random_ids(rng, n_logical, 200_000 * 8)
+        out = planner.run(ids.cuda(), None)
+        assert torch.equal(planner.phy2log.cpu()[out[ids.cuda() >= 0].cpu()].long(), ids[ids >= 0])
+        if planner is gpu and name != "ipm":
+            assert torch.equal(cpu.run(ids, None), out.cpu())
+            cpu.solve(loads)
+            gpu.solve(loads.cuda())
+            assert_same_plan(cpu, gpu)
+
+
+def test_invalid_ids_count_once_however_they_are_planned():
+    both_devices.check_invalid_ids_count_once("cuda")
+
+
+def test_replicas_on_one_rank_are_planned_like_any():
+    both_devices.check_replicas_on_one_rank("cuda")
 
 
 def test_shapes_offsets_and_block_limits():

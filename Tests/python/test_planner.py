@@ -17,6 +17,8 @@ from oracle import eplb_row, placed_by_topology, rank_loads
 
 torch = pytest.importorskip("torch")
 
+import both_devices
+
 # The calls of the reference's README, as training code has them; with a process group they run in test_distributed.py.
 EXAMPLE = """
 avail_counter = torch.zeros(1, dtype=torch.int64, device=device)
@@ -138,8 +140,7 @@ def test_self_copies_move_nothing():
     idx = torch.randint(0, 64, (512, 8))
     out = planner.run(idx, None)
     assert (planner.phy2log[out] == idx).all() and (out % 9 < 8).all()
-    with pytest.raises(lplb.WrongOrder):
-        planner.info()  # nothing was there to decide, so nothing was solved
+    assert planner.info().groups[0].total == 4096 and planner.info().groups[0].moved == 0
     probs, _ = planner.solve_probs(torch.bincount(idx.flatten(), minlength=64), None)
     assert (probs == 1).all()
     info = planner.info().groups[0]
@@ -363,6 +364,14 @@ def test_invalid_ids_are_counted_and_debug_raises():
     strict.run(idx.clamp(-1, 63), counter)
     with pytest.raises(lplb.InvalidArgument, match="idx"):
         strict.redirect(idx)
+
+
+def test_invalid_ids_count_once_however_they_are_planned():
+    both_devices.check_invalid_ids_count_once("cpu")
+
+
+def test_replicas_on_one_rank_are_planned_like_any():
+    both_devices.check_replicas_on_one_rank("cpu")
 
 
 def test_life():

@@ -46,9 +46,9 @@ class Info:
     """The latest plan of a planner."""
 
     groups: list[GroupInfo]
-    invalid_ids: int  #: ids out of range since the planner was created; they came back as -1
+    invalid_ids: int  #: ids out of range that were rewritten, as -1, since the planner was created
     locality: Locality
-    overflow: int  #: CUDA: solves whose total did not fit 31 bits; their tokens stayed at the originals
+    overflow: int  #: CUDA: groups not solved so far since their total did not fit 31 bits; their tokens stayed at the originals
 
     @property
     def certified(self) -> bool:

@@ -1,0 +1,79 @@
+"""Checks that hold on every device, for test_planner.py (CPU) and test_gpu_planner.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lplb import Planner, WrongOrder
+from lplb.topology import CUBE_8P2E
+
+
+def run_gathered(planner, ids, counts, counter=None):
+    """lplb_planner_run with the counts of all ranks [ep_size, n_logical]."""
+    handle, out = planner._handle, torch.empty_like(ids)
+    counts = counts.to(ids.device, torch.int32).contiguous()
+    handle.check(handle.planner_run(
+        handle.opened(), ids.data_ptr(), int(ids.dtype == torch.int64), ids.numel(), counts.data_ptr(), out.data_ptr(),
+        None if counter is None else counter.data_ptr(), int(counter is not None and counter.dtype == torch.int64), 0, planner._stream()))
+    return out
+
+
+def check_invalid_ids_count_once(device):
+    """However the steps are called, an id out of range is one."""
+    ids = torch.tensor([0, 63, 64, -1, -2, 2**40, 17, -2**40] * 100, device=device)
+    bad = 4 * 100
+    counts = torch.bincount(ids[(ids >= 0) & (ids < 64)], minlength=64)
+    everybody = torch.zeros(8, 64, dtype=torch.int32, device=device)
+    everybody[3] = counts
+
+    def counted(call, rank=None):
+        planner = Planner(CUBE_8P2E, 80, 64, 8, device=device, rank=rank)
+        out = call(planner)
+        assert ((out == -1) == ((ids < 0) | (ids >= 64))).all()
+        planner.solve(counts)  # so that there is a plan to read
+        return planner.info().invalid_ids
+
+    def steps(planner):
+        planner.solve(planner.count_workload(ids, 3)[0])
+        return planner.redirect(ids)
+
+    def by_ratio(planner):
+        workload, rows = planner.count_workload(ids, 3)
+        return planner.weighted_select_target(ids, planner.solve_probs(workload, None)[0], rows, 3)
+
+    def gathered(planner):
+        planner.count_workload(ids, 3)
+        return run_gathered(planner, ids, everybody)
+
+    assert [counted(lambda planner: planner.run(ids, None)), counted(steps), counted(by_ratio), counted(gathered, 3)] == [bad] * 4
+    for planner in (Planner(CUBE_8P2E[:, :0], 64, 64, 8, device=device), Planner(CUBE_8P2E, 80, 64, 8, device=device)):
+        planner.run(ids, None)
+        planner.count_workload(ids, 3)
+        planner.solve(counts)
+        assert planner.info().invalid_ids == bad
+
+
+def check_replicas_on_one_rank(device):
+    """What is planned depends on the sizes, not on where the replicas happen to stand."""
+    beside = torch.arange(24).div(3, rounding_mode="floor")  # experts 0, 1, .. three times each, on one rank each
+    apart = torch.arange(24) % 8
+    for sizes in ({"ep_size": 8}, {"ep_size": 8, "group_size": 1}, {"ep_size": 1}):
+        planner = Planner.from_placement(beside, n_logical=8, device=device, **sizes)
+        ids = torch.arange(8, device=device).repeat(50)
+        with pytest.raises(WrongOrder):
+            planner.redirect(ids)
+        counter = torch.zeros(1, dtype=torch.int32, device=device)
+        out = planner.run(ids, counter)
+        assert (planner.phy2log[out] == ids).all() and counter.item() == planner.n_group
+        info = planner.info()
+        assert info.certified and sum(group.total for group in info.groups) == 400 and not any(group.moved for group in info.groups)
+        assert planner.split().sum() == planner.assignment().sum() == 400
+        assert torch.equal(planner.redirect(ids), out)
+        if planner.group_size > 1:
+            planner.update_placement(apart)
+            planner.run(ids, counter)
+            assert planner.info().groups[0].max_load == 50
+            planner.update_placement(beside)
+        planner.run(ids[:8], counter)
+        assert sum(group.total for group in planner.info().groups) == 8
