@@ -70,6 +70,24 @@ class Handle:
         if size != wanted:
             raise broken_rule(name, f"must have {wanted} elements", size)
 
+    def check_chunks(self, n_chunks: int) -> None:
+        """Before n_chunks rows are allocated."""
+        if not 1 <= n_chunks <= _native.MAX_CHUNKS:
+            raise broken_rule("n_chunks", f"must lie in 1 ... {_native.MAX_CHUNKS}", n_chunks)
+
+    def check_shapes(self, ratio_shape: list[int], scaled_shape: list[int]) -> None:
+        """The shapes of solve's outputs, before they are allocated. Without ratios the library writes none, and any number will do that a
+        topology can have."""
+        for name, shape in (("ratio_shape", ratio_shape), ("scaled_shape", scaled_shape)):
+            if any(size < 0 for size in shape):
+                raise broken_rule(name, "must hold sizes of at least 0", list(shape))
+        self.check_sizes("scaled_shape", math.prod(scaled_shape), self.n_logical)
+        n_ratios, most = math.prod(ratio_shape), self.ep_size * _native.MAX_PHYSICAL
+        if self.n_ratios:
+            self.check_sizes("ratio_shape", n_ratios, self.n_ratios)
+        elif n_ratios > most:
+            raise broken_rule("ratio_shape", f"must have at most {most} elements", n_ratios)
+
     def sources(self, name: str, shape: Any) -> int:
         """How many ranks' counts an array of this shape holds: one's (or everybody's sum), or each rank's."""
         size = math.prod(shape)

@@ -23,7 +23,12 @@ INT32, INT64 = 0, 1  # LPLB_INT32, LPLB_INT64
 DEVICE_CPU = -1
 WHOLE_BATCH = -1
 SOLVERS = {"flow": 0, "ipm": 1}
-MAX_RANKS = 1024
+MAX_RANKS = 1024  # LPLB_MAX_RANKS, and so on: limits of the header
+MAX_EP_SIZE = 8192
+MAX_LOGICAL = 4096
+MAX_PHYSICAL = 8192
+MAX_CHUNKS = 65536  # of lplb_planner_count
+MAX_BLOCKS = 2**31 - 1  # max_blocks of lplb_planner_run and lplb_planner_redirect
 MESSAGE_SIZE = 1024
 
 # An address (int), or None for NULL. Integers are by far the cheapest thing to hand to ctypes.

@@ -19,6 +19,8 @@ from .errors import InvalidArgument, broken_rule
 _DTYPES = {torch.int32: _native.INT32, torch.int64: _native.INT64}
 _CONTIGUOUS = torch.contiguous_format
 
+is_compiling = torch.compiler.is_compiling
+
 # The stream as a number, without building a torch.cuda.Stream each time. Absent in builds of torch without CUDA.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -67,7 +69,7 @@ def _refuse_invalid(ids: Tensor, n_logical: int) -> None:
         raise broken_rule("idx", f"ids must be -1 .. {n_logical - 1} ({number} of {ids.numel()} are not)", first)
 
 
-def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int) -> Tensor:
+def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int, plan: Tensor | None = None) -> Tensor:
     handle = handles.get(planner)
     if handle is None:
         raise closed()
@@ -92,6 +94,8 @@ def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int) ->
 
 def _count(idx: Tensor, planner: int, n_chunks: int, n_logical: int) -> tuple[Tensor, Tensor]:
     handle = find(planner)
+    handle.check_sizes("n_logical", n_logical, handle.n_logical)
+    handle.check_chunks(n_chunks)
     ids, dtype = _checked("idx", idx, handle)
     if handle.debug:
         _refuse_invalid(ids, handle.n_logical)
@@ -105,6 +109,7 @@ def _count(idx: Tensor, planner: int, n_chunks: int, n_logical: int) -> tuple[Te
 def _solve(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | None, planner: int, ratio_shape: list[int],
            scaled_shape: list[int]) -> tuple[Tensor, Tensor]:
     handle = find(planner)
+    handle.check_shapes(ratio_shape, scaled_shape)
     counts, dtype = _checked("workload", workload, handle)
     counter, counter_dtype = _counter(avail_counter, handle)
     sources = handle.sources("workload", counts.shape)
@@ -113,9 +118,6 @@ def _solve(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | None, 
     # Without replicas nothing is decided: every share stays at its original, and the library knows no ratios.
     ratios = (torch.empty if handle.n_ratios else torch.ones)(ratio_shape, dtype=torch.float32, device=counts.device)
     scaled = torch.empty(scaled_shape, dtype=torch.float32, device=counts.device)
-    handle.check_sizes("scaled_shape", scaled.numel(), handle.n_logical)
-    if handle.n_ratios:
-        handle.check_sizes("ratio_shape", ratios.numel(), handle.n_ratios)
     handle.check(handle.library.planner_solve(
         handle.opened(), counts.data_ptr(), dtype, sources, ratios.data_ptr() if handle.n_ratios else None, scaled.data_ptr(),
         counter, counter_dtype, _stream(handle)))
@@ -152,7 +154,7 @@ def _redirect_by_ratio(idx: Tensor, o_weight: Tensor, cumulative: Tensor, planne
     return out
 
 
-def _like(idx: Tensor, *_: object) -> Tensor:
+def _like(idx: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty_like(idx, memory_format=_CONTIGUOUS)
 
 
@@ -166,12 +168,13 @@ def _solve_fake(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | N
 
 
 # define/impl costs a quarter of what torch.library.custom_op does per call. The planner's number is a SymInt, so that one compiled
-# graph serves the planners of all layers. `plan` stands for the plan inside the planner, which solve writes and redirect reads: nothing
-# is stored in it, and eager calls give none, but without it a compiler would see no reason to keep the two, in this order.
+# graph serves the planners of all layers. `plan` stands for the plan inside the planner, which run and solve write and redirect reads:
+# nothing is stored in it, and eager calls give none, but without it a compiler would see no reason to keep them, in this order. For run it
+# comes last, where a call that leaves it out costs nothing.
 _define: Any = torch.library.Library  # untyped in PyTorch
 _library = _define("lplb", "DEF")
 for _schema, _kernel, _fake in (
-    ("run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int n_sms) -> Tensor", _run, _like),
+    ("run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int n_sms, Tensor(b!)? plan=None) -> Tensor", _run, _like),
     ("count(Tensor idx, SymInt planner, int n_chunks, int n_logical) -> (Tensor, Tensor)", _count, _count_fake),
     ("solve(Tensor workload, Tensor(a!)? avail_counter, Tensor(b!)? plan, SymInt planner, int[] ratio_shape, int[] scaled_shape)"
      " -> (Tensor, Tensor)", _solve, _solve_fake),

@@ -246,15 +246,16 @@ class Planner:
         """
         if n_sms is None:
             n_sms = 0
-        elif n_sms < 1:
-            raise broken_rule("n_sms", "must be at least 1", n_sms)
+        elif type(n_sms) is not int or not 0 < n_sms <= _native.MAX_BLOCKS:
+            n_sms = integer("n_sms", n_sms, 1, _native.MAX_BLOCKS)
+        operators = self._ops
+        if operators is not None and isinstance(idx, operators.Tensor):  # first, since this is counted in tenths of a microsecond
+            if operators.is_compiling():
+                return operators.run(idx, avail_counter, self.number, n_sms, self._plan)  # type: ignore[no-any-return]
+            return operators.run(idx, avail_counter, self.number, n_sms)  # type: ignore[no-any-return]
         if isinstance(idx, np.ndarray):
-            physical: Array = self._numpy("run", idx, avail_counter, self.number, n_sms)
-        elif is_tensor(idx):
-            physical = (self._ops or self._load_ops()).run(idx, avail_counter, self.number, n_sms)
-        else:
-            raise self._not_an_array("idx", idx)
-        return physical
+            return self._numpy("run", idx, avail_counter, self.number, n_sms)  # type: ignore[no-any-return]
+        return self._call("run", idx, avail_counter, self.number, n_sms)  # type: ignore[no-any-return]
 
     def count_workload(self, idx: Array, n_sms: int) -> tuple[Array, Array]:
         """(tokens per logical expert int32 [n_logical], cumulative counts int32 [n_sms, n_logical] for weighted_select_target)."""
