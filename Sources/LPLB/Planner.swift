@@ -35,7 +35,8 @@ final class Planner {
         device = Int(config.device)
         backend = try Planner.backend(of: config, shape: shape, topology: topology, rank: rank)
         words = .allocate(capacity: Planner.wordsSize)
-        words[0] = 0
+        // All of it: whoever reads the words of a planner that another thread is inside finds an end.
+        words.initialize(repeating: 0, count: Planner.wordsSize)
         if topology != nil {
             try place(history: nil, stream: nil)
         } else if shape.nPhysical == shape.nLogical {

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Protocol, Union
 
 from .errors import BY_STATUS, InternalError, LibraryError, LplbError
 
@@ -31,8 +31,14 @@ MAX_CHUNKS = 65536  # of lplb_planner_count
 MAX_BLOCKS = 2**31 - 1  # max_blocks of lplb_planner_run and lplb_planner_redirect
 MESSAGE_SIZE = 1024
 
-# An address (int), or None for NULL. Integers are by far the cheapest thing to hand to ctypes.
-Address = Optional[int]
+# An address (int), or None for NULL; or what has one as _as_parameter_. Integers are by far the cheapest thing to hand to ctypes.
+Address = Union[int, "HasAddress", None]
+
+
+class HasAddress(Protocol):
+    @property
+    def _as_parameter_(self) -> int: ...
+
 
 
 class Config(ctypes.Structure):

@@ -58,8 +58,10 @@ def run(idx: IntArray, avail_counter: Any, planner: int, n_sms: int) -> IntArray
     ids, dtype = _ids(idx, handle)
     counter, counter_dtype = _counter(avail_counter, handle)
     out = np.empty_like(ids, order="C")
-    handle.check(handle.library.planner_run(
-        handle.opened(), address(ids), dtype, ids.size, None, address(out), counter, counter_dtype, n_sms, None))
+    native = handle.opened()  # held till the end, see there; its address is quicker to hand over
+    status = handle.planner_run(native.address, address(ids), dtype, ids.size, None, address(out), counter, counter_dtype, n_sms, None)
+    if status:
+        raise handle.failure(status)
     return out
 
 

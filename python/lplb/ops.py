@@ -73,6 +73,9 @@ def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int, pl
     handle = handles.get(planner)
     if handle is None:
         raise closed()
+    native = handle.native  # held till the end, see there
+    if native is None:
+        raise closed()
     ids, dtype = _checked("idx", idx, handle)
     counter, counter_dtype = _counter(avail_counter, handle)
     if handle.debug:
@@ -83,10 +86,10 @@ def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int, pl
     exchange = handle.exchange
     if exchange is not None and handle.has_replicas and not exchange.attached:  # attached: the library does it inside
         counts = torch.empty(handle.n_logical, dtype=torch.int32, device=ids.device)
-        handle.check(handle.library.planner_count(handle.pointer, address, dtype, n_ids, counts.data_ptr(), None, 0, stream))
+        handle.check(handle.library.planner_count(native, address, dtype, n_ids, counts.data_ptr(), None, 0, stream))
         gathered = exchange.all_gather(counts)
         everyone = gathered.data_ptr()
-    status = handle.planner_run(handle.pointer, address, dtype, n_ids, everyone, out.data_ptr(), counter, counter_dtype, n_sms, stream)
+    status = handle.planner_run(native.address, address, dtype, n_ids, everyone, out.data_ptr(), counter, counter_dtype, n_sms, stream)
     if status:
         raise handle.failure(status)
     return out

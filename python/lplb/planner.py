@@ -362,7 +362,7 @@ class Planner:
         """The part of split() that comes from this planner's rank (all of it where the planner has none). Waits for the GPU."""
         return self._tokens(self._handle.library.planner_assignment)
 
-    def _tokens(self, read: Callable[[int | None, int | None, int, int | None], int]) -> Array:
+    def _tokens(self, read: Callable[[_native.Address, _native.Address, int, _native.Address], int]) -> Array:
         tokens: Int64s = np.empty(self.n_routed_experts, dtype=np.int64)
         self._handle.check(read(self._handle.opened(), address(tokens), tokens.size, self._stream()))
         return self._output(tokens)
@@ -401,7 +401,8 @@ class Planner:
     # ---- life ----
 
     def close(self) -> None:
-        """Frees the planner's memory; on CUDA waits for the device. Also done when the planner is garbage."""
+        """Frees the planner's memory; on CUDA waits for the device. Also done when the planner is garbage. A call that another thread is
+        in the middle of comes to its end first; every later one raises WrongOrder."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -414,7 +415,7 @@ class Planner:
         raise TypeError("a Planner owns native memory and cannot be copied or pickled; make another one")
 
     def __repr__(self) -> str:
-        what = "closed" if self._handle.pointer is None else str(self.device)
+        what = "closed" if self._handle.native is None else str(self.device)
         return (f"Planner(ep_size={self.ep_size}, n_logical={self.n_logical_routed_experts}, n_physical={self.n_routed_experts}, "
                 f"group_size={self.group_size}, num_redundants={self.num_redundants}, {what})")
 
