@@ -43,7 +43,8 @@ final class Planner {
         number = settings.number
         backend = try settings.backend()
         words = .allocate(capacity: Planner.wordsSize)
-        words[0] = 0
+        // All of it: whoever reads the words of a planner that another thread is inside finds an end.
+        words.initialize(repeating: 0, count: Planner.wordsSize)
         if topology != nil {
             try place(history: nil, stream: nil)
         } else if shape.nPhysical == shape.nLogical {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import types
 
 import pytest
 
@@ -12,7 +13,8 @@ import torch._dynamo.testing  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.library import opcheck  # noqa: E402
 
-from lplb import Planner, topology  # noqa: E402
+import lplb  # noqa: E402
+from lplb import Planner, _numpy_ops, topology  # noqa: E402
 
 
 def cube(spare=2):
@@ -31,6 +33,7 @@ def test_opcheck(idx, dtype):
     opcheck(torch.ops.lplb.run.default, (idx, torch.zeros(1, dtype=dtype), number, 0))
     opcheck(torch.ops.lplb.run.default, (idx, None, number, 100))
     opcheck(torch.ops.lplb.run.default, (idx.T, torch.zeros((), dtype=dtype), number, 0))
+    opcheck(torch.ops.lplb.run.default, (idx, None, number, 0, planner._plan))
     opcheck(torch.ops.lplb.count.default, (idx, number, 3, 64))
     counts, rows = planner.count_workload(idx, 3)
     opcheck(torch.ops.lplb.solve.default, (counts.to(dtype), torch.zeros(1, dtype=dtype), planner._plan, number, [1, 8, 2], [1, 8, 8]))
@@ -102,6 +105,107 @@ def test_compilers_keep_solve_before_redirect(backend):
     ids = torch.zeros(100, dtype=torch.int64)
     a, b = plans(one, other, ids)
     assert (a == 0).sum() == 50 and (b == 0).sum() == 80
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_run_without_a_counter_compiles(idx, backend):
+    torch._dynamo.reset()
+    planner = cube()
+    compiled = torch.compile(lambda ids: planner.run(ids, None), fullgraph=True, backend=backend)
+    assert torch.equal(compiled(idx), planner.run(idx, None))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_compilers_keep_run_before_redirect(backend):
+    """run writes the plan, too: even one whose ids nobody reads stays, and stays before the redirect that follows it."""
+    torch._dynamo.reset()
+    planner = cube()
+    one, other = torch.zeros(100, dtype=torch.int64), torch.zeros(40, dtype=torch.int64)
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def plans(first, second, ids):
+        planner.run(first, None)
+        a = planner.redirect(ids)
+        planner.run(second, None)
+        b = planner.redirect(ids)
+        planner.run(first, None)
+        return a, b
+
+    a, b = plans(one, other, one)
+    assert (a == 0).sum() == 50 and (b == 0).sum() == 80
+    assert (planner.redirect(one) == 0).sum() == 50  # the last run is there as well
+
+
+def test_eager_calls_name_no_plan(idx, monkeypatch):
+    """The argument that compilers need costs an eager call nothing."""
+    planner, seen = cube(), []
+    monkeypatch.setattr(planner, "_ops", types.SimpleNamespace(**{**vars(planner._ops), "run": lambda *given: seen.append(given)}))
+    planner.run(idx, None)
+    assert seen == [(idx, None, planner.number, 0)]
+
+
+SIZES = [  # arguments of torch.ops.lplb on a planner of 64 experts, 8 ranks and 16 ratios
+    (lambda ops, p, ids, counts: ops.count(ids, p, 2, 3), "n_logical: .*64 elements, got 3"),
+    (lambda ops, p, ids, counts: ops.count(ids, p, 2, 65), "n_logical: .*64 elements, got 65"),
+    (lambda ops, p, ids, counts: ops.count(ids, p, 2, -1), "n_logical: .*64 elements, got -1"),
+    (lambda ops, p, ids, counts: ops.count(ids, p, 2, 2**62), "n_logical: .*64 elements, got 4611686018427387904"),
+    (lambda ops, p, ids, counts: ops.count(ids, p, 0, 64), r"n_chunks: must lie in 1 \.\.\. 65536, got 0"),
+    (lambda ops, p, ids, counts: ops.count(ids, p, -3, 64), "n_chunks: .*got -3"),
+    (lambda ops, p, ids, counts: ops.count(ids, p, 2**40, 64), "n_chunks: .*got 1099511627776"),
+    (lambda ops, p, ids, counts: ops.solve(counts, None, None, p, [1, 8, 1], [64]), "ratio_shape: .*16 elements, got 8"),
+    (lambda ops, p, ids, counts: ops.solve(counts, None, None, p, [0], [64]), "ratio_shape: .*16 elements, got 0"),
+    (lambda ops, p, ids, counts: ops.solve(counts, None, None, p, [-4, -4], [64]), r"ratio_shape: .*at least 0, got \[-4, -4\]"),
+    (lambda ops, p, ids, counts: ops.solve(counts, None, None, p, [2**40], [64]), "ratio_shape: .*16 elements, got 1099511627776"),
+    (lambda ops, p, ids, counts: ops.solve(counts, None, None, p, [1, 8, 2], [63]), "scaled_shape: .*64 elements, got 63"),
+    (lambda ops, p, ids, counts: ops.solve(counts, None, None, p, [1, 8, 2], [2**40]), "scaled_shape: .*64 elements, got 1099511627776"),
+    (lambda ops, p, ids, counts: ops.solve(counts, None, None, p, [1, 8, 2], [-64]), r"scaled_shape: .*at least 0, got \[-64\]"),
+    (lambda ops, p, ids, counts: ops.solve(counts[:63], None, None, p, [1, 8, 2], [64]), r"workload: .*got shape \[63\]"),
+    (lambda ops, p, ids, counts: ops.run(ids, None, p, -1), "max_blocks: .*got -1"),
+    (lambda ops, p, ids, counts: ops.redirect(ids, None, p, 2**40), "max_blocks: .*got 1099511627776"),
+    (lambda ops, p, ids, counts: ops.run(ids, None, p + 2**20, 0), "planner: .*close"),
+    (lambda ops, p, ids, counts: ops.count(ids, 0, 1, 64), "planner: .*close"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(SIZES)))
+@pytest.mark.parametrize("module", ["torch", "numpy"])
+def test_operators_trust_no_size(idx, index, module):
+    """Before anything is allocated: an operator that believes a wrong size writes past its buffers."""
+    call, words = SIZES[index]
+    planner = cube()
+    counts = torch.ones(64, dtype=torch.int32)
+    planner.solve(counts)
+    before = planner.info()
+    with pytest.raises(lplb.LplbError, match=words):
+        if module == "torch":
+            call(planner._ops, planner.number, idx, counts)
+        else:
+            call(_numpy_ops, planner.number, idx.numpy(), counts.numpy())
+    assert planner.info() == before
+
+
+def test_a_planner_without_ratios_bounds_their_shape(idx):
+    planner, counts = cube(0), torch.ones(64, dtype=torch.int32)
+    assert planner.solve_probs(counts, None)[0].tolist() == [[[1, 1]] * 8]
+    with pytest.raises(lplb.InvalidArgument, match="ratio_shape: .*at most 65536 elements, got 1099511627776"):
+        planner._ops.solve(counts, None, None, planner.number, [2**40], [64])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_fakes_have_the_shapes_of_results(idx, dtype):
+    """Shape, strides and type of every operator's fake are those of what it returns, for ids that are not contiguous too."""
+    planner, ids = cube(), idx.to(dtype).T
+    number, counts = planner.number, planner.count_workload(ids, 1)[0]
+    rows, probs = planner.count_workload(ids, 3)[1], planner.solve_probs(counts, None)[0]
+    cases = [
+        (planner._ops.run, (ids, None, number, 0)), (planner._ops.redirect, (ids, None, number, 0)), (planner._ops.count, (ids, number, 5, 64)),
+        (planner._ops.solve, (counts, None, None, number, [1, 8, 2], [1, 8, 8])), (planner._ops.redirect_by_ratio, (ids, probs, rows, number))]
+    for operator, arguments in cases:
+        with FakeTensorMode() as mode:
+            fakes = operator(*(mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments))
+        results = operator(*arguments)
+        for fake, result in zip(*((value if isinstance(value, tuple) else (value,)) for value in (fakes, results)), strict=True):
+            assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (result.shape, result.stride(), result.dtype, result.device)
 
 
 def test_planner_in_a_module(idx):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -70,6 +72,83 @@ def test_one_planner_in_many_threads_is_refused_or_right():
         results = list(pool.map(work, range(4)))
     assert sum(done for done, _ in results) > 0
     assert torch.equal(planner.run(batches[0], None), wanted[0])  # and it works on
+
+
+@pytest.fixture
+def eager_switching():
+    """Python threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_close_beside_calls(eager_switching):
+    """A call that another thread's close() overtakes says so or succeeds; nothing is freed under it."""
+    ids, counts = torch.randint(-1, 64, (2048, 8)), torch.ones(64, dtype=torch.int32)
+    array = ids.numpy()
+    for round_number in range(60):
+        planner = Planner(topology.CUBE_8P2E, 80, 64, 8, device="cpu")
+        planner.run(ids, None)
+        calls = [lambda: planner.run(ids, None), lambda: planner.run(array, None), planner.info, planner.mapping, planner.split,
+                 lambda: planner.solve(counts), lambda: planner.redirect(ids), lambda: planner.count_workload(ids, 3)]
+
+        def work(number):
+            while True:
+                try:
+                    calls[number % len(calls)]()
+                except lplb.Busy:
+                    pass
+                except lplb.WrongOrder as error:
+                    return str(error)
+
+        with ThreadPoolExecutor(3) as pool:
+            words = [pool.submit(work, 3 * round_number + number) for number in range(3)]
+            time.sleep(0.002 * (round_number % 5))
+            planner.close()
+            assert {word.result(20) for word in words} == {"planner: must not be used after close()"}
+
+
+def test_a_planner_closed_inside_a_call_lives_until_its_end():
+    """Here between the two calls of the library that one run makes. The exchange ends after the planner that uses it."""
+    planner = Planner(topology.CUBE_8P2E, 80, 64, 8, device="cpu", rank=0)
+    ids, events, library = torch.randint(-1, 64, (100, 8)), [], planner._handle.library
+    whole = Planner(topology.CUBE_8P2E, 80, 64, 8, device="cpu")
+    wanted = whole.run(ids, None)
+
+    class Closing:
+        attached = False
+
+        def all_gather(self, counts):
+            thread = threading.Thread(target=planner.close)
+            thread.start()
+            thread.join()
+            events.append("closed by another thread")
+            everyone = torch.zeros((8, 64), dtype=torch.int32)
+            everyone[0] = counts
+            return everyone
+
+        def close(self):
+            events.append("exchange ended")
+
+    class Watched:
+        """The library, with the end of planners noted down."""
+
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def planner_destroy(self, pointer):
+            events.append("planner ended")
+            library.planner_destroy(pointer)
+
+    planner._handle.exchange, planner._handle.owns_exchange = Closing(), True
+    planner._handle.native.library = Watched()
+    out = planner.run(ids, None)
+    assert events == ["closed by another thread", "planner ended", "exchange ended"]
+    loads = [torch.bincount(each[each >= 0] // 10, minlength=8) for each in (out, wanted)]
+    assert torch.equal(*loads)
+    with pytest.raises(lplb.WrongOrder, match="close"):
+        planner.run(ids, None)
 
 
 def test_busy_is_an_lplb_error():

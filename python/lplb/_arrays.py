@@ -29,14 +29,16 @@ def is_tensor(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def integer(name: str, value: Any, minimum: int) -> int:
-    """value as int, at least minimum."""
+def integer(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
+    """value as int, minimum .. maximum."""
     try:
         number = operator.index(value)
     except TypeError:
         raise broken_rule(name, "must be an integer", f"{value!r}") from None
     if number < minimum:
         raise broken_rule(name, f"must be at least {minimum}", number)
+    if number > maximum:
+        raise broken_rule(name, f"must be at most {maximum}", number)
     return number
 
 

@@ -19,10 +19,35 @@ _numbers = itertools.count(2)
 handles: dict[int, Handle] = {}
 
 
+class Native:
+    """One lplb_planner, and what a call hands to the library in its place.
+
+    Whoever is inside a call holds a reference, so a planner that another thread closes meanwhile ends when the last of these calls
+    returns, and costs them no lock and no counting but Python's own.
+    """
+
+    __slots__ = ("address", "library", "at_end")
+
+    def __init__(self, library: _native.Library, address: int) -> None:
+        self.address = address
+        self.library = library
+        self.at_end: Callable[[], None] | None = None
+
+    @property
+    def _as_parameter_(self) -> int:
+        """For ctypes."""
+        return self.address
+
+    def __del__(self) -> None:
+        self.library.planner_destroy(self.address)
+        if self.at_end is not None:
+            self.at_end()
+
+
 class Handle:
     """Owns one lplb_planner. Holds what a call needs, read once: `run` is counted in microseconds."""
 
-    __slots__ = ("library", "pointer", "number", "device", "n_logical", "n_physical", "ep_size", "rank", "exchange",
+    __slots__ = ("library", "native", "pointer", "number", "device", "n_logical", "n_physical", "ep_size", "rank", "exchange",
                  "owns_exchange", "debug", "compare", "width", "has_replicas", "n_ratios", "planner_run")
 
     def __init__(self, library: _native.Library, config: _native.Config) -> None:
@@ -32,7 +57,9 @@ class Handle:
         if status:
             raise _native.failure(status, _native.text(message.value))
         self.library = library
-        self.pointer: int | None = pointer.value
+        assert pointer.value is not None
+        self.native: Native | None = Native(library, pointer.value)  #: None after close()
+        self.pointer: int | None = pointer.value  #: its address, which keeps nothing alive
         self.planner_run = library.planner_run
         self.device: int = config.device  # as torch's Tensor.get_device(): -1 on the CPU, else the CUDA ordinal
         self.n_logical: int = config.n_logical
@@ -50,13 +77,11 @@ class Handle:
         handles[self.number] = self
 
     def close(self) -> None:
-        """Ends the native planner; once is enough, more is harmless."""
+        """Ends the native planner, as soon as no other thread is inside a call; once is enough, more is harmless."""
         handles.pop(self.number, None)
-        pointer, self.pointer = self.pointer, None
-        if pointer is not None:
-            self.library.planner_destroy(pointer)
-            if self.exchange is not None and self.owns_exchange:
-                self.exchange.close()
+        native, self.native, self.pointer = self.native, None, None
+        if native is not None and self.exchange is not None and self.owns_exchange:
+            native.at_end = self.exchange.close
 
     def check(self, status: int) -> None:
         """Raises unless status is LPLB_OK."""
@@ -64,14 +89,35 @@ class Handle:
             raise self.failure(status)
 
     def failure(self, status: int) -> LplbError:
+        native = self.native
+        if native is None:
+            return closed()
         # The words on the planner belong to the thread that is inside it, so a refused one must not read them.
-        busy = status == _native.ERROR_BUSY or self.pointer is None
-        return _native.failure(status, "" if busy else _native.text(self.library.planner_error(self.pointer)))
+        busy = status == _native.ERROR_BUSY
+        return _native.failure(status, "" if busy else _native.text(self.library.planner_error(native)))
 
     def check_sizes(self, name: str, size: int, wanted: int) -> None:
         """The header's calls take no size for these arrays, so it is checked before an address is handed over."""
         if size != wanted:
             raise broken_rule(name, f"must have {wanted} elements", size)
+
+    def check_chunks(self, n_chunks: int) -> None:
+        """Before n_chunks rows are allocated."""
+        if not 1 <= n_chunks <= _native.MAX_CHUNKS:
+            raise broken_rule("n_chunks", f"must lie in 1 ... {_native.MAX_CHUNKS}", n_chunks)
+
+    def check_shapes(self, ratio_shape: list[int], scaled_shape: list[int]) -> None:
+        """The shapes of solve's outputs, before they are allocated. Without ratios the library writes none, and any number will do that a
+        topology can have."""
+        for name, shape in (("ratio_shape", ratio_shape), ("scaled_shape", scaled_shape)):
+            if any(size < 0 for size in shape):
+                raise broken_rule(name, "must hold sizes of at least 0", list(shape))
+        self.check_sizes("scaled_shape", math.prod(scaled_shape), self.n_logical)
+        n_ratios, most = math.prod(ratio_shape), self.ep_size * _native.MAX_PHYSICAL
+        if self.n_ratios:
+            self.check_sizes("ratio_shape", n_ratios, self.n_ratios)
+        elif n_ratios > most:
+            raise broken_rule("ratio_shape", f"must have at most {most} elements", n_ratios)
 
     def sources(self, name: str, shape: Any) -> int:
         """How many ranks' counts an array of this shape holds: one's (or everybody's sum), or each rank's."""
@@ -83,10 +129,12 @@ class Handle:
         rule = f"must have n_logical = {self.n_logical} elements or be [{self.ep_size}, {self.n_logical}]"
         raise broken_rule(name, rule, f"shape {list(shape)}")
 
-    def opened(self) -> int:
-        if self.pointer is None:
+    def opened(self) -> Native:
+        """What to give the library, held while the call lasts."""
+        native = self.native
+        if native is None:
             raise closed()
-        return self.pointer
+        return native
 
 
 def find(number: int) -> Handle:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Protocol, Union
 
 from .errors import BY_STATUS, InternalError, LibraryError, LplbError
 
@@ -23,11 +23,22 @@ INT32, INT64 = 0, 1  # LPLB_INT32, LPLB_INT64
 DEVICE_CPU = -1
 WHOLE_BATCH = -1
 SOLVERS = {"flow": 0, "ipm": 1}
-MAX_RANKS = 1024
+MAX_RANKS = 1024  # LPLB_MAX_RANKS, and so on: limits of the header
+MAX_EP_SIZE = 8192
+MAX_LOGICAL = 4096
+MAX_PHYSICAL = 8192
+MAX_CHUNKS = 65536  # of lplb_planner_count
+MAX_BLOCKS = 2**31 - 1  # max_blocks of lplb_planner_run and lplb_planner_redirect
 MESSAGE_SIZE = 1024
 
-# An address (int), or None for NULL. Integers are by far the cheapest thing to hand to ctypes.
-Address = Optional[int]
+# An address (int), or None for NULL; or what has one as _as_parameter_. Integers are by far the cheapest thing to hand to ctypes.
+Address = Union[int, "HasAddress", None]
+
+
+class HasAddress(Protocol):
+    @property
+    def _as_parameter_(self) -> int: ...
+
 
 
 class Config(ctypes.Structure):

@@ -58,13 +58,17 @@ def run(idx: IntArray, avail_counter: Any, planner: int, n_sms: int) -> IntArray
     ids, dtype = _ids(idx, handle)
     counter, counter_dtype = _counter(avail_counter, handle)
     out = np.empty_like(ids, order="C")
-    handle.check(handle.library.planner_run(
-        handle.opened(), address(ids), dtype, ids.size, None, address(out), counter, counter_dtype, n_sms, None))
+    native = handle.opened()  # held till the end, see there; its address is quicker to hand over
+    status = handle.planner_run(native.address, address(ids), dtype, ids.size, None, address(out), counter, counter_dtype, n_sms, None)
+    if status:
+        raise handle.failure(status)
     return out
 
 
 def count(idx: IntArray, planner: int, n_chunks: int, n_logical: int) -> tuple[IntArray, IntArray]:
     handle = find(planner)
+    handle.check_sizes("n_logical", n_logical, handle.n_logical)
+    handle.check_chunks(n_chunks)
     ids, dtype = _ids(idx, handle)
     counts = np.empty(n_logical, dtype=np.int32)
     cumulative = np.empty((n_chunks, n_logical), dtype=np.int32)
@@ -76,14 +80,12 @@ def count(idx: IntArray, planner: int, n_chunks: int, n_logical: int) -> tuple[I
 def solve(workload: IntArray, avail_counter: Any, plan: None, planner: int, ratio_shape: list[int],
           scaled_shape: list[int]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     handle = find(planner)
+    handle.check_shapes(ratio_shape, scaled_shape)
     counts, dtype = _checked("workload", workload, handle)
     counter, counter_dtype = _counter(avail_counter, handle)
     sources = handle.sources("workload", counts.shape)
     ratios = np.ones(ratio_shape, dtype=np.float32)
     scaled = np.empty(scaled_shape, dtype=np.float32)
-    handle.check_sizes("scaled_shape", scaled.size, handle.n_logical)
-    if handle.n_ratios:
-        handle.check_sizes("ratio_shape", ratios.size, handle.n_ratios)
     handle.check(handle.library.planner_solve(
         handle.opened(), address(counts), dtype, sources, address(ratios) if handle.n_ratios else None, address(scaled), counter,
         counter_dtype, None))

@@ -19,6 +19,8 @@ from .errors import InvalidArgument, broken_rule
 _DTYPES = {torch.int32: _native.INT32, torch.int64: _native.INT64}
 _CONTIGUOUS = torch.contiguous_format
 
+is_compiling = torch.compiler.is_compiling
+
 # The stream as a number, without building a torch.cuda.Stream each time. Absent in builds of torch without CUDA.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -67,9 +69,12 @@ def _refuse_invalid(ids: Tensor, n_logical: int) -> None:
         raise broken_rule("idx", f"ids must be -1 .. {n_logical - 1} ({number} of {ids.numel()} are not)", first)
 
 
-def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int) -> Tensor:
+def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int, plan: Tensor | None = None) -> Tensor:
     handle = handles.get(planner)
     if handle is None:
+        raise closed()
+    native = handle.native  # held till the end, see there
+    if native is None:
         raise closed()
     ids, dtype = _checked("idx", idx, handle)
     counter, counter_dtype = _counter(avail_counter, handle)
@@ -83,10 +88,10 @@ def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int) ->
     exchange = handle.exchange
     if exchange is not None and handle.has_replicas and not exchange.attached:  # attached: the library does it inside
         row = torch.empty(handle.width, dtype=torch.int32, device=ids.device)
-        handle.check(handle.library.planner_count_row(handle.pointer, address, dtype, n_ids, row.data_ptr(), stream))
+        handle.check(handle.library.planner_count_row(native, address, dtype, n_ids, row.data_ptr(), stream))
         gathered = exchange.all_gather(row)
         everyone = gathered.data_ptr()
-    status = handle.planner_run(handle.pointer, address, dtype, n_ids, everyone, out.data_ptr(), counter, counter_dtype, n_sms, stream)
+    status = handle.planner_run(native.address, address, dtype, n_ids, everyone, out.data_ptr(), counter, counter_dtype, n_sms, stream)
     if status:
         raise handle.failure(status)
     return out
@@ -94,6 +99,8 @@ def _run(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int) ->
 
 def _count(idx: Tensor, planner: int, n_chunks: int, n_logical: int) -> tuple[Tensor, Tensor]:
     handle = find(planner)
+    handle.check_sizes("n_logical", n_logical, handle.n_logical)
+    handle.check_chunks(n_chunks)
     ids, dtype = _checked("idx", idx, handle)
     if handle.debug:
         _refuse_invalid(ids, handle.n_logical)
@@ -107,15 +114,13 @@ def _count(idx: Tensor, planner: int, n_chunks: int, n_logical: int) -> tuple[Te
 def _solve(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | None, planner: int, ratio_shape: list[int],
            scaled_shape: list[int]) -> tuple[Tensor, Tensor]:
     handle = find(planner)
+    handle.check_shapes(ratio_shape, scaled_shape)
     counts, dtype = _checked("workload", workload, handle)
     counter, counter_dtype = _counter(avail_counter, handle)
     sources = handle.sources("workload", counts.shape)
     # Without replicas nothing is decided: every share stays at its original, and the library knows no ratios.
     ratios = (torch.empty if handle.n_ratios else torch.ones)(ratio_shape, dtype=torch.float32, device=counts.device)
     scaled = torch.empty(scaled_shape, dtype=torch.float32, device=counts.device)
-    handle.check_sizes("scaled_shape", scaled.numel(), handle.n_logical)
-    if handle.n_ratios:
-        handle.check_sizes("ratio_shape", ratios.numel(), handle.n_ratios)
     outputs = (ratios.data_ptr() if handle.n_ratios else None, scaled.data_ptr(), counter, counter_dtype, _stream(handle))
     if handle.exchange is None:
         handle.check(handle.library.planner_solve(handle.opened(), counts.data_ptr(), dtype, sources, *outputs))
@@ -158,7 +163,7 @@ def _redirect_by_ratio(idx: Tensor, o_weight: Tensor, cumulative: Tensor, planne
     return out
 
 
-def _like(idx: Tensor, *_: object) -> Tensor:
+def _like(idx: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty_like(idx, memory_format=_CONTIGUOUS)
 
 
@@ -172,12 +177,13 @@ def _solve_fake(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | N
 
 
 # define/impl costs a quarter of what torch.library.custom_op does per call. The planner's number is a SymInt, so that one compiled
-# graph serves the planners of all layers. `plan` stands for the plan inside the planner, which solve writes and redirect reads: nothing
-# is stored in it, and eager calls give none, but without it a compiler would see no reason to keep the two, in this order.
+# graph serves the planners of all layers. `plan` stands for the plan inside the planner, which run and solve write and redirect reads:
+# nothing is stored in it, and eager calls give none, but without it a compiler would see no reason to keep them, in this order. For run it
+# comes last, where a call that leaves it out costs nothing.
 _define: Any = torch.library.Library  # untyped in PyTorch
 _library = _define("lplb", "DEF")
 for _schema, _kernel, _fake in (
-    ("run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int n_sms) -> Tensor", _run, _like),
+    ("run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int n_sms, Tensor(b!)? plan=None) -> Tensor", _run, _like),
     ("count(Tensor idx, SymInt planner, int n_chunks, int n_logical) -> (Tensor, Tensor)", _count, _count_fake),
     ("solve(Tensor workload, Tensor(a!)? avail_counter, Tensor(b!)? plan, SymInt planner, int[] ratio_shape, int[] scaled_shape)"
      " -> (Tensor, Tensor)", _solve, _solve_fake),

@@ -304,15 +304,16 @@ class Planner:
         """
         if n_sms is None:
             n_sms = 0
-        elif n_sms < 1:
-            raise broken_rule("n_sms", "must be at least 1", n_sms)
+        elif type(n_sms) is not int or not 0 < n_sms <= _native.MAX_BLOCKS:
+            n_sms = integer("n_sms", n_sms, 1, _native.MAX_BLOCKS)
+        operators = self._ops
+        if operators is not None and isinstance(idx, operators.Tensor):  # first, since this is counted in tenths of a microsecond
+            if operators.is_compiling():
+                return operators.run(idx, avail_counter, self.number, n_sms, self._plan)  # type: ignore[no-any-return]
+            return operators.run(idx, avail_counter, self.number, n_sms)  # type: ignore[no-any-return]
         if isinstance(idx, np.ndarray):
-            physical: Array = self._numpy("run", idx, avail_counter, self.number, n_sms)
-        elif is_tensor(idx):
-            physical = (self._ops or self._load_ops()).run(idx, avail_counter, self.number, n_sms)
-        else:
-            raise self._not_an_array("idx", idx)
-        return physical
+            return self._numpy("run", idx, avail_counter, self.number, n_sms)  # type: ignore[no-any-return]
+        return self._call("run", idx, avail_counter, self.number, n_sms)  # type: ignore[no-any-return]
 
     def count_workload(self, idx: Array, n_sms: int) -> tuple[Array, Array]:
         """(tokens per logical expert int32 [n_logical], cumulative counts int32 [n_sms, n_logical] for weighted_select_target)."""
@@ -420,7 +421,7 @@ class Planner:
         """The part of split() that comes from this planner's rank (all of it where the planner has none). Waits for the GPU."""
         return self._tokens(self._handle.library.planner_assignment)
 
-    def _tokens(self, read: Callable[[int | None, int | None, int, int | None], int]) -> Array:
+    def _tokens(self, read: Callable[[_native.Address, _native.Address, int, _native.Address], int]) -> Array:
         tokens: Int64s = np.empty(self.n_routed_experts, dtype=np.int64)
         self._handle.check(read(self._handle.opened(), address(tokens), tokens.size, self._stream()))
         return self._output(tokens)
@@ -462,7 +463,8 @@ class Planner:
     # ---- life ----
 
     def close(self) -> None:
-        """Frees the planner's memory; on CUDA waits for the device. Also done when the planner is garbage."""
+        """Frees the planner's memory; on CUDA waits for the device. Also done when the planner is garbage. A call that another thread is
+        in the middle of comes to its end first; every later one raises WrongOrder."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -475,7 +477,7 @@ class Planner:
         raise TypeError("a Planner owns native memory and cannot be copied or pickled; make another one")
 
     def __repr__(self) -> str:
-        what = "closed" if self._handle.pointer is None else str(self.device)
+        what = "closed" if self._handle.native is None else str(self.device)
         return (f"Planner(ep_size={self.ep_size}, n_logical={self.n_logical_routed_experts}, n_physical={self.n_routed_experts}, "
                 f"group_size={self.group_size}, num_redundants={self.num_redundants}, {what})")
 

@@ -40,7 +40,7 @@ def solve(overhead_us: float) -> Iterator[Row]:
 def _solve(case: Case, family: str) -> Row:
     with instances(case, family, "cpu") as todo:
         solve_c = todo.planners[0]._handle.library.planner_solve
-        pointers = [planner._handle.opened() for planner in todo.planners]
+        pointers = [planner._handle.pointer for planner in todo.planners]
         calls = [(pointers[which], loads.ctypes.data, _native.INT64, 1, None, None, None, _native.INT64, None)
                  for which, loads in zip(todo.planner, todo.loads)]
         # Calls that are refused at once run in the same rounds: what is taken off was measured under the same load of the machine.
@@ -77,7 +77,7 @@ def run(overhead_us: float) -> Iterator[Row]:
         for n_tokens, target in ((4096, 150.0), (16384, None)):
             ids = batches(n_tokens, 8, n_logical, BATCHES)
             out = np.empty_like(ids[0])
-            calls = [(handle.opened(), each.ctypes.data, _native.INT64, each.size, None, out.ctypes.data, None, _native.INT64, 0, None)
+            calls = [(handle.pointer, each.ctypes.data, _native.INT64, each.size, None, out.ctypes.data, None, _native.INT64, 0, None)
                      for each in ids]
             net = np.maximum(time_calls(handle.library.planner_run, calls, ROUNDS) - overhead_us, 0)
             n_proven = 0
@@ -124,7 +124,7 @@ def mapping(overhead_us: float) -> Iterator[Row]:
     planners = [Planner(topology("cube"), 272, 256, 8, device="cpu") for _ in range(61)]
     try:
         place = planners[0]._handle.library.planner_place
-        calls = [(planners[0]._handle.opened(), row.ctypes.data, None) for row in history]
+        calls = [(planners[0]._handle.pointer, row.ctypes.data, None) for row in history]
         net = np.maximum(time_calls(place, calls, ROUNDS) - overhead_us, 0)
         plain_us = float(np.median(time_one(lambda: peers.eplb(history[:1].tolist(), 256, 1, 1, 8), 7)))
         yield Row("mapping", "one layer, 256 experts, cube", len(calls), *percentiles(net), target_p50_us=100,
