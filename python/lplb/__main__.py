@@ -5,21 +5,26 @@ The command line.
     python -m lplb simulate     what exact dispatch is worth on recorded routing
     python -m lplb bench        how fast it is here
 
-Exit codes: 0 fine, 1 something is off (said on stdout or stderr), 2 the arguments cannot be used (one sentence on stderr).
+Exit codes: 0 fine, 1 something is off (said on stdout or stderr), 2 the arguments cannot be used (one sentence on stderr), 130 ended by
+Ctrl-C, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from . import report
-from ._cli import Parser, UsageError, write_json
-from .errors import LplbError
+from ._terminal import UsageError, guarded, say, say_path
+
+if TYPE_CHECKING:
+    from ._cli import Parser
 
 
 def parser() -> Parser:
+    from ._cli import Parser
     top = Parser(prog="python -m lplb", description="lplb: exact load balancing for Mixture-of-Experts training. "
                                                     "Without a command: an environment report and a self-check.")
     top.add_argument("--json", action="store_true", dest="as_json", help="print the report as JSON")
@@ -37,43 +42,32 @@ def parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return dispatch(parser().parse_args(arguments))
-    except UsageError as error:
-        print(f"lplb: {error}", file=sys.stderr)
-        return 2
-    except LplbError as error:
-        words = str(error)
-        print(words if words.startswith("lplb: ") else f"lplb: {words}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, NotImplementedError)) else 1
-    except BrokenPipeError:  # e.g. `| head`
-        sys.stderr.close()
-        return 1
+    return guarded(lambda: dispatch(arguments))
 
 
-def dispatch(arguments: argparse.Namespace) -> int:
+def dispatch(words: Sequence[str] | None) -> int:
+    arguments = parser().parse_args(words)
     if arguments.command == "simulate":
         return simulate(arguments)
     if arguments.command == "bench":
         from . import bench
         return bench.main(arguments)
+    from . import report
     for name, path in (("include_dir", report.include_dir), ("library", report.library), ("cmake_dir", report.cmake_dir)):
         if getattr(arguments, name):
-            print(path())
+            say_path(path())
             return 0
     return report.main(as_json=arguments.as_json)
 
 
 def simulate(arguments: argparse.Namespace) -> int:
+    from ._cli import write_json
     from .simulate import options, play, report as tables
     asked = options.check(arguments)
-    if asked.plot is not None:
-        from ._cli import use_pyplot
-        use_pyplot()  # says now, not after the work, that matplotlib is missing
     played = play.play(asked)
     if not played.played:
         raise UsageError(f"{asked.trace.name}: none of the micro-batches selects an expert")
-    print(tables.as_text(played))
+    say(tables.as_text(played))
     if asked.json is not None:
         write_json(asked.json, tables.as_json(played))
     if asked.plot is not None:
@@ -83,4 +77,6 @@ def simulate(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that a second Ctrl-C could spare
+    sys.exit(code)

@@ -1,21 +1,24 @@
-"""What the three commands share: one-sentence errors, aligned tables, JSON files, a progress bar."""
+"""What the three commands share: arguments, aligned tables, JSON files, pictures, a progress bar."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import math
+import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
+
+from ._files import check_writable, write_file
+from ._terminal import UsageError as UsageError, shown
 
 T = TypeVar("T")
 
-
-class UsageError(Exception):
-    """What the user gave cannot be used. The text is one sentence for stderr; the command ends with exit code 2."""
+PICTURES = (".png", ".svg", ".pdf")
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +43,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """The items, with a tqdm bar on stderr where tqdm is installed and stderr is a terminal."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         try:
             tqdm: Any = importlib.import_module("tqdm")
         except ImportError:
@@ -65,35 +68,50 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: str, value: Any) -> None:
-    try:
-        Path(path).write_text(json.dumps(plain(value), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+    write_file(path, (json.dumps(plain(value), indent=1) + "\n").encode("ascii"))
 
 
-def check_writable(path: str | None, option: str) -> None:
-    """Says before the long work, not after it, that a result could not be written."""
-    if path is not None and not Path(path).resolve().parent.is_dir():
-        raise UsageError(f"{option} {path}: the directory {Path(path).resolve().parent} does not exist")
+def check_results(arguments: argparse.Namespace, others: Mapping[str, str] | None = None) -> None:
+    """UsageError, before the long work, unless --json and --plot can be written. others: {what: path}, files they must not overwrite."""
+    check_writable(arguments.json, "--json", others)
+    if arguments.plot is not None:
+        results = {} if arguments.json is None else {"the file of --json": arguments.json}
+        check_writable(arguments.plot, "--plot", {**(others or {}), **results})
+        if os.path.splitext(arguments.plot)[1].lower() not in PICTURES:
+            raise UsageError(f"--plot: the file must end in .png, .svg or .pdf, got {arguments.plot}")
+        use_pyplot()  # says now that matplotlib is missing
 
 
 def use_pyplot() -> Any:
     """matplotlib.pyplot on a backend that needs no display."""
     try:
         import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as pyplot
     except ImportError:
         raise UsageError("--plot needs matplotlib: pip install 'lplb[cli]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as pyplot
+    except Exception as error:  # its configuration: files and the environment
+        raise UsageError(f"--plot: matplotlib cannot be used: {shown(error, 300)}") from None
     return pyplot
 
 
-def positive(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
+def write_picture(figure: Any, path: str) -> None:
+    """The figure as a file of the kind that the path's ending names."""
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # characters that the font lacks
+        figure.savefig(image, dpi=150, format=os.path.splitext(path)[1][1:].lower())
+    write_file(path, image.getvalue())
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """argparse type: a whole number of low .. high."""
+    def convert(text: str) -> int:
+        try:
+            value = int(text) if len(text) <= 20 else low - 1
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low} and at most {high}, got {shown(text)!r}")
+        return value
+    return convert

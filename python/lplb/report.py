@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 from . import _native
-from .errors import LplbError
+from ._terminal import harmless, say, shown
+from .errors import LibraryError, LplbError
 
 State = Literal["ok", "off", "note"]
 PACKAGE = Path(__file__).resolve().parent
@@ -35,7 +36,10 @@ def include_dir() -> str:
 
 
 def library() -> str:
-    return _native.find()
+    try:
+        return _native.find()
+    except OSError as error:  # a path that may not be looked at, or is too long
+        raise LibraryError(f"lplb: the library cannot be looked for: {error}") from None
 
 
 def cmake_dir() -> str:
@@ -44,7 +48,6 @@ def cmake_dir() -> str:
 
 
 def _existing(directory: Path, file: str, what: str) -> str:
-    from .errors import LibraryError
     if not any((directory / name).is_file() for name in (file, "lplbConfig.cmake")):
         raise LibraryError(f"lplb: {what} was not found at {directory / file}. Install the package with 'pip install .'")
     return str(directory)
@@ -54,8 +57,9 @@ def findings() -> Iterator[Finding]:
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield from _package()
     try:
+        library()
         loaded = _native.load()
-    except LplbError as error:
+    except (LplbError, OSError) as error:
         yield Finding("library", "off", str(error).removeprefix("lplb: "))
         return
     yield Finding("library", "ok", loaded.path)
@@ -68,10 +72,16 @@ def findings() -> Iterator[Finding]:
         start = perf_counter()
         try:
             words = run()
-        except (selfcheck.Failed, LplbError) as error:
-            yield Finding(name, "off", str(error))
+        except Exception as error:  # a check that cannot be carried out has failed
+            yield Finding(name, "off", _reason(error))
         else:
             yield Finding(name, "ok", f"{words} ({perf_counter() - start:.2f} s)")
+
+
+def _reason(error: Exception) -> str:
+    from . import selfcheck
+    words = " ".join(str(error).split()).removeprefix("lplb: ")
+    return shown(words if isinstance(error, (selfcheck.Failed, LplbError)) else f"{type(error).__name__}: {words}", 500)
 
 
 def _package() -> Iterator[Finding]:
@@ -80,17 +90,20 @@ def _package() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("package", "note", f"used from {PACKAGE}, not installed")
         return
+    except Exception as error:  # a damaged installation
+        yield Finding("package", "off", f"its metadata cannot be read: {_reason(error)}")
+        return
     expected = ".".join(map(str, _native.VERSION))
-    state: State = "ok" if version.startswith(expected) else "off"
+    state: State = "ok" if version is not None and version.startswith(expected) else "off"
     yield Finding("package", state, f"lplb {version} at {PACKAGE}" + ("" if state == "ok" else f", but its code is {expected}"))
 
 
 def _header(library_version: int) -> Finding:
     try:
-        header = Path(include_dir(), "lplb.h").read_text(encoding="utf-8")
+        header = Path(include_dir(), "lplb.h").read_text(encoding="utf-8", errors="replace")
     except (LplbError, OSError):
         return Finding("header", "note", "lplb.h is not beside the package: C programs cannot be built against it")
-    match = re.search(r"#define LPLB_VERSION (\d+)", header)
+    match = re.search(r"#define LPLB_VERSION ([0-9]{1,9})\b", header)
     stated = int(match[1]) if match else -1
     if stated != library_version:
         return Finding("header", "off", f"lplb.h is of version {stated}, the library of version {library_version}")
@@ -106,6 +119,8 @@ def _python_packages() -> Iterator[Finding]:
             yield Finding(name, "ok", metadata.version(name))
         except metadata.PackageNotFoundError:
             yield Finding(name, "note", f"not installed: {without}")
+        except Exception as error:
+            yield Finding(name, "note", f"its metadata cannot be read: {_reason(error)}")
 
 
 def _cuda() -> Iterator[Finding]:
@@ -116,9 +131,16 @@ def _cuda() -> Iterator[Finding]:
         if built:
             yield Finding("CUDA", "note", "the library has CUDA kernels; without torch they can be used from C only")
         return
-    except OSError as error:
-        yield Finding("torch", "off", f"cannot be imported: {error}")
+    except Exception as error:  # a damaged or mismatched installation
+        yield Finding("torch", "off", f"cannot be imported: {_reason(error)}")
         return
+    try:
+        yield from _gpus(torch, built)
+    except Exception as error:
+        yield Finding("CUDA", "off", _reason(error))
+
+
+def _gpus(torch: Any, built: bool) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         words = "the library has CUDA kernels, but torch sees no GPU here" if built else "none in the library, and torch sees no GPU here"
         yield Finding("CUDA", "note", f"{words}: plans are made on the CPU")
@@ -131,8 +153,8 @@ def _cuda() -> Iterator[Finding]:
     from . import selfcheck
     try:
         yield Finding("CUDA plans", "ok", selfcheck.check_cuda())
-    except (selfcheck.Failed, LplbError) as error:
-        yield Finding("CUDA plans", "off", str(error))
+    except Exception as error:
+        yield Finding("CUDA plans", "off", _reason(error))
 
 
 def main(as_json: bool = False) -> int:
@@ -141,13 +163,13 @@ def main(as_json: bool = False) -> int:
         found.append(finding)
         if not as_json:
             mark = {"ok": "ok  ", "off": "OFF ", "note": "note"}[finding.state]
-            print(f"{mark}  {finding.name:<33}{finding.text}", flush=True)
+            say(f"{mark}  {finding.name:<33}{harmless(finding.text)}")
+            sys.stdout.flush()
     off = [finding for finding in found if finding.state == "off"]
     if as_json:
-        json.dump({"ok": not off, "findings": [asdict(finding) for finding in found]}, sys.stdout, indent=1)
-        print()
+        say(json.dumps({"ok": not off, "findings": [asdict(finding) for finding in found]}, indent=1))
     elif off:
-        print(f"\n{len(off)} of {len(found)} things are off: {', '.join(finding.name for finding in off)}.")
+        say(f"\n{len(off)} of {len(found)} things are off: {', '.join(finding.name for finding in off)}.")
     else:
-        print("\nEverything is in order. Next: python -m lplb simulate")
+        say("\nEverything is in order. Next: python -m lplb simulate")
     return 1 if off else 0

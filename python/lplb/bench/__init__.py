@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from .._cli import Parser, UsageError, check_writable, use_pyplot, write_json
+from .._cli import Parser, check_results, write_json
+from .._terminal import UsageError, complain, say, shown
 
 SUITES = ("solve", "run", "eplb", "mapping", "exchange")
 CUDA_SUITES = ("solve", "run", "mapping")  # eplb is the host's work whatever the device
@@ -34,13 +34,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Prints the tables; 0, whatever was met or missed."""
     unknown = [suite for suite in arguments.suites if suite not in SUITES]
     if unknown:
-        raise UsageError(f"bench: there is no suite {unknown[0]!r}; the suites are {', '.join(SUITES)}")
-    check_writable(arguments.json, "--json")
-    check_writable(arguments.plot, "--plot")
-    if arguments.plot is not None:
-        if Path(arguments.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise UsageError(f"--plot: the file must end in .png, .svg or .pdf, got {arguments.plot}")
-        use_pyplot()
+        raise UsageError(f"bench: there is no suite {shown(unknown[0])!r}; the suites are {', '.join(SUITES)}")
+    check_results(arguments)
     if "exchange" in arguments.suites:
         if len(arguments.suites) > 1:
             raise UsageError("bench exchange runs alone, one process a GPU: torchrun --nproc-per-node=8 -m lplb bench exchange")
@@ -61,6 +56,8 @@ def _suites(device: str) -> dict[str, Any]:
         import torch
     except ImportError:
         raise UsageError("--device cuda: needs torch") from None
+    except Exception as error:  # a damaged or mismatched installation
+        raise UsageError(f"--device cuda: torch cannot be imported: {shown(error, 300)}") from None
     if not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here")
     from . import cuda
@@ -71,36 +68,39 @@ def _exchange(arguments: argparse.Namespace) -> int:
     """exchange.main(json, plot) -> exit code prints its own table and writes the same JSON as the other suites."""
     try:
         from . import exchange
-    except ImportError:
-        raise UsageError("bench exchange: not part of this build") from None
-    return int(exchange.main(arguments.json, arguments.plot))
+        return int(exchange.main(arguments.json, arguments.plot))
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UsageError("bench exchange: needs torch") from None
 
 
 def _run(arguments: argparse.Namespace, suites: dict[str, Any]) -> int:
     from . import kit
     info, date = kit.machine(arguments.device), kit.today()
     overhead = kit.refused_call_us()
-    print(f"{kit.machine_line(info)}, {date}\n{info['library']}")
+    say(f"{kit.machine_line(info)}, {date}\n{info['library']}")
     if arguments.device == "cpu":
-        print(f"a call through ctypes that does nothing: {overhead:.2f} us; taken off where C is timed\n")
+        say(f"a call through ctypes that does nothing: {overhead:.2f} us; taken off where C is timed\n")
     else:
-        print(f"an empty kernel in the same graphs: {suites_baseline():.2f} us; it is in every figure\n")
+        say(f"an empty kernel in the same graphs: {suites_baseline():.2f} us; it is in every figure\n")
     rows: list[kit.Row] = []
     for name, suite in suites.items():
         mine = list(suite(overhead))
         rows += mine
-        print(f"{name}\n\n{kit.as_table(mine)}\n")
+        say(f"{name}\n\n{kit.as_table(mine)}\n")
         for note in filter(None, (row.note for row in mine)):
-            print(note)
-        print(flush=True)
+            say(note)
+        say()
+        sys.stdout.flush()
     judged = [row for row in rows if row.met is not None]
     missed = [row for row in judged if not row.met]
     listed = "".join(f"; missed: {row.suite}, {row.case}" for row in missed)
-    print(f"{len(judged) - len(missed)} of {len(judged)} targets met{listed}.")
+    say(f"{len(judged) - len(missed)} of {len(judged)} targets met{listed}.")
     plans = [row for row in rows if row.certified_fraction is not None]
     unproven = sum(1 for row in plans if row.certified_fraction != 1)
     if unproven:
-        print(f"lplb: {unproven} rows hold plans that their witness does not prove", file=sys.stderr)
+        complain(f"{unproven} rows hold plans that their witness does not prove")
     result = {"machine": info, "date": date, "device": arguments.device, "call_overhead_us": overhead,
               "rows": [row.as_json() | {"machine": kit.machine_line(info), "date": date} for row in rows]}
     if arguments.json is not None:

@@ -134,7 +134,7 @@ def machine_line(info: dict[str, Any]) -> str:
 
 def cpu_model() -> str:
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), re.M)
     except OSError:
         match = None
     return match[1].strip() if match else platform.processor() or platform.machine()
@@ -144,8 +144,8 @@ def driver() -> str:
     """The NVIDIA driver's version, as nvidia-smi says it."""
     try:
         done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True,
-                              timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+                              errors="replace", timeout=30)
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.split("\n")[0].strip() or "unknown"
 

@@ -6,15 +6,18 @@ The picture of a bench: every case's p50 and p99 on a logarithmic axis, beside i
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from .._cli import UsageError, use_pyplot
+from .._cli import PICTURES, use_pyplot, write_picture
+from .._files import check_writable, read_json
+from .._terminal import UsageError, guarded, harmless, shown
 from .kit import Row, number
 
+MAX_ROWS = 500  # of one picture
 OURS, OTHER, TARGET, INK = "#14866d", "#c9784a", "#30343a", "#30343a"
 
 
@@ -37,11 +40,10 @@ def draw(rows: Sequence[Row], device: str, machine: str, path: str) -> None:
         figure, axes = plt.subplots(figsize=(11.5, 1.6 + 0.29 * len(rows)), layout="constrained")
         _fill(axes, rows)
         where = "GPU" if device == "cuda" else "CPU"
-        figure.suptitle(f"lplb bench on the {where}, time per call  |  {machine}", x=0.008, ha="left", fontsize=10, color="#6b7178")
+        figure.suptitle(harmless(f"lplb bench on the {where}, time per call  |  {machine}"), x=0.008, ha="left", fontsize=10, color="#6b7178",
+                        parse_math=False)
         try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+            write_picture(figure, path)
         finally:
             plt.close(figure)
 
@@ -66,7 +68,7 @@ def _fill(axes: Any, rows: Sequence[Row]) -> None:
             beside = max(peer[1], row.p99_us) if peer[1] < 2 * row.p99_us else peer[1]
             axes.annotate(number(peer[1]), (beside, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=OTHER)
     axes.set_xscale("log")
-    axes.set_yticks(range(len(rows)), [f"{row.suite}: {row.case}" for row in rows])
+    axes.set_yticks(range(len(rows)), [harmless(f"{row.suite}: {row.case}") for row in rows], parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(rows) - 0.4, -0.8)
     low, high = axes.get_xlim()
@@ -86,18 +88,37 @@ def _fill(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_title(" ")          # its room
 
 
-def main(words: Sequence[str]) -> int:
+def _rows_of(path: str, result: Any) -> list[Row]:
+    """The rows of a file that `bench --json` wrote. UsageError for any other."""
+    given = result.get("rows") if isinstance(result, dict) else None
+    if not isinstance(given, list) or not 1 <= len(given) <= MAX_ROWS or not all(isinstance(row, dict) for row in given):
+        raise UsageError(f"{path}: needs 1 .. {MAX_ROWS} rows, as bench --json writes them")
+    for i, row in enumerate(given):
+        times = {name: row.get(name) for name in ("p50_us", "p99_us", "target_p50_us", "target_p99_us", "peer_us", "published_us")}
+        for name, time in times.items():
+            if time is None and name not in ("p50_us", "p99_us"):
+                continue
+            if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 < time < math.inf:
+                raise UsageError(f"{path}: rows[{i}].{name} must be a number above 0, got {shown(time)}")
+    return [Row.from_json({**row, **{name: str(row.get(name) or "") for name in ("suite", "case", "machine")}}) for row in given]
+
+
+def _main(words: Sequence[str]) -> int:
     if len(words) != 2:
-        print("lplb: two arguments are needed, BENCH.json and FILE.png", file=sys.stderr)
-        return 2
-    try:
-        result = json.loads(Path(words[0]).read_text(encoding="utf-8"))
-        rows = [Row.from_json(row) for row in result["rows"]]
-        draw(rows, result["device"], f"{result['rows'][0]['machine']}, {result['date']}", words[1])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, UsageError) as error:
-        print(f"lplb: {words[0]} cannot be drawn: {error}", file=sys.stderr)
-        return 2
+        raise UsageError("two arguments are needed, BENCH.json and FILE.png")
+    source, path = words
+    check_writable(path, "the picture", {"the rows": source})
+    if os.path.splitext(path)[1].lower() not in PICTURES:
+        raise UsageError(f"{path}: a picture ends in .png, .svg or .pdf")
+    result = read_json(source)
+    rows = _rows_of(source, result)
+    machine = shown(rows[0].extra.get("machine", ""), 200)
+    draw(rows, str(result.get("device")), f"{machine}, {shown(result.get('date', ''))}", path)
     return 0
+
+
+def main(words: Sequence[str]) -> int:
+    return guarded(lambda: _main(words))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import check
+from .._terminal import UsageError
 from ..eplb import rebalance_experts
 from ..info import GroupInfo
 from ..planner import Planner
@@ -16,6 +17,8 @@ from .options import Layout
 from .policies import Replicas
 
 Int64Array = NDArray[np.int64]
+
+MAX_SHARES = 1 << 27  # source ranks * experts * replicas: the policies hold several arrays of so many int64
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Engine:
 
     def replicas(self) -> Replicas:
         log2phy = np.asarray(self._planners[0].mapping()[1], dtype=np.int32)
+        if self.layout.ranks * log2phy.size > MAX_SHARES:
+            raise UsageError(f"--ranks: {self.layout.ranks} ranks, {len(log2phy)} experts and up to {log2phy.shape[1]} replicas of an "
+                             f"expert are too many to simulate: their product must be at most {MAX_SHARES}")
         return Replicas(log2phy, self.layout.n_physical, self.layout.ranks, self.layout.nodes)
 
     def plan(self, counts: Int64Array, ids: Int64Array | None, phy2log: NDArray[np.int32]) -> RankPlans:

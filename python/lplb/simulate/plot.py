@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .._cli import UsageError, use_pyplot
+from .._cli import use_pyplot, write_picture
+from .._terminal import harmless
 from .play import EVEN, LPLB, NO_REPLICAS, Played, Series
 from .report import imbalance
 
@@ -27,12 +28,11 @@ def draw(played: Played, path: str) -> None:
         _distribution(right, played)
         options = played.options
         layout = options.layout
-        figure.suptitle(f"{options.trace.name}   |   {layout.ranks} ranks, {layout.name}, {layout.n_physical} slots for {layout.n_logical} "
-                        "experts", x=0.008, ha="left", fontsize=10, color="#6b7178")
+        title = (f"{options.trace.name}   |   {layout.ranks} ranks, {layout.name}, {layout.n_physical} slots for {layout.n_logical} "
+                 "experts")
+        figure.suptitle(harmless(title), x=0.008, ha="left", fontsize=10, color="#6b7178", parse_math=False)
         try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+            write_picture(figure, path)
         finally:
             plt.close(figure)
 

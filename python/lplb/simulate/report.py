@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._cli import table
+from .._terminal import harmless, shown
 from .play import EVEN, LPLB, NO_REPLICAS, PROPORTIONAL, Played, Series
 from .trace import Trace
 
@@ -108,12 +109,12 @@ def _heading(played: Played) -> list[str]:
         batch += f" of {layout.ranks} x {cut.tokens_per_rank} tokens"
     lines = [options.trace.describe()]
     if options.trace.source:
-        lines.append(f"source: {options.trace.source}")
+        lines.append(f"source: {shown(options.trace.source, 500)}")
     groups = "" if layout.group_size == layout.ranks else f", {layout.ranks // layout.group_size} groups of {layout.group_size} ranks"
-    lines.append(f"{layout.ranks} ranks on {layout.nodes} node{'s' * (layout.nodes > 1)}, {layout.name} placement{groups}, "
+    lines.append(f"{layout.ranks} ranks on {layout.nodes} node{'s' * (layout.nodes > 1)}, {harmless(layout.name)} placement{groups}, "
                  f"{layout.n_physical} slots ({extra:.3g} redundant a rank)")
     if isinstance(options.history, Trace):
-        history = f"all of {options.history.name}"
+        history = f"all of {harmless(options.history.name)}"
     elif not unit:
         history = "the whole snapshot"
     else:
