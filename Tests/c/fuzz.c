@@ -20,7 +20,7 @@ static char message[256];
 static uint64_t accepted, refusals;
 
 static void check(const char *call, lplb_status status, int expected, const char *words) {
-    if (status < LPLB_OK || status >= LPLB_ERROR_INTERNAL) fail("%s returned status %d: %s", call, status, words);
+    if (status < LPLB_OK || status == LPLB_ERROR_INTERNAL || status > LPLB_ERROR_PEER_LOST) fail("%s returned status %d: %s", call, status, words);
     if (expected == OK && status != LPLB_OK) fail("%s refused a valid call with status %d: %s", call, status, words);
     if (expected == FAILS && status == LPLB_OK) fail("%s accepted an invalid call", call);
     if (expected > 0 && status != expected) fail("%s returned status %d, not %d: %s", call, status, expected, words);
@@ -233,6 +233,48 @@ static void check_slots(subject *s, const char *call, const void *ids, const voi
     }
 }
 
+/* Rows of all ranks with small counts, and with this planner's digest if it has one. */
+static int32_t *make_rows(subject *s) {
+    const int64_t sources = s->config.ep_size, width = lplb_counts_width(s->config.n_logical);
+    int32_t *rows = make(sources * width, 4), *zeros = make(s->config.n_logical, 4), *own = make(width, 4);
+    memset(zeros, 0, (size_t)s->config.n_logical * 4);
+    const lplb_status status = lplb_planner_make_row(s->handle, zeros, LPLB_INT32, own, NULL);
+    check("lplb_planner_make_row", status, s->has_placement ? OK : LPLB_ERROR_WRONG_ORDER, lplb_planner_error(s->handle));
+    for (int64_t i = 0; i < sources * width; i++) {
+        rows[i] &= INT32_C(0xFFFF);
+        if (i % width == width - 1) rows[i] = own[width - 1];
+    }
+    return rows;
+}
+
+/* count_row, make_row and solve_rows. */
+static void rows(subject *s) {
+    const int64_t n = below(1000), width = lplb_counts_width(s->config.n_logical);
+    const lplb_dtype dtype = (lplb_dtype)below(2);
+    int expected = s->has_placement ? OK : LPLB_ERROR_WRONG_ORDER;
+    const int bad = chance(2) ? 0 : 1 + (int)below(5);
+    if (chance(2)) {
+        int32_t *row = bad == 1 ? NULL : make(width, 4);
+        const void *from = bad == 2 ? NULL : chance(2) ? make_ids(s, dtype, n, chance(2)) : make(n + s->config.n_logical, 8);
+        const lplb_dtype type = bad == 3 ? 7 : dtype;
+        if (bad >= 1 && bad <= 3) expected = FAILS;
+        const int counted = chance(2) && n > 0;
+        const lplb_status status = counted ? lplb_planner_count_row(s->handle, from, type, n, row, NULL)
+                                           : lplb_planner_make_row(s->handle, from == NULL ? NULL : make(s->config.n_logical, 8), type, row, NULL);
+        after(s, counted ? "lplb_planner_count_row" : "lplb_planner_make_row", status, expected);
+        return;
+    }
+    int32_t *all = bad == 1 ? NULL : make_rows(s);
+    if (bad == 1 || s->config.rank == LPLB_WHOLE_BATCH) expected = FAILS;
+    if (bad == 2 && expected == OK) all[below(s->config.ep_size) * width + width - 1] ^= 1 << below(31), expected = LPLB_ERROR_DISAGREEMENT;
+    if (bad == 3 && expected == OK) all[below(s->config.ep_size) * width + below(width - 1)] = -1, expected = FAILS;
+    float *scaled = chance(2) ? NULL : make(s->config.n_logical, 4);
+    void *counter = chance(2) ? NULL : make(1, 8);
+    const lplb_status status = lplb_planner_solve_rows(s->handle, all, NULL, scaled, counter, dtype, NULL);
+    if (status == LPLB_OK) s->has_plan = 1;
+    after(s, "lplb_planner_solve_rows", status, expected);
+}
+
 /* count, redirect, redirect_by_ratio and run: the calls that take ids. */
 static void plan_ids(subject *s) {
     const lplb_dtype dtype = (lplb_dtype)below(2);
@@ -241,8 +283,7 @@ static void plan_ids(subject *s) {
     void *ids = make_ids(s, dtype, n, chance(3)), *out = make(n, dtype == LPLB_INT32 ? 4 : 8), *seen = ids;
     int32_t *counts = make(s->config.n_logical, 4), *cumulative = make(chunks * s->config.n_logical, 4);
     float *ratios = make(s->config.ep_size * s->config.n_redundant, 4); /* random bits: NaN, infinite and negative ones among them */
-    int32_t *gathered = s->config.rank == LPLB_WHOLE_BATCH || chance(2) ? NULL : make(sources * s->config.n_logical, 4);
-    for (int64_t i = 0; gathered != NULL && i < sources * s->config.n_logical; i++) gathered[i] &= INT32_C(0xFFFF);
+    int32_t *gathered = s->config.rank == LPLB_WHOLE_BATCH || chance(2) ? NULL : make_rows(s);
     void *counter = chance(2) ? NULL : make(1, 8);
     lplb_dtype type = dtype, counter_type = (lplb_dtype)below(2);
     int64_t passed = n;
@@ -282,8 +323,12 @@ static void plan_ids(subject *s) {
             call = "lplb_planner_run";
             if (bad == 5) blocks = wrong(0) | INT64_MIN, expected = FAILS;
             if (bad == 6 && counter != NULL) counter_type = 2 + (lplb_dtype)below(1000), expected = FAILS;
-            if (bad == 7 && s->config.rank == LPLB_WHOLE_BATCH) gathered = make(sources * s->config.n_logical, 4), expected = FAILS;
-            if (bad == 8 && gathered != NULL) gathered[below(sources * s->config.n_logical)] = -1, expected = s->has_replicas ? FAILS : ANY;
+            if (bad == 7 && s->config.rank == LPLB_WHOLE_BATCH) gathered = make_rows(s), expected = FAILS;
+            if (bad == 8 && gathered != NULL) {
+                const int64_t width = lplb_counts_width(s->config.n_logical), at = below(sources * width);
+                gathered[at] = -1;
+                expected = !s->has_replicas ? ANY : !s->has_placement ? FAILS : at % width < width - 1 ? FAILS : LPLB_ERROR_DISAGREEMENT;
+            }
             status = lplb_planner_run(s->handle, ids, type, passed, gathered, out, counter, counter_type, blocks, NULL);
             if (status == LPLB_OK && s->has_replicas) s->has_plan = 1;
         }
@@ -372,8 +417,8 @@ static void read_plan(subject *s) {
 int main(int argc, char **argv) {
     const uint64_t iterations = argc > 1 ? strtoull(argv[1], NULL, 10) : 20000;
     seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
-    static void (*const calls[])(subject *) = {place, set_placement, set_placement, read_placement, plan_ids, plan_ids, plan_ids, solve,
-                                               solve, read_plan};
+    static void (*const calls[])(subject *) = {place, set_placement, set_placement, read_placement, plan_ids, plan_ids, plan_ids, rows,
+                                               solve, solve, read_plan};
     null_handles();
     subject subjects[4] = {{0}};
     for (iteration = 0; iteration < iterations; iteration++) {
@@ -383,6 +428,7 @@ int main(int argc, char **argv) {
         else if (chance(40)) destroy(s);
         else if (chance(8)) one_off();
         else if (chance(20)) exchange_config();
+        else if (chance(20)) agree();
         else calls[below((int64_t)(sizeof calls / sizeof *calls))](s);
     }
     for (int i = 0; i < 4; i++) destroy(&subjects[i]);

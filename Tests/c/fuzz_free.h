@@ -148,4 +148,57 @@ static void null_handles(void) {
     if (lplb_version() != LPLB_VERSION) fail("header %d, library %d", LPLB_VERSION, lplb_version());
 }
 
+/* lplb_agree among up to 5 ranks, whose gather this program plays: first it takes down what each rank brings, then it shows it to all. */
+enum { RECORD = 1024, MOST_RANKS = 5 };
+static struct { int showing, n_ranks; unsigned char records[MOST_RANKS][RECORD]; } meeting;
+
+static int32_t meet(void *context, const void *mine, void *all, int64_t bytes) {
+    if (bytes != RECORD) fail("lplb_agree gathers %" PRId64 " bytes", bytes);
+    if (!meeting.showing) {
+        memcpy(meeting.records[*(const int *)context], mine, RECORD);
+        return 1;
+    }
+    memcpy(all, meeting.records, (size_t)meeting.n_ranks * RECORD);
+    return 0;
+}
+
+static void agree(void) {
+    meeting.n_ranks = 1 + (int)below(MOST_RANKS);
+    lplb_config common = LPLB_CONFIG_INIT;
+    common.ep_size = meeting.n_ranks;
+    common.n_logical = meeting.n_ranks * (1 + below(4));
+    common.n_physical = common.n_logical;
+    const int odd = (int)below(meeting.n_ranks), bad = chance(2) ? 0 : 1 + (int)below(8);
+    static double history[MOST_RANKS * 5];
+    for (int i = 0; i < MOST_RANKS * 5; i++) history[i] = (double)below(100);
+    lplb_status statuses[MOST_RANKS];
+    char words[MOST_RANKS][256];
+    for (meeting.showing = 0; meeting.showing < 2; meeting.showing++) {
+        if (meeting.showing && bad == 7) meeting.records[odd][below(32)] ^= (unsigned char)(1 + below(255));
+        for (int rank = 0; rank < meeting.n_ranks; rank++) {
+            lplb_config config = common;
+            lplb_agree_config asked = LPLB_AGREE_CONFIG_INIT;
+            asked.planner = &config, asked.n_ranks = meeting.n_ranks, asked.rank = rank, asked.gather = meet, asked.context = &rank;
+            asked.history = bad == 3 && rank == odd ? NULL : history;
+            asked.settings = bad == 4 && rank == odd ? "other \xE9\xFF words" : "words";
+            if (bad == 1 && rank == odd) config.n_logical += meeting.n_ranks, config.n_physical += meeting.n_ranks;
+            if (bad == 2 && rank == odd) config.n_physical = common.n_physical - 1 - below(100);
+            if (bad == 5 && rank == odd) asked.failure = "this rank is out of memory", asked.planner = chance(2) ? NULL : &config;
+            if (bad == 6 && rank == odd) config.struct_size = wrong(config.struct_size);
+            if (bad == 8) asked.rank = wrong(rank) < 0 ? -1 : meeting.n_ranks;
+            lplb_agreement agreed = {sizeof agreed};
+            words[rank][0] = 0;
+            statuses[rank] = lplb_agree(&asked, &agreed, words[rank], sizeof words[rank]);
+            check("lplb_agree", statuses[rank], !meeting.showing ? FAILS : bad == 0 ? OK : ANY, words[rank]);
+        }
+    }
+    for (int rank = 1; rank < meeting.n_ranks && bad != 8; rank++) { /* a rank that is no number of theirs is refused before it meets others */
+        if (statuses[rank] != statuses[0] || strcmp(words[rank], words[0]) != 0)
+            fail("lplb_agree: rank 0 was told %d '%s', rank %d %d '%s'", statuses[0], words[0], rank, statuses[rank], words[rank]);
+    }
+    const int differs = (bad == 1 || bad == 3 || bad == 4) && meeting.n_ranks > 1;
+    if (differs && statuses[0] != LPLB_ERROR_DISAGREEMENT) fail("lplb_agree: differing ranks got %d '%s'", statuses[0], words[0]);
+    if ((bad == 2 || bad == 5 || bad == 6 || bad == 8) && statuses[0] == LPLB_OK) fail("lplb_agree accepted what rank %d gave", odd);
+}
+
 #endif
