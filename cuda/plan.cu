@@ -135,6 +135,7 @@ bool fused_fits(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks,
 
 // Takes over staged tables; what was planned before is void.
 __global__ void __launch_bounds__(kThreads) adopt(const __grid_constant__ lplbk_planner planner) {
+    wait_for_stream();
     const int first = blockIdx.x * kThreads + threadIdx.x, stride = gridDim.x * kThreads;
     for (int i = first; i < planner.layout.words; i += stride) planner.tables[i] = planner.staged[i];
     for (int slot = first; slot < planner.shape.n_physical; slot += stride) planner.quota[slot] = planner.take[slot] = 0;
@@ -198,9 +199,8 @@ int32_t lplbk_place(const lplbk_planner *planner, const int32_t *tables, void *s
     if (error != 0) return error;
     OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return taken(on.error());
-    adopt<<<max(1, min(ceil_div(planner->layout.words, kThreads), planner->info.n_sms)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        *planner);
-    error = taken(cudaGetLastError());
+    const int blocks = max(1, min(ceil_div(planner->layout.words, kThreads), planner->info.n_sms));
+    error = taken(launch(planner->info, adopt, blocks, kThreads, 0, 0, static_cast<cudaStream_t>(stream), *planner));
     return error != 0 ? error : lplbk_wait(planner->device, stream);
 }
 

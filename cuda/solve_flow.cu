@@ -264,6 +264,7 @@ __global__ void __launch_bounds__(512, 1)
 template <class Count>
 __global__ void scale(const __grid_constant__ CountMatrix<Count> loads, const __grid_constant__ PlanOut out) {
     __shared__ int highest[32];
+    wait_for_stream();
     int most = 0;
     for (int expert = threadIdx.x; expert < loads.n_logical; expert += blockDim.x)
         most = max(most, fitted(loads.template total<true>(expert)));
@@ -327,8 +328,7 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int64_t n_so
     PlanOut out = PlanOut::of(planner, ratios, scaled, counter, counter64);
     if (kind == kComparedRows) out.compare(planner);
     if (scaled != nullptr && shape.n_groups > 1) {
-        scale<Count><<<1, 512, 0, stream>>>(loads, out);
-        const cudaError_t error = cudaGetLastError();
+        const cudaError_t error = launch(planner.info, scale<Count>, 1, 512, 0, 0, stream, loads, out);
         if (error != cudaSuccess) return error;
         out.scaled = nullptr;
     }
