@@ -9,12 +9,32 @@ from lplb import Planner, WrongOrder
 from lplb.topology import CUBE_8P2E
 
 
+def rows_of(planner, counts):
+    """The rows that ranks with these counts [ep_size, n_logical] and the planner's digest bring to an exchange."""
+    handle = planner._handle
+    counts = counts.to(planner.device, torch.int32).contiguous()
+    row = torch.empty(handle.width, dtype=torch.int32, device=planner.device)
+    handle.check(handle.library.planner_make_row(handle.opened(), counts[0].data_ptr(), 0, row.data_ptr(), planner._stream()))
+    return torch.cat([counts, row[-1:].expand(len(counts), 1)], dim=1)
+
+
+class Reporting(Planner):
+    """A planner whose kernels report ranks that disagree, where they would trap."""
+
+    def _configure(self, *arguments):
+        super()._configure(*arguments)
+        self._config.policy = 1
+
+
 def run_gathered(planner, ids, counts, counter=None):
     """lplb_planner_run with the counts of all ranks [ep_size, n_logical]."""
+    return run_rows(planner, ids, rows_of(planner, counts), counter)
+
+
+def run_rows(planner, ids, rows, counter=None):
     handle, out = planner._handle, torch.empty_like(ids)
-    counts = counts.to(ids.device, torch.int32).contiguous()
     handle.check(handle.planner_run(
-        handle.opened(), ids.data_ptr(), int(ids.dtype == torch.int64), ids.numel(), counts.data_ptr(), out.data_ptr(),
+        handle.opened(), ids.data_ptr(), int(ids.dtype == torch.int64), ids.numel(), rows.data_ptr(), out.data_ptr(),
         None if counter is None else counter.data_ptr(), int(counter is not None and counter.dtype == torch.int64), 0, planner._stream()))
     return out
 

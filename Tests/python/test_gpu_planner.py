@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import oracle
 import pytest
@@ -10,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 import both_devices
 from lplb import Planner
-from lplb.errors import LplbError
+from lplb.errors import Disagreement, LplbError
 from lplb.topology import CUBE_8P2E, HYPERCUBE_16P2E, RING_8P, SQUARE_4P2E, torus_2d
 
 pytestmark = pytest.mark.gpu
@@ -463,3 +468,65 @@ def test_the_interior_point_solver_is_near_the_optimum_and_keeps_totals(name):
             ratios, _ = gpu.solve_probs(loads.cuda(), None)
             assert (ratios >= 0).all() and (ratios <= 1).all()
     assert np.mean(gaps) < 0.01, f"mean gap {np.mean(gaps):.2%}, worst {np.max(gaps):.2%}"
+
+
+@pytest.mark.parametrize("case", ["cube", "general"])
+@pytest.mark.parametrize("count", [3000, 200_000])
+def test_rows_of_a_rank_that_disagrees_are_reported(case, count):
+    """In one launch and in several, and by solve: the next call says so, until there is a new placement."""
+    rng = np.random.default_rng(81)
+    if case == "cube":
+        planner, place = both_devices.Reporting(CUBE_8P2E, 80, 64, 8, device="cuda", rank=3), lambda: planner.update_redundancy_mapping()
+    else:
+        phy2log, n_logical = oracle.random_placement(rng, 8, 6, 4)
+        planner = both_devices.Reporting.from_placement(phy2log, ep_size=8, n_logical=n_logical, device="cuda", rank=3)
+        place = lambda: planner.update_placement(phy2log)  # noqa: E731
+    ids = random_ids(rng, planner.n_logical_routed_experts, count)
+    counts = torch.randint(0, 50, (8, planner.n_logical_routed_experts))
+    counts[3] = torch.bincount(ids[ids >= 0], minlength=planner.n_logical_routed_experts)
+    ids, rows = ids.cuda(), both_devices.rows_of(planner, counts)
+    fine = both_devices.run_rows(planner, ids, rows)
+    other = rows.clone()
+    other[5, -1] ^= 4
+    handle, words = planner._handle, "got another digest from rank 5 than from rank 3, which noticed it"
+
+    def solve_rows(given):
+        handle.check(handle.library.planner_solve_rows(handle.opened(), given.data_ptr(), None, None, None, 0, planner._stream()))
+
+    for call in (lambda given: both_devices.run_rows(planner, ids, given), solve_rows):
+        call(other)
+        torch.cuda.synchronize()
+        with pytest.raises(Disagreement, match=words):
+            both_devices.run_rows(planner, ids, rows)
+        with pytest.raises(Disagreement, match=words):
+            planner.solve(counts.cuda())
+        place()
+        assert torch.equal(both_devices.run_rows(planner, ids, rows), fine)
+
+
+def test_a_disagreement_traps(tmp_path):
+    """As planners do by default: the context is lost, and the words are still there."""
+    script = """
+import torch, both_devices, lplb
+from lplb import Planner, topology
+planner = Planner(topology.CUBE_8P2E, 80, 64, 8, device="cuda", rank=3)
+ids = torch.zeros(100, dtype=torch.int64, device="cuda")
+rows = both_devices.rows_of(planner, torch.full((8, 64), 3))
+rows[6, -1] += 1
+both_devices.run_rows(planner, ids, rows)
+try:
+    torch.cuda.synchronize()
+except RuntimeError:
+    print("trapped")
+try:
+    handle = planner._handle
+    handle.check(handle.library.planner_solve_rows(handle.opened(), rows.data_ptr(), None, None, None, 0, None))
+except lplb.Disagreement as error:
+    print(error)
+import os, sys
+sys.stdout.flush()
+os._exit(0)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert "trapped" in done.stdout and "another digest from rank 6 than from rank 3" in done.stdout, done.stdout + done.stderr
