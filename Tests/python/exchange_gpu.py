@@ -218,7 +218,7 @@ def planners(place: Place, batches: int, kind: str, **more: Any) -> tuple[bool, 
     of_rank = np.arange(n_experts).reshape(ranks, -1)
     general = torch.from_numpy(np.concatenate([np.append(of_rank[r], of_rank[r - 1, 0]) for r in range(ranks)]))
     # Two planners in one stream order share an exchange; each could have its own.
-    shared = exchange.create(dist.group.WORLD, device, n_experts, kind, **more)
+    shared = exchange.create(dist.group.WORLD, device, n_experts + 1, kind, **more)
     both = [Planner(r2o, n_physical, n_experts, group=dist.group.WORLD, device=device, exchange=shared),
             Planner.from_placement(general, n_logical=n_experts, group=dist.group.WORLD, device=device, exchange=shared)]
     counter = torch.zeros(1, dtype=torch.int64, device=device)
@@ -257,6 +257,49 @@ def planners(place: Place, batches: int, kind: str, **more: Any) -> tuple[bool, 
     return fine, f"{best} plans of {ranks} x {per_rank} x {routed.shape[2]} ids"
 
 
+def disagreeing(place: Place, kind: str, **more: Any) -> tuple[bool, str]:
+    """The last rank has another placement, or calls its planners in another order: every rank says so at its next call, and lives on."""
+    rank, ranks, device = place.rank, place.ranks, place.device
+    r2o = {2: torch.tensor([[1], [0]]), 4: topology.SQUARE_4P2E, 8: topology.CUBE_8P2E}.get(ranks)
+    if r2o is None:
+        return True, f"no topology for {ranks} ranks"
+    n_experts, odd = 16 * ranks, ranks - 1
+    sizes = (r2o, n_experts + ranks * r2o.shape[1], n_experts)
+    history = torch.arange(n_experts, dtype=torch.float64)
+    seen = []
+    for case in ("one launch", "several launches", "solve", "graph", "other order"):
+        shared = exchange.create(dist.group.WORLD, device, n_experts + 1, kind, policy="report", timeout=20, **more)
+        first, second = (Planner(*sizes, group=dist.group.WORLD, device=device, exchange=shared) for _ in range(2))
+        ids = torch.randint(0, n_experts, (200_000 if case == "several launches" else 512, 2), device=device)
+        counts = torch.bincount(ids.flatten(), minlength=n_experts)
+        for planner in (first, second):
+            planner.run(ids, None)
+        graph = torch.cuda.CUDAGraph()
+        if case == "graph":
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                first.run(ids, None)
+        torch.cuda.synchronize()
+        if case == "other order":
+            (second if rank == odd else first).run(ids, None)
+        else:
+            first.update_redundancy_mapping(history if rank != odd else -history + n_experts)
+            graph.replay() if case == "graph" else first.solve(counts) if case == "solve" else first.run(ids, None)
+        torch.cuda.synchronize()
+        try:
+            first.run(ids, None)
+            seen.append(f"{case}: nothing was said")
+        except errors.Disagreement as error:
+            wanted = f"from rank {odd} than from rank {rank}" if rank != odd else f"than from rank {rank}, which noticed it"
+            seen += [] if wanted in str(error) else [f"{case}: {error}"]
+        torch.cuda.synchronize()
+        del graph
+        first.close(), second.close(), shared.close()
+        dist.barrier()
+    return not seen, "; ".join(seen) or "by all ranks"
+
+
 def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
     place = start(args)
     device, own_gpu = place.device, place.own_gpu
@@ -288,6 +331,7 @@ def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
         check(f"{kind}: two exchanges on two streams", wrong == 0, f"{wrong} wrong")
         if not args.no_planners:
             check(f"{kind}: realised loads equal the certified plan", *planners(place, 16, kind))
+            check(f"{kind}: a rank that disagrees is noticed", *disagreeing(place, kind))
     auto = exchange.create(group, device, N_COUNTS)
     check("auto", auto.kind == ("symm" if own_gpu else "ipc"), repr(auto))
     auto.close()
@@ -333,6 +377,7 @@ def nodes(args: argparse.Namespace, check: Checks, place: Place) -> None:
         if not args.no_planners:
             name = f"{args.nodes} nodes of {per_node}, rail {rail}: realised loads equal the certified plan"
             check(name, *planners(place, 4, "ipc", **more))
+            check(f"{args.nodes} nodes of {per_node}, rail {rail}: a rank that disagrees is noticed", *disagreeing(place, "ipc", **more))
             exchange.release(group, device)
 
 

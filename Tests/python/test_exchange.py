@@ -180,7 +180,7 @@ def test_buffer_bytes():
     ({"struct_size": 8}, "struct_size: must be sizeof(lplb_exchange_config)"),
     ({"n_ranks": 0}, "n_ranks: must lie in 1 ... 72, got 0"), ({"n_ranks": 73}, "n_ranks: must lie in 1 ... 72, got 73"),
     ({"rank": 8}, "rank: must lie in 0 ... 7, got 8"), ({"rank": -1}, "rank: must lie in 0 ... 7, got -1"),
-    ({"n_counts": 0}, "n_counts: must lie in 1 ... 4097, got 0"), ({"n_counts": 4097}, "got 4098"),
+    ({"n_counts": 0}, "n_counts: must lie in 1 ... 4097, got 0"), ({"n_counts": 4098}, "got 4098"),
     ({"n_nodes": 0}, "n_nodes: must lie in 1 ... 1024, got 0"), ({"node": 1}, "node: must lie in 0 ... 0, got 1"),
     ({"n_nodes": 2}, "rail: must not be NULL when n_nodes is above 1"), ({"device": -1}, "device: must lie in 0 ..."),
     ({"first_epoch": 2**32}, "first_epoch: must lie in 0 ... 4294967295, got 4294967296"), ({"first_epoch": -1}, "got -1"),

@@ -39,15 +39,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Report:
-    """What ended an exchange: this rank waited waited_s for the counts of `peer` in its call number `epoch`."""
+    """What ended an exchange in its call number `epoch`: this rank waited waited_s for the counts of `peer`, or `peer` planned with another
+    planner, placement or settings."""
 
-    reason: str  #: "timed out" or "aborted"
+    reason: str  #: "timed out", "aborted" or "disagreed"
     rank: int
     peer: int
     epoch: int
     waited_s: float
 
     def __str__(self) -> str:
+        if self.reason == "disagreed":
+            return f"rank {self.rank} found another digest in the counts of rank {self.peer} in call {self.epoch}"
         what = f"rank {self.rank} waited {self.waited_s:.3f} s for the counts of rank {self.peer} in call {self.epoch}"
         return f"{what}, then was aborted" if self.reason == "aborted" else f"{what}: late, stuck or gone"
 
@@ -73,6 +76,7 @@ class Exchange(ABC):
         self.ranks, self.rank = layout.ranks, layout.rank
         self.reason = reason  #: why nothing faster is in use, "" where nothing is
         self.closed = False
+        self.policy = "trap"  #: what a GPU does that finds a rank late, or disagreeing
         self.attached = False  #: lplb_planner_run does it inside
 
     @abstractmethod
@@ -206,6 +210,7 @@ class NativeExchange(Exchange):
     def set_limits(self, timeout: float, policy: str) -> None:
         """For calls and captures from now on: as in lplb.exchange.create."""
         self.check(self.functions.set_limits(self.pointer, policy_number(policy), timeout_ms(timeout)))
+        self.policy = policy
         if self.rail is not None:
             self.rail.set_limits(policy_number(policy), timeout_ms(timeout))
 
@@ -216,8 +221,9 @@ class NativeExchange(Exchange):
         if self.functions.get_report(self.pointer, ctypes.byref(raw)) or raw.code == _exchange_c.FINE:
             return None
         first = self.layout.node * self.layout.per_node  # the library numbers the ranks of one node
-        reason = "aborted" if raw.code == _exchange_c.ABORTED else "timed out"
-        return Report(reason, first + raw.rank, first + raw.peer, raw.epoch, raw.waited_ns * 1e-9)
+        reason = {_exchange_c.ABORTED: "aborted", _exchange_c.DISAGREED: "disagreed"}.get(raw.code, "timed out")
+        peer = raw.peer if raw.code == _exchange_c.DISAGREED else first + raw.peer
+        return Report(reason, first + raw.rank, peer, raw.epoch, raw.waited_ns * 1e-9)
 
     def abort(self) -> None:
         if self.pointer is not None:
@@ -246,9 +252,9 @@ class NativeExchange(Exchange):
 
 
 def policy_number(policy: str) -> int:
-    if policy not in _exchange_c.POLICIES:
-        raise broken_rule("policy", f"must be one of {', '.join(_exchange_c.POLICIES)}", repr(policy))
-    return _exchange_c.POLICIES[policy]
+    if policy not in _native.POLICIES:
+        raise broken_rule("policy", f"must be one of {', '.join(_native.POLICIES)}", repr(policy))
+    return _native.POLICIES[policy]
 
 
 def timeout_ms(timeout: float) -> int:

@@ -13,8 +13,7 @@ from ._native import Address
 BLOB_BYTES = 128
 MAX_RANKS = 72
 MAX_NODES = 1024
-POLICIES = {"trap": 0, "report": 1}
-FINE, TIMED_OUT, ABORTED = 0, 1, 2
+FINE, TIMED_OUT, ABORTED, DISAGREED = 0, 1, 2, 3
 
 # int32_t (*all_gather)(void *context, const int32_t *counts, int32_t *gathered, int64_t n_counts, void *stream);
 RAIL_GATHER = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)

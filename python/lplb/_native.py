@@ -23,6 +23,7 @@ INT32, INT64 = 0, 1  # LPLB_INT32, LPLB_INT64
 DEVICE_CPU = -1
 WHOLE_BATCH = -1
 SOLVERS = {"flow": 0, "ipm": 1}
+POLICIES = {"trap": 0, "report": 1}  # LPLB_EXCHANGE_TRAP, LPLB_EXCHANGE_REPORT
 MAX_RANKS = 1024  # LPLB_MAX_RANKS, and so on: limits of the header
 MAX_EP_SIZE = 8192
 MAX_LOGICAL = 4096

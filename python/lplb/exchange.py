@@ -44,14 +44,16 @@ class Refused(Exception):
 
 def create(group: Any, device: Any, n_counts: int, kind: str = "auto", *, n_nodes: int | None = None, rail: str = "auto",
            timeout: float = 30.0, policy: str = "trap", first_epoch: int = 1) -> Exchange:
-    """An exchange of n_counts integers from every rank of a torch.distributed group. Collective; equal arguments on all ranks.
+    """An exchange of n_counts integers from every rank of a torch.distributed group. Collective; equal arguments on all ranks. For planners
+    n_counts is their n_logical + 1: a digest of placement and settings travels behind the counts.
 
     device: this rank's GPU, or "cpu". kind: see above; "auto" falls back, with one line in the log of rank 0 that says why, the others
     raise Unsupported on all ranks where they fail on one. n_nodes: None: ranks that share a host form a node. rail: "nccl", "nvshmem"
     (needs the plugin), "auto": NVSHMEM if it is already running, else NCCL. (On several nodes a group of the ranks along the rail is made,
     for which PyTorch may need every rank of the job: then all groups must make their exchanges at the same time.)
     timeout: seconds to wait for a peer, on the GPU's clock; 0: no limit. policy: what a GPU does then: "trap" ends the process's CUDA
-    context, so that nothing goes on with wrong counts; "report" lets it go on, with zeros, and makes later calls raise PeerTimeout.
+    context, so that nothing goes on with wrong counts; "report" lets it go on, with zeros, and makes later calls raise PeerTimeout. The
+    same for a rank that plans with another placement: then later calls raise Disagreement.
     first_epoch: the number of the first call.
 
     Before it is handed out it is used a few times and compared with torch.distributed.
@@ -187,6 +189,7 @@ class _Maker:
             shown = values if layout is None else values[layout.node * layout.per_node :][: layout.per_node]
 
     def chosen(self, exchange: Exchange) -> Exchange:
+        exchange.policy = self.policy
         if self.rank == 0:
             if exchange.reason:
                 log.warning("lplb: counts are exchanged by %s; nothing faster: %s", exchange.describe(), exchange.reason)

@@ -188,7 +188,8 @@ class Planner:
             struct_size=ctypes.sizeof(_native.Config), device=ordinal, solver=_native.SOLVERS[solver], ep_size=self.ep_size,
             rank=_native.WHOLE_BATCH if whole_batch else self.rank, n_nodes=nodes, n_logical=self.n_logical_routed_experts,
             n_physical=self.n_routed_experts, group_size=group_size, n_redundant=0 if r2o is None else r2o.shape[1],
-            r2o=None if r2o is None else address(r2o))
+            r2o=None if r2o is None else address(r2o),
+            policy=0 if isinstance(exchange, str) else _native.POLICIES[exchange.policy])
         self._kept = r2o  # the config holds its address
         self._general = r2o is None
         torch = loaded_torch()
