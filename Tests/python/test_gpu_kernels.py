@@ -1,4 +1,4 @@
-"""The kernels against a plain C++ reference, by the harnesses in Tests/cuda, and under compute-sanitizer. Needs nvcc and the source tree."""
+"""The kernels against a plain C++ reference, by the harnesses in Tests/cuda, and under compute-sanitizer. Needs nvcc and the sources."""
 
 from __future__ import annotations
 
