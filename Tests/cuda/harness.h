@@ -1,6 +1,7 @@
 // Shared by the CUDA harnesses: planners on the device, random instances, timing. Building one, and its short suite under a sanitizer:
 //   nvcc -arch=native -O3 -std=c++17 -lineinfo -Icuda Tests/cuda/run_harness.cu cuda/*.cu -o run_harness
 //   compute-sanitizer --tool racecheck --error-exitcode 9 ./run_harness 4 0 2000    (memcheck, synccheck, initcheck alike)
+// -DLPLB_PLAIN_BARRIERS: cluster barriers in a form that racecheck surely follows. Tests/python/test_gpu_kernels.py does all this.
 #pragma once
 
 #include <cuda_runtime.h>
