@@ -231,7 +231,8 @@ class Pair:
     def record(self, work):
         """A way to repeat the work, and where its results will be."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        # PyTorch's own stream for capture belongs to the device where somebody first captured.
+        with torch.cuda.graph(graph, stream=self.stream or torch.cuda.Stream(self.device)):
             out = work()
         return graph.replay, out
 

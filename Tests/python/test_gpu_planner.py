@@ -252,7 +252,7 @@ def captured(planner, ids, counter):
     planner.run(ids, counter)  # once outside: loads the kernels
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         out = planner.run(ids, counter)
     return graph, out
 
@@ -301,7 +301,7 @@ def test_ten_thousand_runs_give_one_result():
     first = gpu.run(ids, None)
     different = torch.zeros(1, dtype=torch.int64, device="cuda")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         for _ in range(100):
             different += (gpu.run(ids, None) != first).sum()
     for _ in range(100):
