@@ -102,7 +102,10 @@ typedef struct lplb_config {
     int32_t device;        /* LPLB_DEVICE_CPU or a CUDA ordinal */
     int32_t solver;        /* LPLB_SOLVER_* */
     int64_t ep_size;       /* ranks */
-    int64_t rank;          /* which of them this planner plans for, or LPLB_WHOLE_BATCH */
+    /* Which of them this planner plans for, when each rank has tokens of its own. LPLB_WHOLE_BATCH: the ids given are all there are: those of
+       all ranks together, or the same on every rank, which then all choose the same replicas and exchange nothing. Ranks that hold the same
+       tokens and name a rank each would take their tokens for different ones, and choose differently. */
+    int64_t rank;
     int64_t n_nodes;       /* hosts; ranks of one host are consecutive; divides ep_size. 0: ep_size / 8 if that divides, else 1 */
     int64_t n_logical;     /* logical experts */
     int64_t n_physical;    /* physical experts, replicas included; a multiple of ep_size */

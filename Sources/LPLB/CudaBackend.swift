@@ -243,6 +243,7 @@ final class CudaBackend: PlannerBackend {
         _ ids: IdBuffer, exchanging view: UnsafePointer<lplbk_exchange_view>, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) -> Bool {
+        try requireAgreement()
         let error = lplbk_run_exchanging(
             state, view, ids.base, ids.type.is64, Int64(ids.count), out.base, counter.base, counter.type.is64, Int64(maxBlocks), stream)
         if error == Int32(LPLBK_UNSUPPORTED) { return false }
