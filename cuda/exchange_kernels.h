@@ -44,16 +44,29 @@ typedef struct lplbk_exchange_host {
     /* device -> host; code is written last */
     int32_t code;   /* LPLBK_EXCHANGE_* */
     int32_t rank;   /* that waited */
-    int32_t peer;   /* whose counts were missing; the first one that was noticed */
+    int32_t peer;   /* whose counts were missing, the first one that was noticed; -1: not known */
     uint32_t epoch; /* of the call */
     uint64_t waited_ns;
 } lplbk_exchange_host;
 
-/* All that a kernel needs, passed by value (632 bytes). Addresses are device addresses on the rank's device. */
+/* The page as the host reads it: code first, and the rest only once it is there. (Elsewhere than on x86 plain loads may be swapped.) */
+static inline lplbk_exchange_host lplbk_exchange_host_read(const lplbk_exchange_host *page) {
+    lplbk_exchange_host seen = {0};
+    const int32_t code = __atomic_load_n(&page->code, __ATOMIC_ACQUIRE);
+    if (code != LPLBK_EXCHANGE_FINE) seen = *page;
+    seen.code = code;
+    return seen;
+}
+
+/* What the host wrote before is there for a device that sees the flag. */
+static inline void lplbk_exchange_host_abort(lplbk_exchange_host *page) { __atomic_store_n(&page->abort, 1, __ATOMIC_RELEASE); }
+
+/* All that a kernel needs, passed by value (640 bytes). Addresses are device addresses on the rank's device. */
 typedef struct lplbk_exchange_view {
     uint64_t peer[LPLBK_EXCHANGE_MAX_RANKS]; /* every rank's buffer; peer[rank] is the own one */
     uint64_t state;                          /* lplbk_exchange_state */
     uint64_t host;                           /* lplbk_exchange_host */
+    uint64_t rail_failed;                    /* 0, or a word that is not 0 once the rail has given up (lplb_rail_ops.failed) */
     uint64_t timeout_ns;                     /* 0: none */
     int32_t rank, n_ranks;                   /* of the NVLink stage */
     int32_t n_nodes;                         /* rows of n_counts that every rank brings, one a node, gathered along the rail before */

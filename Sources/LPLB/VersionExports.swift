@@ -35,6 +35,7 @@ public func lplb_status_string(_ status: lplb_status) -> UnsafePointer<CChar>! {
     case LPLB_ERROR_CUDA: staticText("the CUDA runtime reported an error")
     case LPLB_ERROR_TIMEOUT: staticText("a peer did not answer in time")
     case LPLB_ERROR_INTERNAL: staticText("a defect inside lplb")
+    case LPLB_ERROR_PEER_LOST: staticText("the connection to a peer broke")
     default: staticText("unknown status")
     }
 }

@@ -14,7 +14,8 @@ BLOB_BYTES = 128
 MAX_RANKS = 72
 MAX_NODES = 1024
 POLICIES = {"trap": 0, "report": 1}
-FINE, TIMED_OUT, ABORTED = 0, 1, 2
+FINE, TIMED_OUT, ABORTED, LOST = 0, 1, 2, 3
+REASONS = {TIMED_OUT: "timed out", ABORTED: "aborted", LOST: "lost"}
 
 # int32_t (*all_gather)(void *context, const int32_t *counts, int32_t *gathered, int64_t n_counts, void *stream);
 RAIL_GATHER = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
@@ -22,6 +23,10 @@ RAIL_GATHER = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64, c
 RAIL_ERROR = ctypes.CFUNCTYPE(c_void_p, c_void_p)
 # void (*destroy)(void *context);
 RAIL_DESTROY = ctypes.CFUNCTYPE(None, c_void_p)
+# void (*abort)(void *context);
+RAIL_ABORT = ctypes.CFUNCTYPE(None, c_void_p)
+# void (*report)(void *context, lplb_exchange_report *report);
+RAIL_REPORT = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
 
 
 class RailOps(ctypes.Structure):
@@ -33,6 +38,9 @@ class RailOps(ctypes.Structure):
         ("all_gather", RAIL_GATHER),
         ("error", RAIL_ERROR),
         ("destroy", RAIL_DESTROY),
+        ("abort", RAIL_ABORT),
+        ("report", RAIL_REPORT),
+        ("failed", c_void_p),
     ]
 
 
@@ -64,6 +72,8 @@ class ReportStruct(ctypes.Structure):
         ("peer", c_int32),
         ("epoch", c_uint32),
         ("waited_ns", c_int64),
+        ("peer_node", c_int32),
+        ("reserved", c_int32),
     ]
 
 

@@ -22,7 +22,7 @@ class Handle:
     """Owns one lplb_planner. Holds what a call needs, read once: `run` is counted in microseconds."""
 
     __slots__ = ("library", "pointer", "number", "device", "n_logical", "n_physical", "ep_size", "rank", "exchange",
-                 "owns_exchange", "debug", "has_replicas", "n_ratios", "planner_run")
+                 "debug", "has_replicas", "n_ratios", "planner_run")
 
     def __init__(self, library: _native.Library, config: _native.Config) -> None:
         pointer = ctypes.c_void_p()
@@ -39,7 +39,6 @@ class Handle:
         self.ep_size: int = config.ep_size
         self.rank: int = config.rank
         self.exchange: Exchange | None = None  # None: the counts given are everybody's
-        self.owns_exchange = False
         self.debug = False
         self.has_replicas = self.n_physical > self.n_logical
         self.n_ratios: int = config.ep_size * config.n_redundant  # 0: no slot classes, and so no ratios
@@ -52,8 +51,15 @@ class Handle:
         pointer, self.pointer = self.pointer, None
         if pointer is not None:
             self.library.planner_destroy(pointer)
-            if self.exchange is not None and self.owns_exchange:
-                self.exchange.close()
+        self.use(None)
+
+    def use(self, exchange: Exchange | None) -> None:
+        """Takes another exchange, or none, and lets go of the one before: that ends with its last planner, if a planner made it."""
+        before, self.exchange = self.exchange, exchange
+        if exchange is not None:
+            exchange.join(self.number)
+        if before is not None and before is not exchange:
+            before.leave(self.number)
 
     def check(self, status: int) -> None:
         """Raises unless status is LPLB_OK."""

@@ -43,6 +43,11 @@ class PeerTimeout(LplbError, TimeoutError):
     """A peer did not answer in time."""
 
 
+class PeerLost(PeerTimeout, ConnectionError):
+    """The connection to a peer broke: its process has ended, or it gave up waiting itself. Also a PeerTimeout, since on a GPU a peer that
+    has ended is known only by its silence: `except PeerTimeout` catches every peer that did not come."""
+
+
 class InternalError(LplbError):
     """A defect of the library: please report it with its text."""
 
@@ -58,6 +63,7 @@ BY_STATUS: dict[int, type[LplbError]] = {
     7: CudaError,
     8: PeerTimeout,
     9: InternalError,
+    11: PeerLost,
 }
 
 

@@ -42,7 +42,8 @@ class Planner:
     rank: which rank plans. None: the rank in group; without a group, the ids are those of all ranks together.
     solver: "flow" (exact, certified) or "ipm" (CUDA: interior point method, near-optimal).
     exchange: how the counts of all ranks travel: "nccl" (torch.distributed, whatever its backend), "symm" or "ipc" (over NVLink, see
-        lplb.exchange), "auto" (the fastest there is), or an exchange that planners of one stream share.
+        lplb.exchange), "auto" (the fastest there is), or an exchange that planners of one stream share: another planner's, which ends
+        with the last planner that uses it, or one made by lplb.exchange.create, which the caller closes.
     debug: an id out of range raises at the call, which then waits for the GPU. Otherwise it becomes -1 and is counted in info().
 
     Tensors in, tensors out, on the planner's device; numpy arrays in, numpy arrays out (CPU). A planner may be used by one thread at a
@@ -119,7 +120,7 @@ class Planner:
 
     def _group(self, ep_size: int | None, group: Any, rank: int | None) -> None:
         """Sets ep_size, ep_group and rank."""
-        self.ep_group = group
+        self._group_of_ranks: Any = None
         if group is None:
             if ep_size is None:
                 raise broken_rule("ep_size", "must be given where group is not", None)
@@ -129,6 +130,8 @@ class Planner:
             import torch.distributed as dist
 
             self.ep_size = group.size()
+            # Weak: it belongs to torch.distributed, and gloo's processes end badly if it outlives destroy_process_group.
+            self._group_of_ranks = weakref.ref(group)
             if ep_size is not None and ep_size != self.ep_size:
                 raise broken_rule("ep_size", f"must be the size of group, {self.ep_size}", ep_size)
             self.rank = dist.get_rank(group)
@@ -369,8 +372,13 @@ class Planner:
     # ---- exchange ----
 
     @property
+    def ep_group(self) -> torch.distributed.ProcessGroup | None:
+        """The process group of the ranks; None without one, once it is destroyed, and after close()."""
+        return None if self._group_of_ranks is None else self._group_of_ranks()
+
+    @property
     def exchange(self) -> Exchange | None:
-        """What the counts of all ranks travel by; None without a group."""
+        """What the counts of all ranks travel by; None without a group and after close()."""
         return self._handle.exchange
 
     def init_from_deep_ep(self, buffer: Any) -> None:
@@ -393,7 +401,8 @@ class Planner:
                 TorchExchange(self.ep_group, Layout(1, 0, self.ep_size, self.rank), self.n_logical_routed_experts, "").attach(self)
             else:
                 importlib.import_module(".exchange", __package__).connect(self, exchange)
-            handle.owns_exchange = True
+            assert handle.exchange is not None
+            handle.exchange.owned = True
         elif exchange not in ("auto", "nccl"):
             raise broken_rule("group", f"must be given for exchange = {exchange!r}", None)
 
@@ -402,6 +411,7 @@ class Planner:
     def close(self) -> None:
         """Frees the planner's memory; on CUDA waits for the device. Also done when the planner is garbage."""
         self._finalizer()
+        self._group_of_ranks = None
 
     def __enter__(self) -> Self:
         return self
