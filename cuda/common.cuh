@@ -198,6 +198,19 @@ private:
     cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+// Queues work and waits for it, on a stream of our own: the default stream may be one that somebody else's work waits for, and it waits
+// for all other work of the device, an exchange that waits for its peers among it.
+template <class Queue>
+cudaError_t on_own_stream(Queue &&queue) {
+    cudaStream_t stream;
+    cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (error != cudaSuccess) return error;
+    error = queue(stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+    return error;
+}
+
 // The error of a call or launch; takes it off the runtime's record, so that it is not reported again by somebody else's call.
 inline int32_t taken(cudaError_t error) {
     if (error != cudaSuccess) cudaGetLastError();

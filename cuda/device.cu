@@ -99,14 +99,7 @@ int32_t lplbk_alloc(int32_t device, int64_t bytes, void **memory) {
     NotRecorded aside;
     cudaError_t error = cudaMalloc(memory, (size_t)bytes);
     if (error == cudaSuccess) {
-        // On a stream of our own: the default stream may be one that somebody else's work waits for.
-        cudaStream_t stream;
-        error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-        if (error == cudaSuccess) {
-            error = cudaMemsetAsync(*memory, 0, (size_t)bytes, stream);
-            if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-            cudaStreamDestroy(stream);
-        }
+        error = lplb::on_own_stream([&](cudaStream_t stream) { return cudaMemsetAsync(*memory, 0, (size_t)bytes, stream); });
         if (error != cudaSuccess) {
             cudaFree(*memory);
             *memory = nullptr;

@@ -8,6 +8,7 @@
 #include "launch.cuh"
 
 using lplb::NotRecorded;
+using lplb::on_own_stream;
 using lplb::OnDevice;
 using lplb::taken;
 
@@ -17,10 +18,31 @@ constexpr int kMaxThreads = 1024;
 constexpr int kMaxBlocks = 4;             // the kernel spins: it must leave the GPU to others
 constexpr int kPiecesPerWarpAndBlock = 8; // beyond that another block is worth it
 
+// Whether the rail before this kernel has given up or was aborted: what it did not bring must not travel on, or the other ranks of the node
+// would plan with zeros. The same in all threads of the block. A rail without a word for it is asked for by the host's page, whose abort
+// is set before the rail is aborted.
+__device__ uint32_t rail_fault(const lplbk_exchange_view &view, const exchange::Call &call) {
+    uint32_t fault = LPLBK_EXCHANGE_FINE;
+    if (threadIdx.x == 0 && call.fault == 0) {
+        auto *host = reinterpret_cast<lplbk_exchange_host *>(view.host);
+        if (view.rail_failed != 0) {
+            if (*reinterpret_cast<volatile const uint32_t *>(view.rail_failed) != 0) {
+                fault = LPLBK_EXCHANGE_TIMED_OUT;  // the rail's own report says more
+                atomicCAS(&reinterpret_cast<lplbk_exchange_state *>(view.state)->fault, LPLBK_EXCHANGE_FINE, fault);
+            }
+        } else if (*reinterpret_cast<volatile uint32_t *>(&host->abort) != 0) {
+            fault = LPLBK_EXCHANGE_ABORTED;
+            exchange::detail::give_up(view, fault, -1, call.epoch, 0);
+        }
+    }
+    return (uint32_t)__syncthreads_or((int)fault);
+}
+
 __global__ void __launch_bounds__(kMaxThreads)
     exchange_kernel(const __grid_constant__ lplbk_exchange_view view, const int32_t *counts, int32_t *gathered, const int32_t *digest) {
     lplb::wait_for_stream();
-    const exchange::Call call = exchange::begin(view);
+    exchange::Call call = exchange::begin(view);
+    if (view.n_nodes > 1) call.fault |= rail_fault(view, call);
     const int thread = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     const int n_threads = (int)(gridDim.x * blockDim.x);
     exchange::send(view, call, counts, thread, n_threads);
@@ -48,16 +70,11 @@ int32_t lplbk_exchange_fill(int32_t device, void *buffer, int64_t words, uint32_
     const OnDevice on(device);
     if (on.error() != cudaSuccess) return taken(on.error());
     const NotRecorded aside;
-    // On a stream of our own: the default stream may be one that somebody else's work waits for.
-    cudaStream_t stream;
-    cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    if (error != cudaSuccess) return taken(error);
     const uint64_t word = (uint64_t)(first_epoch - 1u) << 32;
-    fill_kernel<<<64, 256, 0, stream>>>(static_cast<uint64_t *>(buffer), words, word);
-    error = cudaGetLastError();
-    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-    cudaStreamDestroy(stream);
-    return taken(error);
+    return taken(on_own_stream([&](cudaStream_t stream) {
+        fill_kernel<<<64, 256, 0, stream>>>(static_cast<uint64_t *>(buffer), words, word);
+        return cudaGetLastError();
+    }));
 }
 
 int32_t lplbk_exchange_alloc(int32_t device, int64_t words, uint32_t first_epoch, void **buffer) {
@@ -161,7 +178,10 @@ int32_t lplbk_exchange_open(int32_t device, uint32_t first_epoch, lplbk_exchange
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error == cudaSuccess) error = cudaMalloc(&state, sizeof fresh);
-    if (error == cudaSuccess) error = cudaMemcpy(state, &fresh, sizeof fresh, cudaMemcpyHostToDevice);
+    if (error == cudaSuccess) {
+        error = on_own_stream(
+            [&](cudaStream_t stream) { return cudaMemcpyAsync(state, &fresh, sizeof fresh, cudaMemcpyHostToDevice, stream); });
+    }
     if (error == cudaSuccess) error = cudaHostAlloc(&page, sizeof(lplbk_exchange_host), cudaHostAllocMapped | cudaHostAllocPortable);
     if (error == cudaSuccess) error = cudaHostGetDevicePointer(&page_on_device, page, 0);
     if (error != cudaSuccess) {

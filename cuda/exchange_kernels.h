@@ -27,7 +27,7 @@ enum { LPLBK_EXCHANGE_MAX_RANKS = 72, LPLBK_EXCHANGE_HANDLE_BYTES = 64, LPLBK_EX
 enum { LPLBK_EXCHANGE_TRAP = 0, LPLBK_EXCHANGE_REPORT = 1 };
 
 /* Why an exchange ended. */
-enum { LPLBK_EXCHANGE_FINE = 0, LPLBK_EXCHANGE_TIMED_OUT = 1, LPLBK_EXCHANGE_ABORTED = 2, LPLBK_EXCHANGE_DISAGREED = 3 };
+enum { LPLBK_EXCHANGE_FINE = 0, LPLBK_EXCHANGE_TIMED_OUT = 1, LPLBK_EXCHANGE_ABORTED = 2, LPLBK_EXCHANGE_DISAGREED = 4 };
 
 /* Device memory of one exchange, private to its rank. */
 typedef struct lplbk_exchange_state {
@@ -44,11 +44,17 @@ typedef struct lplbk_exchange_host {
     lplbk_report report; /* device -> host */
 } lplbk_exchange_host;
 
-/* All that a kernel needs, passed by value (632 bytes). Addresses are device addresses on the rank's device. */
+static inline const lplbk_report *lplbk_exchange_report_of(const lplbk_exchange_host *page) { return &page->report; }
+
+/* What the host wrote before is there for a device that sees the flag. */
+static inline void lplbk_exchange_host_abort(lplbk_exchange_host *page) { __atomic_store_n(&page->abort, 1, __ATOMIC_RELEASE); }
+
+/* All that a kernel needs, passed by value (640 bytes). Addresses are device addresses on the rank's device. */
 typedef struct lplbk_exchange_view {
     uint64_t peer[LPLBK_EXCHANGE_MAX_RANKS]; /* every rank's buffer; peer[rank] is the own one */
     uint64_t state;                          /* lplbk_exchange_state */
     uint64_t host;                           /* lplbk_exchange_host */
+    uint64_t rail_failed;                    /* 0, or a word that is not 0 once the rail has given up (lplb_rail_ops.failed) */
     uint64_t timeout_ns;                     /* 0: none */
     int32_t rank, n_ranks;                   /* of the NVLink stage */
     int32_t n_nodes;                         /* rows of n_counts that every rank brings, one a node, gathered along the rail before */

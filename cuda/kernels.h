@@ -185,13 +185,21 @@ enum { LPLBK_COUNTER_INVALID = 0, LPLBK_COUNTER_OVERFLOW = 1, LPLBK_COUNTER_WORD
 typedef struct lplbk_report {
     int32_t code;   /* LPLBK_EXCHANGE_* */
     int32_t rank;   /* that found it */
-    int32_t peer;   /* whose counts were missing, or whose digest differs; the first one that was noticed */
+    int32_t peer;   /* whose counts were missing, or whose digest differs; the first one that was noticed; -1: not known */
     uint32_t epoch; /* of the exchange's call */
     uint64_t waited_ns;
 } lplbk_report;
 
-/* Of a report that the device may be writing: once this is not 0 the other words are there. */
+/* A report that the device may be writing: code first, and the rest only once it is there. (Elsewhere than on x86 plain loads may be
+   swapped.) */
 static inline int32_t lplbk_report_code(const lplbk_report *report) { return __atomic_load_n(&report->code, __ATOMIC_ACQUIRE); }
+static inline lplbk_report lplbk_report_read(const lplbk_report *report) {
+    lplbk_report seen = {0, 0, 0, 0, 0};
+    const int32_t code = lplbk_report_code(report);
+    if (code != 0) seen = *report;
+    seen.code = code;
+    return seen;
+}
 
 typedef struct lplbk_planner {
     int32_t device;

@@ -72,7 +72,7 @@ enum {
     LPLB_ERROR_TIMEOUT = 8,          /* a peer did not answer in time */
     LPLB_ERROR_INTERNAL = 9,         /* a defect of this library */
     LPLB_ERROR_DISAGREEMENT = 10,    /* ranks differ in what must be equal on all of them; the words name the ranks and what differs */
-    LPLB_ERROR_PEER_LOST = 11        /* a peer is gone */
+    LPLB_ERROR_PEER_LOST = 11        /* the connection to a peer broke, so that it is known not to answer */
 };
 
 /* LPLB_VERSION of the library that is loaded, to compare with the header's. Never fails. */
@@ -379,17 +379,48 @@ enum {
     LPLB_EXCHANGE_REPORT = 1  /* it is only reported: the counts that are missing read as 0, later calls wait for nothing */
 };
 
+enum { LPLB_EXCHANGE_FINE = 0, LPLB_EXCHANGE_TIMED_OUT = 1, LPLB_EXCHANGE_ABORTED = 2, LPLB_EXCHANGE_LOST = 3,
+       LPLB_EXCHANGE_DISAGREED = 4 };
+
+typedef struct lplb_exchange_report {
+    int64_t struct_size;   /* sizeof(lplb_exchange_report) */
+    int32_t code;          /* LPLB_EXCHANGE_FINE, _TIMED_OUT, _ABORTED, _LOST: a rail's connection broke; or _DISAGREED: the
+                              row of `peer` came from a planner with another digest */
+    int32_t rank;          /* that waited, numbered in its NVLink domain */
+    int32_t peer;          /* the first one found missing, numbered in its own NVLink domain; -1: not known */
+    uint32_t epoch;        /* number of the call */
+    int64_t waited_ns;
+    int32_t peer_node;     /* the NVLink domain of `peer`, another one where a rail ended the exchange; -1: not known */
+    int32_t reserved;      /* 0 */
+} lplb_exchange_report;
+
 /* The other nodes' counts. Any library can stand behind it; it lives as long as the exchange. */
 typedef struct lplb_rail_ops {
-    int64_t struct_size;   /* sizeof(lplb_rail_ops) */
+    int64_t struct_size;   /* sizeof(lplb_rail_ops); up to destroy is required, and a struct that ends earlier reads as NULL from there on */
     void *context;         /* handed to the functions */
     /*
      * Queues on `stream`: gathered[node][n_counts] = counts[n_counts] of this rank's local rank on every node, this one included; int32
-     * device pointers. 0, or any other number for a failure. Called by lplb_exchange_all_gather, in graph capture too.
+     * device pointers. 0, or a failure: LPLB_ERROR_TIMEOUT and LPLB_ERROR_PEER_LOST end the exchange and come back to the caller as they
+     * are, any other number as LPLB_ERROR_CUDA. Called by lplb_exchange_all_gather, in graph capture too.
      */
     int32_t (*all_gather)(void *context, const int32_t *counts, int32_t *gathered, int64_t n_counts, void *stream);
     const char *(*error)(void *context); /* NULL, or words about the last failure */
     void (*destroy)(void *context);      /* NULL, or called by lplb_exchange_destroy */
+    /*
+     * NULL, or ends all waiting of the rail on this rank, now and in future, and makes destroy wait for no other rank. Called by
+     * lplb_exchange_abort from any thread, also beside all_gather; it may come several times.
+     */
+    void (*abort)(void *context);
+    /*
+     * NULL, or what ended the rail on the device: code, peer_node (the node that was missing), epoch and waited_ns of the report. Reads
+     * host memory only, from any thread; the rest of the report is filled by the exchange.
+     */
+    void (*report)(void *context, lplb_exchange_report *report);
+    /*
+     * NULL, or a word of device memory that is not 0 once the rail has given up waiting. The exchange then sends nothing on, so that the
+     * ranks of this node time out as well instead of planning with zeros.
+     */
+    const uint32_t *failed;
 } lplb_rail_ops;
 
 typedef struct lplb_exchange_config {
@@ -433,7 +464,8 @@ lplb_status lplb_exchange_finish(lplb_exchange *exchange, const void *blobs);
 /*
  * gathered[n_nodes * n_ranks][n_counts] = the counts[n_counts] of every rank, in rank order; int32 device pointers. Queues one kernel of
  * few blocks on the stream (after the rail's work where there are several nodes) and returns. Can be captured; allocates nothing.
- * LPLB_ERROR_TIMEOUT once an earlier call has timed out or was aborted, with the words of lplb_exchange_report.
+ * LPLB_ERROR_TIMEOUT once an earlier call has timed out or was aborted, LPLB_ERROR_PEER_LOST once a rail has lost its connection, with
+ * the words of lplb_exchange_report.
  */
 lplb_status lplb_exchange_all_gather(lplb_exchange *exchange, const int32_t *counts, int32_t *gathered, void *stream);
 
@@ -441,34 +473,31 @@ lplb_status lplb_exchange_all_gather(lplb_exchange *exchange, const int32_t *cou
 lplb_status lplb_exchange_set_limits(lplb_exchange *exchange, int32_t policy, int64_t timeout_ms);
 
 /*
- * Ends all waiting on this rank, now and in future, within a millisecond; never traps. For a host that knows that a peer is gone. What
- * was queued behind goes on with zeros for the missing counts.
+ * Ends all waiting on this rank, now and in future; never traps. For a host that knows that a peer is gone. What was queued behind goes on
+ * with zeros for the missing counts, later calls fail with LPLB_ERROR_TIMEOUT. Over NVLink within a millisecond; a rail as soon as its
+ * library can (lplb_rail_ops.abort: NVSHMEM's within a millisecond too, NCCL's when the communicator has been torn down); one without
+ * abort waits on, and what it brings then is not used.
  */
 void lplb_exchange_abort(lplb_exchange *exchange);
 
-enum { LPLB_EXCHANGE_FINE = 0, LPLB_EXCHANGE_TIMED_OUT = 1, LPLB_EXCHANGE_ABORTED = 2,
-       LPLB_EXCHANGE_DISAGREED = 3 }; /* a row came from a planner with another digest; `peer` is then numbered in the EP group */
-
-typedef struct lplb_exchange_report {
-    int64_t struct_size;   /* sizeof(lplb_exchange_report) */
-    int32_t code;          /* LPLB_EXCHANGE_FINE, _TIMED_OUT, _ABORTED or _DISAGREED */
-    int32_t rank;          /* that waited, numbered in its NVLink domain */
-    int32_t peer;          /* the first one found missing, likewise */
-    uint32_t epoch;        /* number of the call */
-    int64_t waited_ns;
-} lplb_exchange_report;
-
-/* What ended the exchange, if anything did. Reads host memory only: no CUDA call, no waiting, and it works after a trap too. */
+/*
+ * What ended the exchange, if anything did. Reads host memory only: no CUDA call, no waiting, and it works after a trap too. A report of
+ * an older caller, which ends before peer_node, is filled as far as it goes.
+ */
 lplb_status lplb_exchange_get_report(const lplb_exchange *exchange, lplb_exchange_report *report);
 
 /*
  * Unmaps the peers' buffers, after waiting for the device; no call can follow but report and destroy. The caller waits for its streams and
  * for a barrier of the ranks before (nobody may still write to a buffer), and for another one after it, before destroy frees the own
- * buffer. CUDA graphs that hold calls of this exchange must not be replayed any more. NULL is fine.
+ * buffer. A call that another thread is inside finishes first. CUDA graphs that hold calls of this exchange must not be replayed any more.
+ * NULL is fine.
  */
 void lplb_exchange_close(lplb_exchange *exchange);
 
-/* Ends the exchange; closes it if nobody did. Planners that it is attached to refuse to run until another is attached. NULL is fine. */
+/*
+ * Ends the exchange; closes it if nobody did. Planners that it is attached to refuse to run until another is attached, and may be
+ * destroyed before or after. Where a planner is inside a call with it, that call finishes first. NULL is fine.
+ */
 void lplb_exchange_destroy(lplb_exchange *exchange);
 
 /* Words about the last failed call on this exchange, "" if none failed. As lplb_planner_error. */

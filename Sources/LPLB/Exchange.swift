@@ -32,11 +32,25 @@ struct ExchangeSettings {
             rail = nil
             return
         }
+        let rail = try ExchangeSettings.rail(given)
+        guard rail.all_gather != nil else { throw Failure("rail.all_gather", "must not be NULL", value: "NULL") }
+        self.rail = rail
+    }
+
+    /// A copy. An older caller's struct ends earlier, and what is not in it is NULL; what a newer one has beyond ours must be zero.
+    private static func rail(_ given: UnsafePointer<lplb_rail_ops>) throws(Failure) -> lplb_rail_ops {
         try Check.aligned(given, "rail", to: 8)
-        let size = UnsafeRawPointer(given).load(as: Int64.self)
-        try Check.size(size, "rail.struct_size", is: MemoryLayout<lplb_rail_ops>.size, "sizeof(lplb_rail_ops)")
-        guard given.pointee.all_gather != nil else { throw Failure("rail.all_gather", "must not be NULL", value: "NULL") }
-        rail = given.pointee
+        let bytes = UnsafeRawPointer(given)
+        let size = bytes.load(as: Int64.self), ours = MemoryLayout<lplb_rail_ops>.size, oldest = 40  // up to destroy
+        guard size >= Int64(oldest), size % 8 == 0, size <= 4096 else {
+            throw Failure("rail.struct_size", "must be sizeof(lplb_rail_ops), \(ours), or \(oldest) of an older caller", value: size)
+        }
+        for word in stride(from: ours, to: Int(size), by: 8) where bytes.load(fromByteOffset: word, as: Int64.self) != 0 {
+            throw Failure("rail", "must be zero beyond the \(ours) bytes that this version knows", value: "other bytes at \(word)")
+        }
+        var rail = lplb_rail_ops()
+        withUnsafeMutableBytes(of: &rail) { $0.copyMemory(from: UnsafeRawBufferPointer(start: bytes, count: min(Int(size), ours))) }
+        return rail
     }
 }
 
@@ -46,8 +60,8 @@ final class Exchange {
     let settings: ExchangeSettings
     /// What the kernels get; its address stays, its limits may change.
     let view: UnsafeMutablePointer<lplbk_exchange_view>
-    /// Shared with the device; nil once the exchange has ended.
-    private(set) var host: UnsafeMutablePointer<lplbk_exchange_host>?
+    /// Shared with the device; stays as long as this object, since planners may ask what ended the exchange.
+    private var host: UnsafeMutablePointer<lplbk_exchange_host>?
 
     /// How many planners were attached so far.
     var attachments: Int64 = 0
@@ -61,7 +75,12 @@ final class Exchange {
     /// Entered in the settings' rail only once the exchange exists, since it then owns the context.
     private var ownsRail = false
 
-    private let entered = Atomic<Bool>(false)
+    /// The host has asked for an end of all waiting.
+    private let aborted = Atomic<Bool>(false)
+    /// LPLB_EXCHANGE_*: what the rail said when it was called.
+    private let railCode = Atomic<Int32>(Int32(LPLB_EXCHANGE_FINE))
+
+    private let gate = Gate()
     private let words: UnsafeMutablePointer<CChar>
     private static let wordsSize = 1024
 
@@ -80,6 +99,7 @@ final class Exchange {
         view.pointee.n_counts = Int32(settings.counts)
         view.pointee.n_words = Int32(settings.nodes * settings.counts)
         view.pointee.n_packets = (view.pointee.n_words + 1) / 2
+        view.pointee.rail_failed = UInt64(UInt(bitPattern: settings.rail?.failed))
         var info = lplbk_device_info()
         try check(lplbk_device_info_get(settings.device, &info), "device \(settings.device)")
         try check(lplbk_exchange_open(settings.device, settings.firstEpoch, view, &host), "lplb_exchange: state")
@@ -88,7 +108,8 @@ final class Exchange {
     }
 
     deinit {
-        end()
+        endNow()
+        if let host { _ = lplbk_exchange_close(settings.device, view, host) }
         view.deallocate()
         words.deallocate()
     }
@@ -183,10 +204,7 @@ final class Exchange {
         if let rail = settings.rail, let gather = rail.all_gather, settings.nodes > 1 {
             let target = scratchWords(at: settings.counts)
             let failed = gather(rail.context, counts, target, Int64(settings.counts), stream)
-            guard failed == 0 else {
-                let words = rail.error.flatMap { $0(rail.context) }.map { String(cString: $0) } ?? "no words"
-                throw Failure(LPLB_ERROR_CUDA, "rail: the exchange with the other nodes failed (\(failed): \(words))")
-            }
+            guard failed == 0 else { throw railFailure(failed, rail) }
             brought = UnsafePointer(target)
         }
         try check(
@@ -194,12 +212,24 @@ final class Exchange {
             "lplb_exchange_all_gather: launch")
     }
 
+    /// The failure of a rail's call. Whoever did not come would be taken for the next call's, so a rank that is missing ends the exchange.
+    private func railFailure(_ status: Int32, _ rail: lplb_rail_ops) -> Failure {
+        let words = rail.error.flatMap { $0(rail.context) }.map { String(cString: $0) } ?? "no words"
+        let text = "rail: the exchange with the other nodes failed (\(words))"
+        switch Int(status) {
+        case LPLB_ERROR_TIMEOUT: railCode.store(Int32(LPLB_EXCHANGE_TIMED_OUT), ordering: .releasing)
+        case LPLB_ERROR_PEER_LOST: railCode.store(Int32(LPLB_EXCHANGE_LOST), ordering: .releasing)
+        default: return fault ?? Failure(LPLB_ERROR_CUDA, text)
+        }
+        return Failure(Int(status), text)
+    }
+
     /// Where a planner's own counts go before they are exchanged, and everybody's after it.
     var plannerCounts: UnsafeMutablePointer<Int32> { scratchWords(at: 0) }
     var plannerGathered: UnsafeMutablePointer<Int32> { scratchWords(at: settings.counts * (1 + settings.nodes)) }
 
     private func scratchWords(at word: Int) -> UnsafeMutablePointer<Int32> {
-        // Allocated by init, kept until end(); calls come in between only.
+        // Allocated by init, kept until endNow(); calls come in between only.
         (scratch! + word * 4).assumingMemoryBound(to: Int32.self)
     }
 
@@ -217,25 +247,86 @@ final class Exchange {
 
     // MARK: Faults
 
-    /// What ended the exchange, nil while nothing did.
-    var fault: Failure? {
-        guard let host, host.pointee.report.code != Int32(LPLBK_EXCHANGE_FINE) else { return nil }
-        let report = host.pointee.report
-        if report.code == Int32(LPLBK_EXCHANGE_DISAGREED) {
-            return disagreement(reported: "exchange", by: settings.node * settings.ranks + settings.rank, of: Int(report.peer))
+    /// What ended the exchange, as far as it is known. Reads host memory only, from any thread.
+    func report() -> lplb_exchange_report {
+        var report = lplb_exchange_report()
+        report.rank = Int32(settings.rank)
+        (report.peer, report.peer_node) = (-1, -1)
+        let page = host.map { lplbk_report_read(lplbk_exchange_report_of($0)) } ?? lplbk_report()
+        if page.code != Int32(LPLBK_EXCHANGE_FINE) {
+            (report.code, report.peer, report.epoch) = (page.code, page.peer, page.epoch)
+            report.waited_ns = Int64(clamping: page.waited_ns)
+            if page.peer >= 0 { report.peer_node = Int32(settings.node) }
+            if page.code == Int32(LPLBK_EXCHANGE_DISAGREED) {  // found among the rows of all nodes
+                report.peer_node = page.peer / Int32(settings.ranks)
+                report.peer = page.peer % Int32(settings.ranks)
+            }
+            return report
         }
-        let waited = "rank \(report.rank) waited \(report.waited_ns / 1_000_000) ms for the counts of rank \(report.peer) "
-            + "in call \(report.epoch)"
-        let aborted = report.code == Int32(LPLBK_EXCHANGE_ABORTED)
-        let words = aborted ? "exchange: \(waited), then the host aborted it" : "exchange: \(waited); that rank is late, stuck or gone"
-        return Failure(LPLB_ERROR_TIMEOUT, words)
+        if let rail = settings.rail, ownsRail, let ask = rail.report {
+            ask(rail.context, &report)
+            if report.code != Int32(LPLB_EXCHANGE_FINE) {
+                if report.peer_node >= 0 { report.peer = report.rank }  // the same local rank of the other node
+                return report
+            }
+        }
+        report.code = railCode.load(ordering: .acquiring)
+        if report.code == Int32(LPLB_EXCHANGE_FINE), aborted.load(ordering: .acquiring) { report.code = Int32(LPLB_EXCHANGE_ABORTED) }
+        return report
     }
 
-    func abort() { host?.pointee.abort = 1 }
+    /// The failure of calls that come after what ended the exchange, nil while nothing did.
+    var fault: Failure? {
+        let report = report()
+        guard report.code != Int32(LPLB_EXCHANGE_FINE) else { return nil }
+        if report.code == Int32(LPLB_EXCHANGE_DISAGREED) {
+            let own = settings.node * settings.ranks + settings.rank
+            return disagreement(reported: "exchange", by: own, of: Int(report.peer_node) * settings.ranks + Int(report.peer))
+        }
+        let node = settings.nodes > 1 && report.peer_node >= 0 ? " of node \(report.peer_node)" : ""
+        let peer = report.peer >= 0 ? "the counts of rank \(report.peer)\(node)" : "another rank's counts"
+        let own = settings.nodes > 1 ? " of node \(settings.node)" : ""
+        let waited = "rank \(report.rank)\(own) waited \(report.waited_ns / 1_000_000) ms for \(peer) in call \(report.epoch)"
+        let known = report.epoch != 0 || report.peer >= 0 || report.waited_ns != 0
+        switch Int(report.code) {
+        case LPLB_EXCHANGE_ABORTED:
+            return Failure(LPLB_ERROR_TIMEOUT, known ? "exchange: \(waited), then the host aborted it" : "exchange: the host aborted it")
+        case LPLB_EXCHANGE_LOST:
+            return Failure(LPLB_ERROR_PEER_LOST, "exchange: rank \(report.rank)\(own) has lost the connection to another node by its rail")
+        default:
+            return Failure(
+                LPLB_ERROR_TIMEOUT,
+                known ? "exchange: \(waited); that rank is late, stuck or gone" : "exchange: another node did not come in time by the rail")
+        }
+    }
+
+    /// A failure of CUDA's after a peer was missing (policy trap) is that of the peer.
+    func explaining(_ failure: Failure) -> Failure {
+        guard Int(failure.status) == LPLB_ERROR_CUDA, let fault else { return failure }
+        return Failure(Int(fault.status), "\(fault.message) (\(failure.message))")
+    }
+
+    /// The page first: what a rail that was aborted leaves unfinished must not travel on over NVLink.
+    func abort() {
+        aborted.store(true, ordering: .releasing)
+        if let host { lplbk_exchange_host_abort(host) }
+        if let rail = settings.rail, ownsRail { rail.abort?(rail.context) }
+    }
 
     // MARK: The end
 
-    func close() {
+    private static let toClose: UInt8 = 1, toEnd: UInt8 = 2
+
+    func close() { gate.ask(Exchange.toClose, finish) }
+
+    /// Planners may hold the object still; what it owns goes now, or when the call that one of them is inside is over.
+    func end() { gate.ask(Exchange.toEnd, finish) }
+
+    private func finish(_ asked: UInt8) {
+        if asked & Exchange.toEnd != 0 { endNow() } else { closeNow() }
+    }
+
+    private func closeNow() {
         guard stage != .closed else { return }
         stage = .closed
         lplbk_exchange_settle(settings.device)
@@ -244,14 +335,13 @@ final class Exchange {
     }
 
     /// Also comes when an initialiser has thrown half-way, so everything is optional here.
-    func end() {
-        close()
+    private func endNow() {
+        closeNow()
         if let rail = settings.rail, ownsRail { rail.destroy?(rail.context) }
         ownsRail = false
         _ = lplbk_free(settings.device, ownBuffer)
         _ = lplbk_free(settings.device, scratch)
-        if let host { _ = lplbk_exchange_close(settings.device, view, host) }
-        (ownBuffer, scratch, host) = (nil, nil, nil)
+        (ownBuffer, scratch) = (nil, nil)
     }
 
     // MARK: Entering and failing
@@ -260,10 +350,8 @@ final class Exchange {
 
     /// Runs one call on this exchange alone; a second thread is turned away.
     func alone(_ body: () throws(Failure) -> Void) throws(Failure) {
-        guard entered.compareExchange(expected: false, desired: true, ordering: .acquiring).exchanged else {
-            throw Failure(LPLB_ERROR_BUSY, "exchange: another thread is inside a call on it")
-        }
-        defer { entered.store(false, ordering: .releasing) }
+        guard gate.enter() else { throw Failure(LPLB_ERROR_BUSY, "exchange: another thread is inside a call on it") }
+        defer { gate.leave(finish) }
         try body()
     }
 

@@ -91,29 +91,28 @@ public func lplb_exchange_abort(_ handle: OpaquePointer?) {
 
 @_cdecl("lplb_exchange_get_report") @implementation
 public func lplb_exchange_get_report(_ handle: OpaquePointer?, _ report: UnsafeMutablePointer<lplb_exchange_report>?) -> lplb_status {
-    guard let handle, let report, UInt(bitPattern: report) % 8 == 0,
-        report.pointee.struct_size == Int64(MemoryLayout<lplb_exchange_report>.size)
-    else { return lplb_status(LPLB_ERROR_INVALID_ARGUMENT) }
-    let seen = exchange(handle).host?.pointee.report ?? lplbk_report()
-    report.pointee.code = seen.code
-    report.pointee.rank = seen.rank
-    report.pointee.peer = seen.peer
-    report.pointee.epoch = seen.epoch
-    report.pointee.waited_ns = Int64(clamping: seen.waited_ns)
+    guard let handle, let report, UInt(bitPattern: report) % 8 == 0 else { return lplb_status(LPLB_ERROR_INVALID_ARGUMENT) }
+    // An older caller's struct ends before peer_node.
+    let size = UnsafeRawPointer(report).load(as: Int64.self), oldest: Int64 = 32
+    guard size >= oldest, size <= 4096 else { return lplb_status(LPLB_ERROR_INVALID_ARGUMENT) }
+    var found = exchange(handle).report()
+    found.struct_size = size
+    withUnsafeBytes(of: &found) { bytes in
+        UnsafeMutableRawPointer(report).copyMemory(from: bytes.baseAddress!, byteCount: min(Int(size), bytes.count))
+    }
     return lplb_status(LPLB_OK)
 }
 
 @_cdecl("lplb_exchange_close") @implementation
 public func lplb_exchange_close(_ handle: OpaquePointer?) {
     guard let handle else { return }
-    _ = withExchange(handle) { (exchange) throws(Failure) in exchange.close() }
+    exchange(handle).close()
 }
 
 @_cdecl("lplb_exchange_destroy") @implementation
 public func lplb_exchange_destroy(_ handle: OpaquePointer?) {
     guard let handle else { return }
     let owned = Unmanaged<Exchange>.fromOpaque(UnsafeRawPointer(handle))
-    // Planners may hold it still; what it owns goes now.
     owned.takeUnretainedValue().end()
     owned.release()
 }

@@ -72,6 +72,7 @@ final class Planner {
             try body()
             return lplb_status(LPLB_OK)
         } catch {
+            let error = exchange?.explaining(error) ?? error
             write(error.message, to: words, size: Planner.wordsSize)
             return error.status
         }

@@ -36,7 +36,7 @@ public func lplb_status_string(_ status: lplb_status) -> UnsafePointer<CChar>! {
     case LPLB_ERROR_TIMEOUT: staticText("a peer did not answer in time")
     case LPLB_ERROR_INTERNAL: staticText("a defect inside lplb")
     case LPLB_ERROR_DISAGREEMENT: staticText("ranks differ in what must be equal on all of them")
-    case LPLB_ERROR_PEER_LOST: staticText("a peer is gone")
+    case LPLB_ERROR_PEER_LOST: staticText("the connection to a peer broke")
     default: staticText("unknown status")
     }
 }

@@ -25,7 +25,7 @@ class Scenario:
 
     def __init__(self, fail=(), hosts=None):
         self.fail, self.hosts = set(fail), hosts
-        self.freed, self.closed = [], []
+        self.freed, self.closed, self.abandoned = [], [], []
 
 
 now = Scenario()
@@ -49,6 +49,9 @@ class FakeWay(Way):
 
     def give_up(self):
         pass
+
+    def abort(self):
+        now.abandoned.append(self.kind)
 
     def free(self):
         now.freed.append(self.kind)
@@ -94,7 +97,7 @@ class FakeMaker(exchange._Maker):
     def facts(self):
         facts = FACTS(self)
         host = facts.host if now.hosts is None else now.hosts[self.rank]
-        return exchange.Facts(host, "a GPU", facts.wanted, False, facts.closed)
+        return exchange.Facts(host, "a GPU", facts.wanted, False, facts.kept)
 
 
 class Lines(logging.Handler):

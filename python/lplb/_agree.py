@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import struct
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,45 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _native
-from ._exchange import gather_by_torch
+from ._gather import SETTINGS, TOKENS, Waiting, gather_bytes
 from .errors import Disagreement, LplbError, PeerLost
 
-# Every message between hosts has this one size, whatever is in it: ranks that are in different calls then see each other's kind, where
-# sizes that differ would end the process (gloo) or mix up the bytes (NCCL). The largest is a row of LPLB_MAX_LOGICAL + 1 counts.
-MESSAGE_BYTES = 4 * (4096 + 4)
-_HEADER = struct.Struct("<II")  # kind, length
-SETTINGS, ROW, TOKENS = 1, 2, 3
-_MEANING = {SETTINGS: "makes or places a planner", ROW: "exchanges counts", TOKENS: "compares its tokens"}
+TOKENS_LIMIT = 30.0  # seconds to wait for a peer's ids, as an exchange waits for its counts
 
 
-def gather_bytes(group: Any, kind: int, mine: bytes, device: int) -> list[bytes]:
-    """What every rank brings, in rank order. device: the planner's. Disagreement where another rank is in another kind of call."""
-    message = bytearray(MESSAGE_BYTES)
-    message[: _HEADER.size + len(mine)] = _HEADER.pack(kind, len(mine)) + mine
-    on_gpu = device >= 0 and dist.get_backend(group) != "gloo" or dist.get_backend(group) == "nccl"
-    where = torch.device("cuda", device if device >= 0 else torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    everyone = torch.empty((dist.get_world_size(group), MESSAGE_BYTES), dtype=torch.uint8, device=where)
-    gather_by_torch(group, torch.frombuffer(message, dtype=torch.uint8).to(where), everyone)
-    return [_opened(rank, kind, row.tobytes()) for rank, row in enumerate(everyone.cpu().numpy())]
-
-
-def _opened(rank: int, kind: int, message: bytes) -> bytes:
-    theirs, length = _HEADER.unpack_from(message)
-    if theirs != kind:
-        raise Disagreement(f"group: all ranks must make the same calls in the same order, but rank {rank} "
-                           f"{_MEANING.get(theirs, 'does something else')} where this one {_MEANING[kind]}")
-    return message[_HEADER.size : _HEADER.size + length]
-
-
-def gather_rows(group: Any, row: Tensor) -> Tensor:
-    """int32 [ranks, width], the rows of all ranks, on the host."""
-    rows = gather_bytes(group, ROW, row.numpy().tobytes(), _native.DEVICE_CPU)
-    lengths = {len(other) for other in rows}
-    if len(lengths) > 1:
-        odd = next(rank for rank, other in enumerate(rows) if len(other) != 4 * row.numel())
-        raise Disagreement(f"group: all ranks must exchange the counts of the same planner, but rank {odd} brings {len(rows[odd]) // 4} "
-                           f"where this one brings {row.numel()}")
-    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), -1)
+def _on(device: int) -> Any:
+    """Collectives of NCCL work on the current device."""
+    return torch.cuda.device(device) if device >= 0 and torch.cuda.is_available() else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -85,9 +54,13 @@ def agree(group: Any, config: _native.Config | None, *, settings: str = "", fail
     host arrays as in lplb.h. failure: why this rank cannot go on. Collective."""
     lost: list[Exception] = []
 
+    # A rank may be late for long, loading a model say: the limit of the process group counts.
+    waiting = Waiting(f"planner: rank {dist.get_rank(group)} of {dist.get_world_size(group)}", 0)
+
     def gather(context: int | None, mine: int, everyone: int, size: int) -> int:
         try:
-            rows = gather_bytes(group, SETTINGS, ctypes.string_at(mine, size), device)
+            with _on(device):
+                rows = gather_bytes(group, SETTINGS, ctypes.string_at(mine, size), waiting)
             ctypes.memmove(everyone, b"".join(row.ljust(size, b"\0")[:size] for row in rows), size * len(rows))
             return 0
         except Exception as error:  # nothing may pass through C
@@ -127,11 +100,14 @@ def telling(group: Any, device: int = _native.DEVICE_CPU) -> Iterator[None]:
 
 def same_tokens(group: Any, device: int) -> Callable[[Tensor], None]:
     """A check that all ranks have the same ids, for planners whose ranks hold the same tokens. Waits for the GPU, and collective."""
+    ranks = weakref.ref(group)  # it belongs to torch.distributed
+    waiting = Waiting(f"idx: rank {dist.get_rank(group)} of {dist.get_world_size(group)}", TOKENS_LIMIT)
 
     def check(ids: Tensor) -> None:
         host = ids.detach().cpu().contiguous().to(torch.int64)
         mine = hashlib.blake2b(repr(list(host.shape)).encode() + host.numpy().tobytes(), digest_size=16).digest()
-        digests = gather_bytes(group, TOKENS, mine, device)
+        with _on(device):
+            digests = gather_bytes(ranks(), TOKENS, mine, waiting)
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
             raise Disagreement("idx: must be equal on all ranks, since the planner was made with tokens='same', got other ids on ranks "

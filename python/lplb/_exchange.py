@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _exchange_c, _native
-from .errors import WrongOrder, broken_rule
+from ._gather import Aborted, Waiting, abort_group, gather_by_torch, gather_rows
+from .errors import PeerLost, PeerTimeout, WrongOrder, broken_rule
 
 # The stream as a number, without building a torch.cuda.Stream each time. Absent in builds of torch without CUDA.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -42,17 +46,18 @@ class Report:
     """What ended an exchange in its call number `epoch`: this rank waited waited_s for the counts of `peer`, or `peer` planned with another
     planner, placement or settings."""
 
-    reason: str  #: "timed out", "aborted" or "disagreed"
+    reason: str  #: "timed out", "aborted", "lost" (the connection to a rank broke) or "disagreed"
     rank: int
-    peer: int
+    peer: int  #: -1: not known
     epoch: int
     waited_s: float
 
     def __str__(self) -> str:
         if self.reason == "disagreed":
             return f"rank {self.rank} found another digest in the counts of rank {self.peer} in call {self.epoch}"
-        what = f"rank {self.rank} waited {self.waited_s:.3f} s for the counts of rank {self.peer} in call {self.epoch}"
-        return f"{what}, then was aborted" if self.reason == "aborted" else f"{what}: late, stuck or gone"
+        peer = f"the counts of rank {self.peer}" if self.peer >= 0 else "another rank's counts"
+        what = f"rank {self.rank} waited {self.waited_s:.3f} s for {peer} in call {self.epoch}"
+        return what + {"aborted": ", then was aborted", "lost": ": the connection is lost"}.get(self.reason, ": late, stuck or gone")
 
 
 class Rail:
@@ -60,9 +65,16 @@ class Rail:
 
     kind: str
     ops: _exchange_c.RailOps
+    taken = False  #: an exchange of the library owns what is behind it, and frees it with itself
 
     def set_limits(self, policy: int, timeout_ms: int) -> None:
         """As the exchange's, where the rail waits on the GPU itself."""
+
+    def abandon(self) -> None:
+        """Makes free() do without the other ranks, which may be gone."""
+
+    def free(self) -> None:
+        """Frees what no exchange has taken; on all ranks together, unless it is abandoned."""
 
 
 class Exchange(ABC):
@@ -72,12 +84,30 @@ class Exchange(ABC):
     native: bool  #: the library does it itself, inside Planner.run too
 
     def __init__(self, group: Any, layout: Layout, n_counts: int, reason: str) -> None:
-        self.group, self.layout, self.n_counts = group, layout, n_counts
+        self._group = weakref.ref(group)
+        self.layout, self.n_counts = layout, n_counts
         self.ranks, self.rank = layout.ranks, layout.rank
         self.reason = reason  #: why nothing faster is in use, "" where nothing is
         self.closed = False
         self.policy = "trap"  #: what a GPU does that finds a rank late, or disagreeing
         self.attached = False  #: lplb_planner_run does it inside
+        self.owned = False  #: made by a planner: closed with the last planner that uses it; otherwise it is the caller's
+        self._users: set[int] = set()  # numbers of the planners
+
+    @property
+    def group(self) -> Any:
+        """The process group, which belongs to torch.distributed: None once it is destroyed or the exchange is closed."""
+        return None if self.closed else self._group()
+
+    def join(self, planner: int) -> None:
+        """A planner starts to use the exchange."""
+        self._users.add(planner)
+
+    def leave(self, planner: int) -> None:
+        """A planner has ended its use, from any thread."""
+        self._users.discard(planner)
+        if self.owned and not self._users:
+            self.close()
 
     @abstractmethod
     def all_gather(self, counts: Tensor, out: Tensor | None = None) -> Tensor:
@@ -88,19 +118,35 @@ class Exchange(ABC):
 
     def attach(self, planner: Any) -> None:
         """Makes a Planner of the same ranks use this exchange."""
+        if self.closed:
+            raise WrongOrder("exchange: must not be used after close()")
         if planner.ep_size != self.ranks or planner.rank != self.rank:
             raise broken_rule("exchange", f"must join the planner's ep_size = {planner.ep_size} ranks as rank {planner.rank}",
                               f"{self.ranks} ranks, rank {self.rank}")
         if planner._handle.width != self.n_counts:
             raise broken_rule("exchange", f"must carry n_logical + 1 = {planner._handle.width} counts", self.n_counts)
-        planner._handle.exchange = self
+        self._attach(planner._handle)
+        planner._handle.use(self)
+
+    def _attach(self, handle: Any) -> None:
+        """The library's part: a native exchange that this one replaces must not be used any more."""
+        if handle.exchange is not None and handle.exchange.attached:
+            handle.check(_exchange_c.load().planner_attach_exchange(handle.opened(), None))
 
     def report(self) -> Report | None:
         """What ended the exchange, None while nothing did. Waits for nothing, and works when the CUDA context is lost."""
         return None
 
+    @abstractmethod
+    def set_limits(self, timeout: float, policy: str) -> None:
+        """For calls and captures from now on: as in lplb.exchange.create. (The policy is one of GPUs.)"""
+
     def abort(self) -> None:
-        """Ends all waiting on this rank, from any thread; what was waited for reads as zeros. For a host that knows a peer is gone."""
+        """Ends all waiting on this rank, from any thread, and lets later calls raise PeerTimeout. For a host that knows a peer is gone.
+
+        Over NVLink within a millisecond; what was waited for reads as zeros. Where the CPU waits (gloo) within a tenth of a second, and
+        the call raises. NCCL's communicator is aborted, so that no further collective of its group is possible.
+        """
 
     def close(self) -> None:
         """Ends the use of it on this rank; waits for the device. CUDA graphs that hold its calls must not be replayed any more."""
@@ -130,44 +176,64 @@ class Exchange(ABC):
         return f"<Exchange {self.describe()}: rank {self.rank} of {self.ranks}{nodes}, {self.n_counts} counts{why}>"
 
 
-def gather_by_torch(group: Any, counts: Tensor, everyone: Tensor) -> None:
-    """everyone [ranks, n] = the counts [n] of every rank, by torch.distributed, whatever the backend."""
-    if counts.is_cuda and dist.get_backend(group) == "gloo":
-        on_host = everyone.cpu()
-        gather_by_torch(group, counts.cpu(), on_host)
-        everyone.copy_(on_host)
-        return
-    try:
-        dist.all_gather_into_tensor(everyone, counts, group=group)
-    except (RuntimeError, NotImplementedError):
-        if dist.get_backend(group) != "gloo":
-            raise
-        dist.all_gather(list(everyone.unbind(0)), counts, group=group)  # gloo of older PyTorch has no other
-
-
 class TorchExchange(Exchange):
     """By the collectives of torch.distributed: always works, on CPU and CUDA."""
 
     kind = "nccl"
     native = False
 
+    def __init__(self, group: Any, layout: Layout, n_counts: int, reason: str, timeout: float = 30.0) -> None:
+        super().__init__(group, layout, n_counts, reason)
+        self.backend: str = dist.get_backend(group)
+        self._waiting = Waiting("", timeout)
+        self._calls = 0
+        self._ended: tuple[type[PeerTimeout], str, Report] | None = None
+
     def all_gather(self, counts: Tensor, out: Tensor | None = None) -> Tensor:
         everyone = self._output(counts, out)
+        group = self.group
+        if group is None:
+            raise WrongOrder("exchange: must not be used after its process group is destroyed")
+        if self._ended is not None:
+            raise self._ended[0](f"{self._ended[1]} (an earlier call; nothing is exchanged after it)")
         # int32 always travels, so that ranks whose counts have other types meet.
         row = counts.reshape(-1).to(torch.int32).contiguous()
-        if counts.is_cuda:
-            rows = torch.empty((self.ranks, self.n_counts), dtype=torch.int32, device=counts.device)
-            gather_by_torch(self.group, row, rows)
-        else:
-            if counts.dtype is torch.int64 and not torch.equal(row, counts.reshape(-1)):
-                raise broken_rule("counts", "must fit int32", int(counts.abs().max()))
-            from ._agree import gather_rows
-
-            rows = gather_rows(self.group, row)
+        if counts.dtype is torch.int64 and not counts.is_cuda and not torch.equal(row, counts.reshape(-1)):
+            raise broken_rule("counts", "must fit int32", int(counts.abs().max()))
+        began = time.monotonic()
+        self._calls += 1
+        self._waiting.what = f"exchange: rank {self.rank} of {self.ranks} in call {self._calls}"
+        try:
+            rows = self._gather(group, row)
+        except PeerTimeout as error:
+            # Who came too late would take the next call's counts for this one's, so this was the last call.
+            reason = "aborted" if isinstance(error, Aborted) else "lost" if isinstance(error, PeerLost) else "timed out"
+            self._ended = type(error), str(error), Report(reason, self.rank, -1, self._calls, time.monotonic() - began)
+            raise
         return everyone.copy_(rows.view_as(everyone))
 
+    def _gather(self, group: Any, row: Tensor) -> Tensor:
+        """int32 [ranks, n_counts]. Between GPUs in one collective of this size, which can be captured."""
+        if not row.is_cuda:
+            return gather_rows(group, row, self._waiting)
+        rows = torch.empty((self.ranks, self.n_counts), dtype=torch.int32, device=row.device)
+        gather_by_torch(group, row, rows, self._waiting)
+        return rows
+
+    def set_limits(self, timeout: float, policy: str) -> None:
+        policy_number(policy), timeout_ms(timeout)
+        self._waiting.limit = timeout
+
+    def report(self) -> Report | None:
+        return None if self._ended is None else self._ended[2]
+
+    def abort(self) -> None:
+        self._waiting.aborted = True
+        if self.backend != "gloo" and self.group is not None:
+            abort_group(self.group, torch.cuda.current_device() if torch.cuda.is_available() else -1)
+
     def describe(self) -> str:
-        return f"torch.distributed ({dist.get_backend(self.group)})"
+        return f"torch.distributed ({self.backend})"
 
 
 class NativeExchange(Exchange):
@@ -181,6 +247,7 @@ class NativeExchange(Exchange):
         self.kind, self.device, self.rail = kind, device, rail
         self.functions = _exchange_c.load()
         self.pointer: int | None = pointer
+        self._freeing = threading.Lock()  # abort and report may come from any thread, also while another one frees
         self._keep = keep  # memory and functions that the library uses
         self._call = self.functions.all_gather
         self.on_close: Callable[[NativeExchange], None] | None = None
@@ -196,9 +263,7 @@ class NativeExchange(Exchange):
         self.check(self._call(self.pointer, flat.data_ptr(), everyone.data_ptr(), _raw_stream(self.device)))  # type: ignore[misc]
         return everyone
 
-    def attach(self, planner: Any) -> None:
-        super().attach(planner)
-        handle = planner._handle
+    def _attach(self, handle: Any) -> None:
         handle.check(self.functions.planner_attach_exchange(handle.opened(), self.pointer))
         self.attached = True
 
@@ -215,19 +280,22 @@ class NativeExchange(Exchange):
             self.rail.set_limits(policy_number(policy), timeout_ms(timeout))
 
     def report(self) -> Report | None:
-        if self.pointer is None:
-            return None
         raw = _exchange_c.ReportStruct(struct_size=ctypes.sizeof(_exchange_c.ReportStruct))
-        if self.functions.get_report(self.pointer, ctypes.byref(raw)) or raw.code == _exchange_c.FINE:
+        with self._freeing:
+            if self.pointer is None or self.functions.get_report(self.pointer, ctypes.byref(raw)):
+                return None
+        if raw.code == _exchange_c.FINE:
             return None
-        first = self.layout.node * self.layout.per_node  # the library numbers the ranks of one node
-        reason = {_exchange_c.ABORTED: "aborted", _exchange_c.DISAGREED: "disagreed"}.get(raw.code, "timed out")
-        peer = raw.peer if raw.code == _exchange_c.DISAGREED else first + raw.peer
-        return Report(reason, first + raw.rank, peer, raw.epoch, raw.waited_ns * 1e-9)
+        # The library numbers the ranks of one node.
+        reason = _exchange_c.REASONS.get(raw.code, "timed out")
+        mine = self.layout.node * self.layout.per_node + raw.rank
+        peer = raw.peer_node * self.layout.per_node + raw.peer if raw.peer >= 0 and raw.peer_node >= 0 else -1
+        return Report(reason, mine, peer, raw.epoch, raw.waited_ns * 1e-9)
 
     def abort(self) -> None:
-        if self.pointer is not None:
-            self.functions.abort(self.pointer)
+        with self._freeing:
+            if self.pointer is not None:
+                self.functions.abort(self.pointer)
 
     def close(self) -> None:
         """Unmaps the peers' memory. The own one is freed once every rank has closed: at the next create() on the group."""
@@ -241,7 +309,8 @@ class NativeExchange(Exchange):
     def free(self) -> None:
         """The last step; no rank may use the exchange any more."""
         self.closed = True
-        pointer, self.pointer = self.pointer, None
+        with self._freeing:
+            pointer, self.pointer = self.pointer, None
         if pointer is not None:
             self.functions.destroy(pointer)
         self._keep, self.rail = (), None

@@ -13,7 +13,8 @@ from ._native import Address
 BLOB_BYTES = 128
 MAX_RANKS = 72
 MAX_NODES = 1024
-FINE, TIMED_OUT, ABORTED, DISAGREED = 0, 1, 2, 3
+FINE, TIMED_OUT, ABORTED, LOST, DISAGREED = 0, 1, 2, 3, 4
+REASONS = {TIMED_OUT: "timed out", ABORTED: "aborted", LOST: "lost", DISAGREED: "disagreed"}
 
 # int32_t (*all_gather)(void *context, const int32_t *counts, int32_t *gathered, int64_t n_counts, void *stream);
 RAIL_GATHER = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
@@ -21,6 +22,10 @@ RAIL_GATHER = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64, c
 RAIL_ERROR = ctypes.CFUNCTYPE(c_void_p, c_void_p)
 # void (*destroy)(void *context);
 RAIL_DESTROY = ctypes.CFUNCTYPE(None, c_void_p)
+# void (*abort)(void *context);
+RAIL_ABORT = ctypes.CFUNCTYPE(None, c_void_p)
+# void (*report)(void *context, lplb_exchange_report *report);
+RAIL_REPORT = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
 
 
 class RailOps(ctypes.Structure):
@@ -32,6 +37,9 @@ class RailOps(ctypes.Structure):
         ("all_gather", RAIL_GATHER),
         ("error", RAIL_ERROR),
         ("destroy", RAIL_DESTROY),
+        ("abort", RAIL_ABORT),
+        ("report", RAIL_REPORT),
+        ("failed", c_void_p),
     ]
 
 
@@ -63,6 +71,8 @@ class ReportStruct(ctypes.Structure):
         ("peer", c_int32),
         ("epoch", c_uint32),
         ("waited_ns", c_int64),
+        ("peer_node", c_int32),
+        ("reserved", c_int32),
     ]
 
 

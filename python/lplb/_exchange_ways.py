@@ -24,7 +24,6 @@ from ._exchange import Layout, Rail, policy_number, timeout_ms
 class Order:
     """What is to be made, the same on all ranks but for the rank itself."""
 
-    group: Any
     local_group: Any  #: the ranks of this node; the group itself on one node
     device: int
     layout: Layout
@@ -54,6 +53,12 @@ class Way(ABC):
         self.pointer: int | None = None
         self.keep: list[Any] = []
 
+    def made(self, pointer: int | None) -> None:
+        """An exchange of the library exists; from now on it owns what is behind the rail."""
+        self.pointer = pointer
+        if self.order.rail is not None:
+            self.order.rail.taken = True
+
     @abstractmethod
     def steps(self) -> Steps:
         """Sets pointer and keep; yields what the other ranks must know, is sent what all ranks of the node have yielded."""
@@ -63,11 +68,17 @@ class Way(ABC):
         if self.pointer is not None:
             self.functions.close(self.pointer)
 
+    def abort(self) -> None:
+        """Lets free() do without the other ranks."""
+        if self.pointer is not None:
+            self.functions.abort(self.pointer)
+
     def free(self) -> None:
         """After give_up() on every rank."""
         pointer, self.pointer = self.pointer, None
         if pointer is not None:
             self.functions.destroy(pointer)
+        self.keep = []
 
     def _check(self, status: int, message: Any) -> None:
         if status:
@@ -85,7 +96,7 @@ class Ipc(Way):
         pointer = ctypes.c_void_p()
         config = self.order.config()
         self._check(self.functions.begin(ctypes.byref(config), ctypes.byref(pointer), blob, message, len(message)), message)
-        self.pointer = pointer.value
+        self.made(pointer.value)
         blobs = yield blob.raw
         status = self.functions.finish(self.pointer, b"".join(blobs))
         if status:
@@ -114,7 +125,7 @@ class SymmetricMemory(Way):
         buffers = (ctypes.c_void_p * len(offsets))(*(start + at for start, at in zip(handle.buffer_ptrs, offsets)))
         pointer = ctypes.c_void_p()
         self._check(self.functions.create(ctypes.byref(config), buffers, ctypes.byref(pointer), message, len(message)), message)
-        self.pointer = pointer.value
+        self.made(pointer.value)
 
 
 WAYS: dict[str, type[Way]] = {"symm": SymmetricMemory, "ipc": Ipc}

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import _native
@@ -48,7 +49,7 @@ class Handle:
     """Owns one lplb_planner. Holds what a call needs, read once: `run` is counted in microseconds."""
 
     __slots__ = ("library", "native", "pointer", "number", "device", "n_logical", "n_physical", "ep_size", "rank", "exchange",
-                 "owns_exchange", "debug", "compare", "width", "has_replicas", "n_ratios", "planner_run")
+                 "debug", "compare", "width", "has_replicas", "n_ratios", "planner_run")
 
     def __init__(self, library: _native.Library, config: _native.Config) -> None:
         pointer = ctypes.c_void_p()
@@ -67,7 +68,6 @@ class Handle:
         self.ep_size: int = config.ep_size
         self.rank: int = config.rank
         self.exchange: Exchange | None = None  # None: the counts given are everybody's
-        self.owns_exchange = False
         self.debug = False
         self.compare: Callable[[Any], None] | None = None  # of the ids with those of the other ranks
         self.width: int = library.counts_width(config.n_logical)
@@ -80,8 +80,16 @@ class Handle:
         """Ends the native planner, as soon as no other thread is inside a call; once is enough, more is harmless."""
         handles.pop(self.number, None)
         native, self.native, self.pointer = self.native, None, None
-        if native is not None and self.exchange is not None and self.owns_exchange:
-            native.at_end = self.exchange.close
+        if native is not None and self.exchange is not None:
+            native.at_end = partial(self.exchange.leave, self.number)
+
+    def use(self, exchange: Exchange | None) -> None:
+        """Takes another exchange, and lets go of the one before: that ends with its last planner, if a planner made it."""
+        before, self.exchange = self.exchange, exchange
+        if exchange is not None:
+            exchange.join(self.number)
+        if before is not None and before is not exchange:
+            before.leave(self.number)
 
     def check(self, status: int) -> None:
         """Raises unless status is LPLB_OK."""

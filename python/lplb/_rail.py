@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
-from collections.abc import Generator
+import weakref
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ import torch.distributed as dist
 
 from . import _exchange_c, _native
 from ._exchange import Layout, Rail
-from .errors import LibraryError, broken_rule
+from ._gather import Waiting, abort_group
+from .errors import BY_STATUS, CudaError, LibraryError, PeerTimeout, broken_rule
 
 RAILS = ("auto", "nccl", "nvshmem")
 UNIQUE_ID_BYTES = 128
-PLUGIN_ABI = 1
+PLUGIN_ABI = 2
+NVSHMEM = "libnvshmem_host.so.3"
 
 Steps = Generator[Any, "list[Any]", None]
+
+log = logging.getLogger("lplb.exchange")
 
 
 class TorchRail(Rail):
@@ -27,24 +33,46 @@ class TorchRail(Rail):
 
     kind = "nccl"
 
-    def __init__(self, rail_group: Any, device: int) -> None:
-        self.group, self.device = rail_group, device
+    def __init__(self, rail_group: Any, device: int, on_abort: Callable[[], None]) -> None:
+        self._group = weakref.ref(rail_group)  # it belongs to torch.distributed, see Exchange.group
+        self.device, self._on_abort = device, on_abort
         self.words = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
         self._tensors: dict[tuple[int, int], torch.Tensor] = {}
         self.ops = _exchange_c.RailOps(
             struct_size=ctypes.sizeof(_exchange_c.RailOps), context=None, all_gather=_exchange_c.RAIL_GATHER(self._all_gather),
-            error=_exchange_c.RAIL_ERROR(self._error), destroy=_exchange_c.RAIL_DESTROY())
+            error=_exchange_c.RAIL_ERROR(self._error), destroy=_exchange_c.RAIL_DESTROY(), abort=_exchange_c.RAIL_ABORT(self._abort))
+
+    @property
+    def group(self) -> Any:
+        """The ranks along the rail; None once the process group is destroyed."""
+        return self._group()
 
     def _all_gather(self, context: int, counts: int, gathered: int, n_counts: int, stream: int | None) -> int:
+        """lplb_rail_ops.all_gather: a status of the library."""
         try:
-            size = dist.get_world_size(self.group)
-            out = self._tensor(gathered, size * n_counts)
+            group = self.group
+            if group is None:
+                raise LibraryError("its process group is destroyed")
+            out = self._tensor(gathered, dist.get_world_size(group) * n_counts)
             with torch.cuda.stream(self._stream(stream)):
-                dist.all_gather_into_tensor(out, self._tensor(counts, n_counts), group=self.group)
+                dist.all_gather_into_tensor(out, self._tensor(counts, n_counts), group=group)
             return 0
         except BaseException as error:  # nothing may pass through C
-            self.words.value = str(error).encode()[: _native.MESSAGE_SIZE - 1]
-            return 1
+            failure = error if isinstance(error, LibraryError) else Waiting("NCCL", 0).failure(error)
+            self.words.value = str(failure).encode()[: _native.MESSAGE_SIZE - 1]
+            late = isinstance(failure, PeerTimeout)
+            return next(status for status, kind in BY_STATUS.items() if kind is (type(failure) if late else CudaError))
+
+    def _abort(self, context: int) -> None:
+        """lplb_rail_ops.abort: NCCL's kernels stop waiting, and the communicator is of no more use."""
+        try:
+            self._on_abort()
+            abort_group(self.group, self.device)
+        except BaseException as error:  # nothing may pass through C
+            log.warning("lplb: the rail's process group cannot be aborted: %s", error)
+
+    def free(self) -> None:
+        self._tensors.clear()
 
     def _error(self, context: int) -> int:
         return ctypes.addressof(self.words)
@@ -100,12 +128,25 @@ class NvshmemRail(Rail):
         pes = yield int(plugin.lplb_nvshmem_pe())
         mine = pes[self.layout.local_rank :: self.layout.per_node]  # this rail's, node by node
         array = (ctypes.c_int32 * len(mine))(*mine)
+        # Whatever can fail on one rank alone comes first, since the symmetric memory is allocated, and freed, by all of them together.
         check(plugin.lplb_nvshmem_rail_create(
             self.device, array, self.layout.n_nodes, self.layout.node, self.n_counts, round(self.timeout * 1000),
             ctypes.byref(self.ops), message, len(message)))
+        yield None
+        check(plugin.lplb_nvshmem_rail_connect(ctypes.byref(self.ops), message, len(message)))
 
     def set_limits(self, policy: int, timeout_ms: int) -> None:
         load_plugin().lplb_nvshmem_rail_limits(ctypes.byref(self.ops), policy, timeout_ms)
+
+    def abandon(self) -> None:
+        if self.ops.context and not self.taken:
+            self.ops.abort(self.ops.context)
+
+    def free(self) -> None:
+        """Of a rail that no exchange has taken."""
+        if self.ops.context:
+            self.ops.destroy(self.ops.context)
+            self.ops = _exchange_c.RailOps()
 
 
 _plugin: Any = None
@@ -126,31 +167,42 @@ def load_plugin() -> Any:
     global _plugin
     if _plugin is None:
         path = plugin_path()
-        # Those who start NVSHMEM first set it up for all: no multicast, and no gigabyte of heap for a few kilobytes.
-        os.environ["NVSHMEM_DISABLE_NVLS"] = "1"
-        os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(64 << 20))
         _load_host_library()
         try:
             plugin = ctypes.CDLL(str(path))
         except OSError as error:
             raise LibraryError(f"rail: cannot load the NVSHMEM plugin {path}: {error}", path=str(path)) from error
+        abi = getattr(plugin, "lplb_nvshmem_abi", None)
+        if abi is None or abi() != PLUGIN_ABI:
+            raise LibraryError(f"rail: {path} belongs to another version of lplb", path=str(path))
         i32, i64, address, text = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
         for name, arguments in {
-            "lplb_nvshmem_abi": [],
             "lplb_nvshmem_started": [],
             "lplb_nvshmem_pe": [],
             "lplb_nvshmem_unique_id": [address, text, i64],
             "lplb_nvshmem_start": [i32, address, i32, i32, text, i64],
             "lplb_nvshmem_rail_create": [i32, address, i64, i64, i64, i64, address, text, i64],
+            "lplb_nvshmem_rail_connect": [address, text, i64],
             "lplb_nvshmem_rail_limits": [address, i32, i64],
         }.items():
             function = getattr(plugin, name)
             function.restype, function.argtypes = i32, arguments
         plugin.lplb_nvshmem_rail_limits.restype = None
-        if plugin.lplb_nvshmem_abi() != PLUGIN_ABI:
-            raise LibraryError(f"rail: {path} belongs to another version of lplb", path=str(path))
         _plugin = plugin
     return _plugin
+
+
+def nvshmem_is_running() -> bool:
+    """Whether somebody has started NVSHMEM in this process. Asking loads nothing unless NVSHMEM is loaded already, and changes nothing."""
+    try:
+        ctypes.CDLL(NVSHMEM, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        return False
+    try:
+        return bool(load_plugin().lplb_nvshmem_started())
+    except LibraryError as error:
+        log.debug("lplb: no NVSHMEM: %s", error)
+        return False
 
 
 def _load_host_library() -> None:
@@ -159,7 +211,7 @@ def _load_host_library() -> None:
 
     found = importlib.util.find_spec("nvidia.nvshmem") if importlib.util.find_spec("nvidia") else None
     for folder in found.submodule_search_locations or [] if found else []:
-        library = Path(folder) / "lib" / "libnvshmem_host.so.3"
+        library = Path(folder) / "lib" / NVSHMEM
         if library.is_file():
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             return

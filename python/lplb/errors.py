@@ -43,12 +43,13 @@ class PeerTimeout(LplbError, TimeoutError):
     """A peer did not answer in time."""
 
 
+class PeerLost(PeerTimeout, ConnectionError):
+    """The connection to a peer broke: its process has ended, or it gave up waiting itself. Also a PeerTimeout, since on a GPU a peer that
+    has ended is known only by its silence: `except PeerTimeout` catches every peer that did not come."""
+
+
 class Disagreement(LplbError):
     """Ranks differ in what must be equal on all of them: settings, placement, or the order of their calls. The same on all ranks."""
-
-
-class PeerLost(LplbError):
-    """A peer is gone: it ended, was killed, or raised before its call."""
 
 
 class InternalError(LplbError):

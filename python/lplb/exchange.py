@@ -11,9 +11,9 @@ With several nodes the counts go along the rail first (to the same local rank on
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections.abc import Generator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,12 @@ import torch
 import torch.distributed as dist
 
 from ._arrays import integer
-from ._exchange import Exchange, Layout, NativeExchange, Rail, Report, TorchExchange, gather_by_torch, policy_number, timeout_ms
+from ._exchange import Exchange, Layout, NativeExchange, Report, TorchExchange, policy_number, timeout_ms
 from ._exchange_c import MAX_NODES, MAX_RANKS
+from ._exchange_state import Attempt, log, state_of
 from ._exchange_ways import WAYS, Order, Way
-from ._rail import NvshmemRail, TorchRail, check_rail, has_plugin
+from ._gather import Waiting, gather_by_torch, gather_objects
+from ._rail import NvshmemRail, TorchRail, check_rail, has_plugin, nvshmem_is_running
 from .errors import InvalidArgument, Unsupported, broken_rule
 
 __all__ = ["KINDS", "Exchange", "Report", "connect", "create", "release"]
@@ -34,8 +36,6 @@ __all__ = ["KINDS", "Exchange", "Report", "connect", "create", "release"]
 KINDS = ("auto", "symm", "ipc", "nccl")
 WARM_UP_CALLS = 5
 WARM_UP_TIMEOUT = 30.0  # seconds; the first call of a slow rank may have to load its kernels
-
-log = logging.getLogger("lplb.exchange")
 
 
 class Refused(Exception):
@@ -51,10 +51,13 @@ def create(group: Any, device: Any, n_counts: int, kind: str = "auto", *, n_node
     raise Unsupported on all ranks where they fail on one. n_nodes: None: ranks that share a host form a node. rail: "nccl", "nvshmem"
     (needs the plugin), "auto": NVSHMEM if it is already running, else NCCL. (On several nodes a group of the ranks along the rail is made,
     for which PyTorch may need every rank of the job: then all groups must make their exchanges at the same time.)
-    timeout: seconds to wait for a peer, on the GPU's clock; 0: no limit. policy: what a GPU does then: "trap" ends the process's CUDA
-    context, so that nothing goes on with wrong counts; "report" lets it go on, with zeros, and makes later calls raise PeerTimeout. The
-    same for a rank that plans with another placement: then later calls raise Disagreement.
-    first_epoch: the number of the first call.
+    timeout: seconds to wait for a peer, here and in every call; on the GPU's clock where the counts go over NVLink; 0: no limit. Where the
+    host waits (gloo) the call raises then: PeerTimeout, or at once PeerLost where a connection breaks. Over NVLink a peer that has ended
+    is late like any other. An NCCL collective or rail knows no limit of ours: PyTorch's watchdog ends the process after the limit of the
+    process group (10 minutes by default), or abort() ends the waiting.
+    policy: what a GPU does then: "trap" ends the process's CUDA context, so that nothing goes on with wrong counts; "report" lets it go
+    on, with zeros, and makes later calls raise PeerTimeout. The same for a rank that plans with another placement: then later calls raise
+    Disagreement. first_epoch: the number of the first call.
 
     Before it is handed out it is used a few times and compared with torch.distributed.
     """
@@ -90,7 +93,7 @@ class Facts:
     device: str
     wanted: tuple[Any, ...]  #: must be equal everywhere
     plugin: bool
-    closed: tuple[int, ...]  #: exchanges of this group that this rank has closed
+    kept: tuple[dict[int, bool], bool]  #: GroupState.facts
 
 
 @dataclass(frozen=True)
@@ -102,28 +105,16 @@ class Step:
     value: Any
 
 
-# Exchanges that this rank has closed while others may still be using its memory: by group and number.
-_closed: dict[str, dict[int, NativeExchange]] = {}
-_made: dict[str, int] = {}
-_subgroups: dict[tuple[str, int], tuple[Any, Any]] = {}
-
-
-def release(group: Any, device: Any) -> None:
+def release(group: Any, device: Any, timeout: float = 30.0) -> None:
     """Frees what exchanges of the group that every rank has closed still hold; the next create() does it too. Collective."""
+    timeout_ms(timeout)
     with _on(_ordinal(device)):
-        key = _key(group)
-        closed: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(closed, tuple(_closed.get(key, {})), group=group)
-    _free_closed(key, closed)
+        state = state_of(group)
+        state.settle(gather_objects(group, state.facts(), _waiting("release", group, timeout)))
 
 
-def _free_closed(key: str, closed: list[tuple[int, ...]]) -> None:
-    for number in set.intersection(*map(set, closed)):
-        _closed[key].pop(number).free()
-
-
-def _key(group: Any) -> str:
-    return str(getattr(group, "group_name", "") or id(group))
+def _waiting(call: str, group: Any, timeout: float) -> Waiting:
+    return Waiting(f"lplb.exchange.{call}: rank {dist.get_rank(group)} of {dist.get_world_size(group)}", timeout)
 
 
 class _Maker:
@@ -136,18 +127,19 @@ class _Maker:
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         if self.rank < 0:
             raise broken_rule("group", "must contain this process", group)
-        self.key = _key(group)
+        self.state = state_of(group)
+        self.waiting = _waiting("create", group, timeout)
 
     def make(self) -> Exchange:
         facts = self.everyone(self.facts())
-        _free_closed(self.key, [fact.closed for fact in facts])
+        self.state.settle([fact.kept for fact in facts])
         for other, theirs in enumerate(facts):
             if theirs.wanted != facts[0].wanted:
                 raise InvalidArgument(f"exchange: all ranks must ask for the same, but rank 0 asks for {facts[0].wanted} and rank {other} "
                                       f"for {theirs.wanted} (kind, n_counts, n_nodes, rail, first_epoch)")
         flat = Layout(1, 0, self.ranks, self.rank)
         if self.kind == "nccl":
-            return self.chosen(TorchExchange(self.group, flat, self.n_counts, ""))
+            return self.chosen(TorchExchange(self.group, flat, self.n_counts, "", self.timeout))
         if any(fact.device == "cpu" for fact in facts):
             reason = "NVLink joins GPUs, and these ranks are on the CPU"
             reasons = [reason]
@@ -158,35 +150,33 @@ class _Maker:
         if self.kind != "auto":
             raise Unsupported(f"exchange: {self.kind!r} is not possible here: {'; '.join(reasons)}")
         quiet = facts[0].device == "cpu"  # on the CPU there was never a choice
-        return self.chosen(TorchExchange(self.group, flat, self.n_counts, "" if quiet else "; ".join(reasons)))
+        return self.chosen(TorchExchange(self.group, flat, self.n_counts, "" if quiet else "; ".join(reasons), self.timeout))
 
     # ---- agreeing ----
 
     def facts(self) -> Facts:
         device = "cpu" if self.ordinal < 0 else str(torch.cuda.get_device_properties(self.ordinal).uuid)
         wanted = (self.kind, self.n_counts, self.n_nodes, self.rail, self.first_epoch)
-        return Facts(_host(), device, wanted, has_plugin(), tuple(_closed.get(self.key, {})))
+        return Facts(_host(), device, wanted, has_plugin(), self.state.facts())
 
     def everyone(self, value: Any) -> list[Any]:
         """What every rank brings, in rank order. Also a barrier."""
-        values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return gather_objects(self.group, value, self.waiting)
 
     def together(self, steps: Generator[Any, list[Any], None], layout: Layout | None = None) -> None:
         """Goes through the steps with all ranks. Refused, on all of them, as soon as one has failed. layout: show to one's own node."""
         shown: list[Any] | None = None
-        while True:
-            step = _next(steps, shown)
-            answers: list[Step] = self.everyone(step)
-            failed = [f"rank {rank}: {answer.error}" for rank, answer in enumerate(answers) if answer.error]
-            if failed:
-                steps.close()
-                raise Refused(failed[0] + (f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""))
-            if all(answer.done for answer in answers):
-                return
-            values = [answer.value for answer in answers]
-            shown = values if layout is None else values[layout.node * layout.per_node :][: layout.per_node]
+        with closing(steps):
+            while True:
+                step = _next(steps, shown)
+                answers: list[Step] = self.everyone(step)
+                failed = [f"rank {rank}: {answer.error}" for rank, answer in enumerate(answers) if answer.error]
+                if failed:
+                    raise Refused(failed[0] + (f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""))
+                if all(answer.done for answer in answers):
+                    return
+                values = [answer.value for answer in answers]
+                shown = values if layout is None else values[layout.node * layout.per_node :][: layout.per_node]
 
     def chosen(self, exchange: Exchange) -> Exchange:
         exchange.policy = self.policy
@@ -220,50 +210,68 @@ class _Maker:
     def rails(self, facts: list[Facts]) -> list[str]:
         if self.rail != "auto":
             return [self.rail]
-        running = all(self.everyone(all(fact.plugin for fact in facts) and _nvshmem_is_running()))
+        running = all(self.everyone(all(fact.plugin for fact in facts) and nvshmem_is_running()))
         return ["nvshmem", "nccl"] if running else ["nccl"]
 
     def try_way(self, kind: type[Way], rail_kind: str, layout: Layout, reason: str) -> NativeExchange:
+        """Refused on all ranks together; whatever the end is, what was made on the way is freed."""
+        attempt = Attempt()
+        try:
+            exchange = self.attempt(attempt, kind, rail_kind, layout, reason)
+        except Refused:
+            try:
+                attempt.leave()
+                self.everyone(None)
+            except BaseException:
+                self.state.left.append(attempt)
+                raise
+            attempt.free()
+            raise
+        except BaseException:
+            # This rank alone: the others find out at their next gather, and may write to our memory until then.
+            self.state.left.append(attempt)
+            attempt.leave()
+            raise
+        self.state.made += 1
+        exchange.on_close = partial(self.state.closed.__setitem__, self.state.made)
+        return exchange
+
+    def attempt(self, made: Attempt, kind: type[Way], rail_kind: str, layout: Layout, reason: str) -> NativeExchange:
         local, along = self.subgroups(layout)
-        rail: Rail | None = None
         if rail_kind == "nvshmem":
-            nvshmem = NvshmemRail(layout, self.ordinal, self.n_counts, self.timeout)
+            nvshmem = made.rail = NvshmemRail(layout, self.ordinal, self.n_counts, self.timeout)
             self.together(nvshmem.steps())
-            rail = nvshmem
         elif rail_kind:
-            rail = TorchRail(along, self.ordinal)
-        order = Order(self.group, local, self.ordinal, layout, self.n_counts, rail, self.timeout, self.policy, self.first_epoch)
-        way = kind(order)
-        try:
-            self.together(way.steps(), layout)
-        except Refused:
-            way.give_up()
-            self.everyone(None)
-            way.free()
-            raise
+            made.rail = TorchRail(along, self.ordinal, partial(setattr, self.state, "rails_aborted", True))
+        rail = made.rail
+        order = Order(local, self.ordinal, layout, self.n_counts, rail, self.timeout, self.policy, self.first_epoch)
+        way = made.way = kind(order)
+        self.together(way.steps(), layout)
         assert way.pointer is not None
-        exchange = NativeExchange(way.kind, way.pointer, self.ordinal, self.group, layout, self.n_counts, reason, rail, tuple(way.keep))
-        try:
-            self.together(self.warm_up(exchange))
-        except Refused:
-            exchange.close()
-            self.everyone(None)
-            exchange.free()
-            raise
-        _made[self.key] = number = _made.get(self.key, 0) + 1
-        exchange.on_close = partial(_closed.setdefault(self.key, {}).__setitem__, number)
+        exchange = made.exchange = NativeExchange(way.kind, way.pointer, self.ordinal, self.group, layout, self.n_counts, reason, rail,
+                                                  tuple(way.keep))
+        self.together(self.warm_up(exchange))
         return exchange
 
     def warm_up(self, exchange: NativeExchange) -> Generator[Any, list[Any], None]:
         """Uses the exchange and compares with torch.distributed."""
-        exchange.set_limits(min(self.timeout or WARM_UP_TIMEOUT, WARM_UP_TIMEOUT), "report")
+        limit = min(self.timeout or WARM_UP_TIMEOUT, WARM_UP_TIMEOUT)
+        exchange.set_limits(limit, "report")
         where = torch.device("cuda", self.ordinal) if self.ordinal >= 0 else torch.device("cpu")
         counts = torch.randint(-(2**31), 2**31, (WARM_UP_CALLS, self.n_counts), device=where).int()
         wanted = torch.empty((self.ranks, WARM_UP_CALLS, self.n_counts), dtype=torch.int32, device=where)
-        gather_by_torch(self.group, counts.view(-1), wanted.view(self.ranks, -1))
+        gather_by_torch(self.group, counts.view(-1), wanted.view(self.ranks, -1), self.waiting)
         wanted = wanted.cpu()
         yield None
-        got = torch.stack([exchange.all_gather(row) for row in counts], dim=1).cpu()
+        got = torch.stack([exchange.all_gather(row) for row in counts], dim=1)
+        # A rail may know no limit (NCCL's does not), and a rank that has failed above would let the others wait for ever.
+        watchdog = threading.Timer(limit + 5, exchange.abort)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            got = got.cpu()
+        finally:
+            watchdog.cancel()
         ended = exchange.report()
         if ended is not None:
             raise Refused(str(ended))
@@ -276,17 +284,18 @@ class _Maker:
         """The ranks of this node, and those along this rail, as groups."""
         if layout.n_nodes == 1:
             return self.group, None
-        key = (self.key, layout.n_nodes)
-        if key not in _subgroups:
+        known = self.state.subgroups(layout.n_nodes)
+        if known is None:
             ranks = dist.get_process_group_ranks(self.group)
             node = ranks[layout.node * layout.per_node :][: layout.per_node]
             along = ranks[layout.local_rank :: layout.per_node]
             # Of the node's group only the store is used, by PyTorch's rendezvous. The rail's is NCCL whatever the group's own backend: that
             # one may be gloo, or several ("cpu:gloo,cuda:nccl", of which PyTorch says that it is "undefined").
             backend = "nccl" if self.ordinal >= 0 and dist.is_nccl_available() else dist.get_backend(self.group)
-            _subgroups[key] = (dist.new_group(node, backend="gloo", use_local_synchronization=True),
-                               dist.new_group(along, backend=backend, use_local_synchronization=True))
-        return _subgroups[key]
+            known = (dist.new_group(node, backend="gloo", use_local_synchronization=True),
+                     dist.new_group(along, backend=backend, use_local_synchronization=True))
+            self.state.keep_subgroups(layout.n_nodes, *known)
+        return known
 
 
 def _next(steps: Generator[Any, list[Any], None], shown: list[Any] | None) -> Step:
@@ -330,16 +339,6 @@ def layout_of(hosts: list[str], rank: int, n_nodes: int | None) -> Layout:
     return Layout(n_nodes, rank // per_node, per_node, rank % per_node)
 
 
-def _nvshmem_is_running() -> bool:
-    from . import _rail
-
-    try:
-        return bool(_rail.load_plugin().lplb_nvshmem_started())
-    except Exception as error:
-        log.debug("lplb: no NVSHMEM: %s", error)
-        return False
-
-
 # ---- planners ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -355,10 +354,10 @@ def join_deep_ep(planner: Any, buffer: Any) -> None:
     started, if it has and the plugin is there. Its memory is not used. Collective on several nodes."""
     check_deep_ep(buffer, planner.ep_size)
     before = planner.exchange
-    if isinstance(before, NativeExchange) and before.rail is not None and before.rail.kind != "nvshmem" and planner._handle.owns_exchange:
-        layout = before.layout
-        create(before.group, before.device, before.n_counts, before.kind, n_nodes=layout.n_nodes).attach(planner)
-        before.close()
+    if isinstance(before, NativeExchange) and before.rail is not None and before.rail.kind != "nvshmem" and before.owned:
+        made = create(planner.ep_group, before.device, before.n_counts, before.kind, n_nodes=before.layout.n_nodes)
+        made.owned = True
+        made.attach(planner)  # which leaves the one before, and that ends with its last planner
 
 
 def check_deep_ep(buffer: Any, ep_size: int) -> None:

@@ -45,7 +45,8 @@ class Planner:
     rank: which rank plans. None: the rank in group; without a group, the ids are those of all ranks together.
     solver: "flow" (exact, certified) or "ipm" (CUDA: interior point method, near-optimal).
     exchange: how the counts of all ranks travel: "nccl" (torch.distributed, whatever its backend), "symm" or "ipc" (over NVLink, see
-        lplb.exchange), "auto" (the fastest there is), or an exchange that planners of one stream share.
+        lplb.exchange), "auto" (the fastest there is), or an exchange that planners of one stream share: another planner's, which ends
+        with the last planner that uses it, or one made by lplb.exchange.create, which the caller closes.
     tokens: "own": each rank of group has tokens of its own. "same": all ranks of group hold the same tokens, and every rank must choose
         the same replica for each: nothing is exchanged. Given "own" where the ranks hold the same tokens, each rank would take every
         token for another one and the ranks would choose different replicas.
@@ -151,7 +152,7 @@ class Planner:
         """Sets ep_size, ep_group, rank and tokens."""
         if tokens not in TOKENS:
             raise broken_rule("tokens", f"must be one of {', '.join(TOKENS)}", repr(tokens))
-        self.ep_group = group
+        self._group_of_ranks: Any = None
         self.tokens = tokens
         if group is None:
             if ep_size is None:
@@ -162,6 +163,8 @@ class Planner:
             import torch.distributed as dist
 
             self.ep_size = group.size()
+            # Weak: it belongs to torch.distributed, and gloo's processes end badly if it outlives destroy_process_group.
+            self._group_of_ranks = weakref.ref(group)
             if ep_size is not None and ep_size != self.ep_size:
                 raise broken_rule("ep_size", f"must be the size of group, {self.ep_size}", ep_size)
             self.rank = dist.get_rank(group)
@@ -430,8 +433,13 @@ class Planner:
     # ---- exchange ----
 
     @property
+    def ep_group(self) -> torch.distributed.ProcessGroup | None:
+        """The process group of the ranks; None without one, once it is destroyed, and after close()."""
+        return None if self._group_of_ranks is None else self._group_of_ranks()
+
+    @property
     def exchange(self) -> Exchange | None:
-        """What the counts of all ranks travel by; None without a group."""
+        """What the counts of all ranks travel by; None without a group and after close()."""
         return self._handle.exchange
 
     def init_from_deep_ep(self, buffer: Any) -> None:
@@ -457,7 +465,8 @@ class Planner:
                 TorchExchange(self.ep_group, Layout(1, 0, self.ep_size, self.rank), handle.width, "").attach(self)
             else:
                 importlib.import_module(".exchange", __package__).connect(self, exchange)
-            handle.owns_exchange = True
+            assert handle.exchange is not None
+            handle.exchange.owned = True
         elif exchange not in ("auto", "nccl"):
             raise broken_rule("group", f"must be given for exchange = {exchange!r}", None)
 
@@ -467,6 +476,7 @@ class Planner:
         """Frees the planner's memory; on CUDA waits for the device. Also done when the planner is garbage. A call that another thread is
         in the middle of comes to its end first; every later one raises WrongOrder."""
         self._finalizer()
+        self._group_of_ranks = None
 
     def __enter__(self) -> Self:
         return self
