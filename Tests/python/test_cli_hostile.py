@@ -141,19 +141,21 @@ def test_harmless_and_shown():
 
 # ---- Ctrl-C ----
 
-def interrupted(process, seconds=60):
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=seconds)[1]
-    assert (process.returncode, said) == (130, b"lplb: interrupted\n")
-
-
 @pytest.mark.parametrize("delay", [0, 0.05, 0.4, 1.2])
 def test_ctrl_c_in_the_report(delay):
-    process = subprocess.Popen(LPLB, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """While the library and torch are loaded, and in a check that takes long."""
+    program = """if True:
+        import runpy, sys, time
+        from lplb import selfcheck
+        selfcheck.CHECKS = (("slow", lambda: time.sleep(60)),)
+        sys.argv = ["lplb"]
+        runpy.run_module("lplb", run_name="__main__")"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline().startswith(b"ok    python")
     time.sleep(delay)
-    if process.poll() is None:
-        interrupted(process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=50)[1]
+    assert (process.returncode, said) == (130, b"lplb: interrupted\n")
 
 
 def test_ctrl_c_in_a_simulation_leaves_no_file(tmp_path):
