@@ -6,18 +6,16 @@ The command line.
     python -m lplb bench        how fast it is here
 
 Exit codes: 0 fine, 1 something is off (said on stdout or stderr), 2 the arguments cannot be used (one sentence on stderr), 130 ended by
-Ctrl-C, 141 nobody reads the output any more.
+Ctrl-C, 141 nobody reads the output any more. LPLB_TRACEBACK=1 shows where an error arose that no sentence was written for.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._terminal import UsageError, guarded, say, say_path
+from ._terminal import UsageError, end, guarded, say, say_path
 
 if TYPE_CHECKING:
     from ._cli import Parser
@@ -77,6 +75,4 @@ def simulate(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that a second Ctrl-C could spare
-    sys.exit(code)
+    end(main())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from ._files import check_writable, write_file
-from ._terminal import UsageError as UsageError, shown
+from ._terminal import UsageError as UsageError, say, shown
 
 T = TypeVar("T")
 
@@ -26,6 +26,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:  # argparse's own does not tell when the help cannot be written
+        say(message.removesuffix("\n"))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -117,7 +117,7 @@ def read_json(path: str, limit: int = DEFAULT_LIMIT) -> Any:
 
 
 def _mib(n: int) -> str:
-    return f"{n / 2**20:,.4g} MiB" if n >= 2**20 else f"{n:,} bytes"
+    return f"{n / 2**20:,.0f} MiB" if n >= 2**20 else f"{n:,} bytes"
 
 
 def _bytes(stream: IO[bytes] | FileIO, n: int, what: str | None) -> bytearray:
@@ -182,6 +182,8 @@ def check_writable(path: str | None, option: str, others: Mapping[str, str] | No
     """Says before the long work, not after it, that a result could not be written. others: {what: path}, files it must not overwrite."""
     if path is None:
         return
+    if not path:
+        raise UsageError(f"{option}: needs the name of a file, got ''")
     try:
         mode = _mode(path)
         parent = os.path.dirname(os.path.realpath(path))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from .errors import LplbError
 
@@ -17,6 +18,14 @@ INTERRUPTED, NO_READER = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what shells sa
 
 class UsageError(Exception):
     """What the user gave cannot be used. The text is one sentence for stderr; the command ends with exit code 2."""
+
+
+class OutputError(Exception):
+    """stdout cannot be written to."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot write to stdout: {error.strerror or error}")
+        self.nobody_reads = isinstance(error, BrokenPipeError)
 
 
 def harmless(text: str) -> str:
@@ -33,15 +42,21 @@ def shown(value: object, most: int = MAX_SHOWN) -> str:
     return harmless(cut)
 
 
-def say(text: str = "") -> None:
-    """Prints lines to stdout, each of them harmless."""
-    print("\n".join(harmless(line) for line in text.split("\n")))
+def say(text: str = "", now: bool = False) -> None:
+    """Prints lines to stdout, each of them harmless. now: not when more has gathered, but at once."""
+    try:
+        print("\n".join(harmless(line) for line in text.split("\n")), flush=now)
+    except OSError as error:
+        raise OutputError(error) from None
 
 
 def say_path(path: str) -> None:
     """Prints a path for programs to read: the very bytes of its name, whatever the terminal can show."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+    except OSError as error:
+        raise OutputError(error) from None
 
 
 def complain(words: str) -> None:
@@ -70,7 +85,7 @@ def guarded(work: Callable[[], int]) -> int:
         try:
             return work()
         finally:
-            sys.stdout.flush()
+            _flush()
     except KeyboardInterrupt:
         complain("interrupted")
         return INTERRUPTED
@@ -80,11 +95,18 @@ def guarded(work: Callable[[], int]) -> int:
     except LplbError as error:
         complain(_joined(error))
         return 2 if isinstance(error, (ValueError, NotImplementedError)) else 1
+    except (OutputError, BrokenPipeError) as error:
+        _give_up(sys.stdout)
+        if isinstance(error, BrokenPipeError) or error.nobody_reads:
+            return NO_READER
+        complain(str(error))
+        return 1
     except MemoryError:
         complain("out of memory")
         return 1
     except OSError as error:
-        return _system_error(error)
+        complain(f"{error.filename}: {error.strerror}" if error.filename is not None else f"{type(error).__name__}: {_joined(error)}")
+        return 1
     except Exception as error:
         if os.environ.get("LPLB_TRACEBACK"):
             raise
@@ -92,22 +114,24 @@ def guarded(work: Callable[[], int]) -> int:
         return 1
 
 
+def end(code: int) -> NoReturn:
+    """Ends the process with this exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that a second Ctrl-C could spare
+    if code == INTERRUPTED:  # everything is said and put away; what modules do at their ends could take long, or change the code
+        os._exit(code)
+    sys.exit(code)
+
+
 def _joined(error: Exception) -> str:
     """The words of other programs may have several lines."""
     return " ".join(str(error).split())
 
 
-def _system_error(error: OSError) -> int:
+def _flush() -> None:
     try:
-        sys.stdout.flush()  # what could not be written is still waiting
-    except OSError as again:
-        _give_up(sys.stdout)
-        if isinstance(again, BrokenPipeError):
-            return NO_READER
-        complain(f"cannot write to stdout: {again.strerror or again}")
-        return 1
-    complain(f"{error.filename}: {error.strerror}" if error.filename is not None else f"{type(error).__name__}: {_joined(error)}")
-    return 1
+        sys.stdout.flush()
+    except OSError as error:
+        raise OutputError(error) from None
 
 
 def _give_up(stream: TextIO) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -163,8 +162,7 @@ def main(as_json: bool = False) -> int:
         found.append(finding)
         if not as_json:
             mark = {"ok": "ok  ", "off": "OFF ", "note": "note"}[finding.state]
-            say(f"{mark}  {finding.name:<33}{harmless(finding.text)}")
-            sys.stdout.flush()
+            say(f"{mark}  {finding.name:<33}{harmless(finding.text)}", now=True)
     off = [finding for finding in found if finding.state == "off"]
     if as_json:
         say(json.dumps({"ok": not off, "findings": [asdict(finding) for finding in found]}, indent=1))

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from .._cli import Parser, check_results, write_json
@@ -91,8 +90,7 @@ def _run(arguments: argparse.Namespace, suites: dict[str, Any]) -> int:
         say(f"{name}\n\n{kit.as_table(mine)}\n")
         for note in filter(None, (row.note for row in mine)):
             say(note)
-        say()
-        sys.stdout.flush()
+        say(now=True)
     judged = [row for row in rows if row.met is not None]
     missed = [row for row in judged if not row.met]
     listed = "".join(f"; missed: {row.suite}, {row.case}" for row in missed)

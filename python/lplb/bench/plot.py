@@ -14,7 +14,7 @@ from typing import Any
 
 from .._cli import PICTURES, use_pyplot, write_picture
 from .._files import check_writable, read_json
-from .._terminal import UsageError, guarded, harmless, shown
+from .._terminal import UsageError, end, guarded, harmless, shown
 from .kit import Row, number
 
 MAX_ROWS = 500  # of one picture
@@ -40,8 +40,8 @@ def draw(rows: Sequence[Row], device: str, machine: str, path: str) -> None:
         figure, axes = plt.subplots(figsize=(11.5, 1.6 + 0.29 * len(rows)), layout="constrained")
         _fill(axes, rows)
         where = "GPU" if device == "cuda" else "CPU"
-        figure.suptitle(harmless(f"lplb bench on the {where}, time per call  |  {machine}"), x=0.008, ha="left", fontsize=10, color="#6b7178",
-                        parse_math=False)
+        title = harmless(f"lplb bench on the {where}, time per call  |  {machine}")
+        figure.suptitle(title, x=0.008, ha="left", fontsize=10, color="#6b7178", parse_math=False)
         try:
             write_picture(figure, path)
         finally:
@@ -122,4 +122,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

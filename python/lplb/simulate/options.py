@@ -84,7 +84,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--layers", metavar="LIST", help="e.g. 0,3,5-7 (default: all)")
     parser.add_argument("--experts", type=positive, metavar="N",
                         help="logical experts (default: n_experts of the file, else the largest id + 1)")
-    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of the random policy and of micro-batches drawn from a snapshot (default 0)")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0,
+                        help="of the random policy and of micro-batches drawn from a snapshot (default 0)")
     parser.add_argument("--unpack-limit", type=whole(1, 2**20), default=DEFAULT_LIMIT // MIB, metavar="MIB",
                         help="refuse a file that unpacks to more than so many MiB, before it takes the memory "
                              f"(default {DEFAULT_LIMIT // MIB}; a .json may have a sixteenth of it)")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ MAX_EXPERTS = 4096  # LPLB_MAX_LOGICAL
 MAX_LAYERS = 1024   # history and placements are kept layer by layer
 MAX_TOKENS = 2**31  # of one micro-batch in one layer, all ranks together; stays below it
 SMALL = 1 << 16     # bytes of n_experts and of source
+BLOCK = 1 << 20     # numbers looked at together: what is computed from them can take several times their memory
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _counted(path: str, kind: Kind, counts: NDArray[Any], n_experts: int | None)
     if counts.dtype.kind not in "iuf":
         raise UsageError(f"{path}: counts must be whole numbers of at least 0, got {counts.dtype}")
     some = False
-    rows = max(1, (1 << 20) // counts[0].size)  # at a time, since what is computed here can take more memory than the counts
+    rows = max(1, BLOCK // counts[0].size)
     for first in range(0, len(counts), rows):
         some |= _check_counts(path, counts[first : first + rows])
     if not some:
@@ -159,7 +161,7 @@ def _counted(path: str, kind: Kind, counts: NDArray[Any], n_experts: int | None)
 
 def _check_counts(path: str, counts: NDArray[Any]) -> bool:
     """Whether any of the counts [..., experts] is above 0. UsageError unless all of them are whole numbers in range."""
-    if counts.dtype.kind == "f" and (not np.isfinite(counts).all() or (counts != np.floor(counts)).any()) or (counts < 0).any():
+    if counts.dtype.kind == "f" and (np.isnan(counts).any() or (counts != np.floor(counts)).any()) or (counts < 0).any():
         raise UsageError(f"{path}: counts must be whole numbers of at least 0")
     if float(counts.max()) >= MAX_TOKENS or float(counts.sum(axis=-1, dtype=np.float64).max()) >= MAX_TOKENS:
         raise UsageError(f"{path}: the counts of one layer and step must stay below 2^31 tokens")
@@ -240,7 +242,11 @@ def total_counts(trace: Trace, n: int) -> Int64Array:
     """[layers, experts] over the first n tokens or steps; all of a snapshot."""
     past = trace.data[:n]
     if trace.kind == "ids":
-        return np.stack([np.bincount(past[:, layer].astype(np.int64).ravel() + 1, minlength=trace.n_experts + 1)[1:]
-                         for layer in range(trace.n_layers)]).astype(np.int64)
+        total = np.zeros((trace.n_layers, trace.n_experts), dtype=np.int64)
+        tokens = max(1, BLOCK // past.shape[2])
+        for layer, first in product(range(trace.n_layers), range(0, len(past), tokens)):
+            ids = past[first : first + tokens, layer].astype(np.int64).ravel()
+            total[layer] += np.bincount(ids + 1, minlength=trace.n_experts + 1)[1:]
+        return total
     counts: Int64Array = trace.data.astype(np.int64) if trace.kind == "snapshot" else past.sum(axis=0, dtype=np.int64)
     return counts
