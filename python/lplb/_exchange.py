@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _exchange_c, _native
-from ._gather import Aborted, Waiting, abort_group, gather_by_torch
+from ._gather import Waiting, abort_group, gather_by_torch
 from .errors import PeerLost, PeerTimeout, WrongOrder, broken_rule
 
 # The stream as a number, without building a torch.cuda.Stream each time. Absent in builds of torch without CUDA.
@@ -199,7 +199,7 @@ class TorchExchange(Exchange):
             gather_by_torch(group, counts.reshape(-1).contiguous(), everyone.view(self.ranks, self.n_counts), self._waiting)
         except PeerTimeout as error:
             # Who came too late would take the next call's counts for this one's, so this was the last call.
-            reason = "aborted" if isinstance(error, Aborted) else "lost" if isinstance(error, PeerLost) else "timed out"
+            reason = "aborted" if self._waiting.aborted else "lost" if isinstance(error, PeerLost) else "timed out"
             self._ended = type(error), str(error), Report(reason, self.rank, -1, self._calls, time.monotonic() - began)
             raise
         return everyone
