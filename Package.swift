@@ -21,7 +21,7 @@ let package = Package(
         .testTarget(name: "LPLBTopologyTests", dependencies: ["LPLBTopology"]),
         .testTarget(name: "LPLBPlacementTests", dependencies: ["LPLBPlacement", "LPLBTopology"]),
         .testTarget(name: "LPLBSolverTests", dependencies: ["LPLBSolver", "LPLBTopology"]),
-        .testTarget(name: "LPLBTests", dependencies: ["LPLB", "CLPLB"]),
+        .testTarget(name: "LPLBTests", dependencies: ["LPLB", "CLPLB", "CLPLBKernels"]),
     ],
     swiftLanguageModes: [.v6]
 )

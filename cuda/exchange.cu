@@ -18,40 +18,54 @@ constexpr int kMaxThreads = 1024;
 constexpr int kMaxBlocks = 4;             // the kernel spins: it must leave the GPU to others
 constexpr int kPiecesPerWarpAndBlock = 8; // beyond that another block is worth it
 
-// Whether the rail before this kernel has given up or was aborted: what it did not bring must not travel on, or the other ranks of the node
-// would plan with zeros. The same in all threads of the block. A rail without a word for it is asked for by the host's page, whose abort
-// is set before the rail is aborted.
-__device__ uint32_t rail_fault(const lplbk_exchange_view &view, const exchange::Call &call) {
-    uint32_t fault = LPLBK_EXCHANGE_FINE;
-    if (threadIdx.x == 0 && call.fault == 0) {
-        auto *host = reinterpret_cast<lplbk_exchange_host *>(view.host);
+// What the rail before this kernel may have left undone. What it did not bring must not travel on, or the other ranks of the node would
+// plan with zeros. A rail without a word for it is asked for by the host's page, whose abort is set before the rail is aborted. The same in
+// all threads of the block.
+enum RailEnd : uint32_t { kRailFine, kRailGaveUp /* its missing rows are zeros */, kRailUnknown /* its rows may be of an earlier call */ };
+
+__device__ RailEnd rail_end(const lplbk_exchange_view &view, const exchange::Call &call) {
+    __shared__ RailEnd end;
+    if (threadIdx.x == 0) {
+        end = kRailFine;
         if (view.rail_failed != 0) {
-            if (*reinterpret_cast<volatile const uint32_t *>(view.rail_failed) != 0) {
-                fault = LPLBK_EXCHANGE_TIMED_OUT;  // the rail's own report says more
-                atomicCAS(&reinterpret_cast<lplbk_exchange_state *>(view.state)->fault, LPLBK_EXCHANGE_FINE, fault);
+            if (call.fault == 0 && *reinterpret_cast<volatile const uint32_t *>(view.rail_failed) != 0) {
+                end = kRailGaveUp;  // its own report says more than ours could
+                atomicCAS(&reinterpret_cast<lplbk_exchange_state *>(view.state)->fault, LPLBK_EXCHANGE_FINE, LPLBK_EXCHANGE_TIMED_OUT);
             }
-        } else if (*reinterpret_cast<volatile uint32_t *>(&host->abort) != 0) {
-            fault = LPLBK_EXCHANGE_ABORTED;
-            exchange::detail::give_up(view, fault, -1, call.epoch, 0);
+        } else if (call.fault != 0) {
+            end = kRailUnknown;
+        } else if (*reinterpret_cast<volatile uint32_t *>(&reinterpret_cast<lplbk_exchange_host *>(view.host)->abort) != 0) {
+            end = kRailUnknown;
+            exchange::detail::give_up(view, LPLBK_EXCHANGE_ABORTED, -1, call.epoch, 0);
         }
     }
-    return (uint32_t)__syncthreads_or((int)fault);
+    __syncthreads();
+    return end;
 }
 
 __global__ void __launch_bounds__(kMaxThreads)
     exchange_kernel(const __grid_constant__ lplbk_exchange_view view, const int32_t *counts, int32_t *gathered, const int32_t *digest) {
     lplb::wait_for_stream();
     exchange::Call call = exchange::begin(view);
-    if (view.n_nodes > 1) call.fault |= rail_fault(view, call);
+    const RailEnd rail = view.n_nodes > 1 ? rail_end(view, call) : kRailFine;
+    call.fault |= rail;
     const int thread = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     const int n_threads = (int)(gridDim.x * blockDim.x);
     exchange::send(view, call, counts, thread, n_threads);
     lplb::let_next_start();
-    const int compared = digest != nullptr ? view.n_counts - 1 : -1;
+    // A call that failed before hands over zeros, which are nobody's digest.
+    const int compared = digest != nullptr && call.fault == 0 ? view.n_counts - 1 : -1;
     exchange::receive(view, call, counts, thread, n_threads, [&](int row, int column, int32_t count) {
         gathered[(int64_t)row * view.n_counts + column] = count;
         if (column == compared && count != *digest) exchange::disagree(view, call.epoch, row);
     });
+    // Each thread clears what receive() let it write of them.
+    if (rail == kRailUnknown) {
+        for (int word = thread; word < view.n_words; word += n_threads) {
+            const int node = word / view.n_counts;
+            if (node != view.node) gathered[(int64_t)(node * view.n_ranks + view.rank) * view.n_counts + word % view.n_counts] = 0;
+        }
+    }
     __syncthreads();
     if (threadIdx.x == 0) exchange::end_of_block(view, call, gridDim.x);
 }

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _exchange_c, _native
-from ._gather import Aborted, Waiting, abort_group, gather_by_torch, gather_rows
+from ._gather import Waiting, abort_group, gather_by_torch, gather_rows
 from .errors import PeerLost, PeerTimeout, WrongOrder, broken_rule
 
 # The stream as a number, without building a torch.cuda.Stream each time. Absent in builds of torch without CUDA.
@@ -207,7 +207,7 @@ class TorchExchange(Exchange):
             rows = self._gather(group, row)
         except PeerTimeout as error:
             # Who came too late would take the next call's counts for this one's, so this was the last call.
-            reason = "aborted" if isinstance(error, Aborted) else "lost" if isinstance(error, PeerLost) else "timed out"
+            reason = "aborted" if self._waiting.aborted else "lost" if isinstance(error, PeerLost) else "timed out"
             self._ended = type(error), str(error), Report(reason, self.rank, -1, self._calls, time.monotonic() - began)
             raise
         return everyone.copy_(rows.view_as(everyone))

@@ -28,10 +28,6 @@ _LOST = re.compile(r"closed by peer|connection (was )?(closed|reset|refused|lost
                    r"|ncclRemoteError|communicator was aborted|not connected|no route to host|network is unreachable", re.I)
 
 
-class Aborted(PeerTimeout):
-    """The host asked for it."""
-
-
 class Waiting:
     """What a gather waits for, in words, and for how long. One object may serve many calls."""
 
@@ -96,7 +92,7 @@ def _gather_on_host(group: Any, counts: Tensor, everyone: Tensor, waiting: Waiti
                 work.wait()
                 return
             if waiting.aborted:
-                raise Aborted(f"{waiting.what}: the host aborted it while it waited for another rank") from None
+                raise PeerTimeout(f"{waiting.what}: the host aborted it while it waited for another rank") from None
             if time.monotonic() >= end:  # a backend that knows no limit of a call
                 raise waiting.too_late(str(error).split("\n")[0]) from error
 
