@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -43,7 +45,18 @@ CREATION = [
     (lambda: Planner([[0, 1], [2]], 80, 64, 8), "redundant_to_original"),
     (lambda: planner(solver="simplex"), "solver: .*flow, ipm, got 'simplex'"),
     (lambda: planner(solver="ipm"), "solver|CUDA"),
+    (lambda: planner(solver=["flow"]), r"solver: .*flow, ipm, got \['flow'\]"),
     (lambda: planner(exchange="pigeon"), "exchange: .*got 'pigeon'"),
+    (lambda: planner(exchange=3), "exchange: must be one of auto, symm, ipc, nccl or an exchange of lplb.exchange, got 3"),
+    (lambda: planner(exchange=None), "exchange: .*got None"),
+    (lambda: planner(debug="no"), "debug: must be True or False, got 'no'"),
+    (lambda: Planner(CUBE, 80, 64, 2**40), "ep_size|n_logical_routed_experts"),
+    (lambda: Planner(CUBE, 2**40, 64, 8, device="cpu"), "n_physical: .*got 1099511627776"),
+    (lambda: Planner(CUBE, 2**80, 64, 8, device="cpu"), "n_routed_experts: must be at most .*, got 1208925819614629174706176"),
+    (lambda: Planner(CUBE, 10**5000, 64, 8, device="cpu"), "n_routed_experts: .*of 16610 bits"),
+    (lambda: Planner(CUBE, 80, 64, True, device="cpu"), "ep_size: must be an integer, got True"),
+    (lambda: Planner(np.broadcast_to(np.int64(0), (2**20, 2**20)), 80, 64, 8, device="cpu"), "redundant_to_original: .*8192 elements"),
+    (lambda: planner(device=True), "device: .*got True"),
     (lambda: planner(exchange="symm"), "group: .*exchange = 'symm', got None"),
     (lambda: planner(n_nodes=3), "n_nodes: .*ep_size = 8, got 3"),
     (lambda: planner(n_nodes=0), "n_nodes: .*got 0"),
@@ -73,9 +86,10 @@ def test_creation(index):
         make()
 
 
-def test_group_must_be_a_group():
-    with pytest.raises(AttributeError):
-        Planner(CUBE, 80, 64, group="world")
+@pytest.mark.parametrize("group", ["world", "x", 3, object()])
+def test_group_must_be_a_group(group):
+    with pytest.raises(lplb.InvalidArgument, match="group: must be a torch.distributed process group .*, got"):
+        Planner(CUBE, 80, 64, group=group)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -102,6 +116,25 @@ CALLS = [
     (lambda p: p.run(IDS.numpy(), [0]), "avail_counter: .*got list"),
     (lambda p: p.run(IDS.numpy(), np.broadcast_to(np.int64(0), (1,))), "avail_counter: .*read-only"),
     (lambda p: p.run(IDS, COUNTER, 0), "n_sms: .*at least 1, got 0"),
+    (lambda p: p.run(IDS, COUNTER, 2.5), "n_sms: must be an integer, got 2.5"),
+    (lambda p: p.run(IDS, COUNTER, "2"), "n_sms: must be an integer, got '2'"),
+    (lambda p: p.run(IDS, COUNTER, 2**40), "n_sms: must be at most 2147483647, got 1099511627776"),
+    (lambda p: p.run(IDS, COUNTER, float("nan")), "n_sms: must be an integer, got nan"),
+    (lambda p: p.redirect(IDS, 2**40), "n_sms: .*got 1099511627776"),
+    (lambda p: p.count_workload(IDS, 2**40), "n_sms: must be at most 65536, got 1099511627776"),
+    (lambda p: p.run(IDS, 3), "avail_counter: must be a torch tensor, as idx is one, got int"),
+    (lambda p: p.run(IDS, [0]), "avail_counter: .*got list"),
+    (lambda p: p.run(IDS, COUNTER.numpy()), "avail_counter: .*got ndarray"),
+    (lambda p: p.solve(torch.ones(64, dtype=torch.int32), 3), "avail_counter: must be a torch tensor, as workload is one, got int"),
+    (lambda p: p.solve_probs(torch.ones(64, dtype=torch.int32), "x"), "avail_counter: .*got str"),
+    (lambda p: p.run(IDS, COUNTER.to_sparse()), "avail_counter: must be a dense, plain tensor, got torch.sparse_coo"),
+    (lambda p: p.run(IDS.to_sparse(), COUNTER), "idx: must be a dense, plain tensor, got torch.sparse_coo"),
+    (lambda p: p.run(IDS, COUNTER.to("meta")), "idx: must be on one device with the other tensors"),
+    (lambda p: p.run(np.ma.masked_all(8, dtype=np.int64), None), "idx: must be a plain array, got MaskedArray"),
+    (lambda p: p.run(np.broadcast_to(np.int64(0), (2**20, 2**20)), None), "idx: must have at most 2147483647 elements"),
+    (lambda p: p.run(torch.zeros(1, dtype=torch.int64).expand(2**40), None), "idx: must have at most 2147483647 elements"),
+    (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 2), None, 2), "local_workload_by_sm: .*2 rows of n_logical = 64 .*got NoneType"),
+    (lambda p: p.weighted_select_target(IDS, None, torch.zeros(2, 64, dtype=torch.int32), 2), "o_weight: must be a torch tensor, .*NoneType"),
     (lambda p: p.count_workload(IDS, 0), "n_sms: .*got 0"),
     (lambda p: p.count_workload(IDS, "all"), "n_sms: .*got 'all'"),
     (lambda p: p.count_workload(IDS.bool(), 1), "idx: .*torch.bool"),
@@ -116,13 +149,13 @@ CALLS = [
     (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 2).double(), torch.zeros(2, 64, dtype=torch.int32), 2), "o_weight: .*float64"),
     (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 2), torch.zeros(2, 64), 2), "local_workload_by_sm: .*int32, got torch.float32"),
     (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 2), torch.zeros(2, 63, dtype=torch.int32), 2), r"local_workload_by_sm: .*\[2, 63\]"),
-    (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 2), torch.zeros(2, 64, dtype=torch.int32), 3), "local_workload_by_sm: .*3 rows, got 2"),
+    (lambda p: p.weighted_select_target(IDS, torch.ones(1, 8, 2), torch.zeros(2, 64, dtype=torch.int32), 3), r"local_workload_by_sm: .*3 rows .*got shape \[2, 64\]"),
     (lambda p: p.weighted_select_target(IDS.numpy(), np.ones(16), np.zeros((2, 64), dtype=np.int32), 2), "o_weight: .*float32, got float64"),
     (lambda p: p.update_redundancy_mapping(torch.ones(63)), "workload: .*64 elements, got 63"),
     (lambda p: p.update_redundancy_mapping(torch.full((64,), -1.0)), "history.*-1|workload.*-1"),
     (lambda p: p.update_redundancy_mapping(torch.full((64,), float("nan"))), "history.*nan|workload.*nan"),
     (lambda p: p.update_redundancy_mapping(["a"] * 64), "workload: .*numbers"),
-    (lambda p: p.update_placement(p.phy2log), "update_placement: .*from_placement"),
+    (lambda p: p.update_placement(p.phy2log), "planner: must be made by from_placement for update_placement .use update_redundancy_mapping., got one made with a topology"),
 ]
 
 
@@ -138,6 +171,17 @@ def test_calls(index):
         assert COUNTER.item() == 0
         assert subject.info() == before and torch.equal(torch.as_tensor(subject.split()), plan)
         assert torch.equal(subject.mapping()[0], placement)
+
+
+def test_the_wrong_kind_of_planner_is_one_kind_of_error():
+    counts = torch.zeros((1, 3), dtype=torch.int32)
+    with general() as subject:
+        for name, call in (("solve_probs", lambda: subject.solve_probs(counts[0], None)),
+                           ("update_redundancy_mapping", lambda: subject.update_redundancy_mapping(None)),
+                           ("weighted_select_target", lambda: subject.weighted_select_target(IDS, torch.ones(1), counts, 1))):
+            words = rf"planner: must be made with a topology for {name} \(use .*\), got one made by from_placement"
+            with pytest.raises(lplb.InvalidArgument, match=words):
+                call()
 
 
 def test_wrong_order():
@@ -182,6 +226,35 @@ SOLVE = [
 def test_solve(arguments, words):
     with pytest.raises(lplb.LplbError, match=words):
         lplb.solve(*arguments)
+
+
+WITNESS = [
+    (([1, 2, 3], [0, 1], 2, [0]), "phy2log: must hold every logical expert, got no slot for 2"),
+    (([1, 2], [0, 2], 2, [0]), r"phy2log\[1\]: .*0 \.\.\. 1, got 2"),
+    (([1, 2], [-1, 0], 2, [0]), r"phy2log\[0\]: .*got -1"),
+    (([1, 2], [0, 1, 1], 2, [0]), "phy2log: .*multiple of ep_size = 2 slots, .*got 3"),
+    (([1, 2], [], 2, [0]), "phy2log: .*got 0"),
+    (([], [0], 1, [0]), "loads: .*one expert at least"),
+    (([1, -2], [0, 1], 2, [0]), r"loads\[1\]: .*got -2"),
+    (([1, 2**41], [0, 1], 2, [0]), r"loads\[1\]: must lie in 0 \.\.\. 1099511627776, got 2199023255552"),
+    (([1, 2], [0, 1], 2**40, [0]), "phy2log: .*ep_size = 1099511627776 slots"),
+    (([1, 2], [0, 1], 2, [0, 0]), r"witness: .*each once, .*got \[0, 0\]"),
+    (([1, 2], [0, 1], 2, [0.5]), r"witness: .*got \[0.5\]"),
+    (([1, 2], [0, 1], 2, None), "witness: .*got None"),
+    (([1, 2], [0, 1], 2, itertools.count()), "witness: .*got count"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", WITNESS)
+def test_witness_bound_checks_sizes_and_ids(arguments, words):
+    with pytest.raises(lplb.InvalidArgument, match=words):
+        lplb.witness_bound(*arguments)
+
+
+def test_values_are_shown_in_one_short_line():
+    with pytest.raises(lplb.InvalidArgument) as caught:
+        planner(device="x\n" * 1000)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_witness_bound():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import numpy as np
 
 from . import _native
 from ._arrays import is_tensor, loaded_torch
-from .errors import NoCuda, broken_rule
+from .errors import NoCuda, broken_rule, shown
 
 
 def device_ordinal(device: Any, given: Any) -> int:
@@ -20,23 +22,59 @@ def device_ordinal(device: Any, given: Any) -> int:
         if torch is None or isinstance(given, np.ndarray) or not torch.cuda.is_available():
             return _native.DEVICE_CPU
         return int(torch.cuda.current_device())
-    if str(device) == "cpu":
+    if isinstance(device, str) and device == "cpu":
         return _native.DEVICE_CPU
     if torch is None:
-        if str(device).startswith("cuda"):
-            raise NoCuda("device: planners on a GPU work on torch tensors; import torch first")
-        raise broken_rule("device", "must be 'cpu' or a CUDA device", repr(device))
+        if (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, int) and not isinstance(device, bool)):
+            raise NoCuda(f"device: a planner on a GPU works on torch tensors, and torch is not imported (import torch first), "
+                         f"got {shown(device)}")
+        raise broken_rule("device", "must be 'cpu' or a CUDA device", shown(device))
     try:
+        if isinstance(device, bool):
+            raise TypeError
         wanted = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise broken_rule("device", "must be 'cpu' or a CUDA device", repr(device)) from None
+    except Exception:
+        raise broken_rule("device", "must be 'cpu' or a CUDA device", shown(device)) from None
     if wanted.type == "cpu":
         return _native.DEVICE_CPU
     if wanted.type != "cuda":
-        raise broken_rule("device", "must be 'cpu' or a CUDA device", repr(device))
-    if wanted.index is not None:
-        return int(wanted.index)
-    return int(torch.cuda.current_device()) if torch.cuda.is_available() else 0  # the library says why there is none
+        raise broken_rule("device", "must be 'cpu' or a CUDA device", shown(device))
+    _check_gpu(torch, device)
+    if wanted.index is not None and wanted.index >= torch.cuda.device_count():
+        raise broken_rule("device", f"must be one of the {torch.cuda.device_count()} GPUs, numbered from 0", shown(device))
+    return int(torch.cuda.current_device()) if wanted.index is None else int(wanted.index)
+
+
+def _check_gpu(torch: Any, device: Any) -> None:
+    """Says what is missing, where a GPU is asked for that torch cannot give tensors on."""
+    if not torch.backends.cuda.is_built():
+        missing = f"torch {torch.__version__} was built without CUDA"
+    elif not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        missing = "torch finds no usable GPU or driver" + (f" (CUDA_VISIBLE_DEVICES is {shown(hidden)})" if hidden is not None else "")
+    elif b"without CUDA" in _native.load().build_info():
+        missing = "this lplb was built without CUDA"
+    else:
+        return
+    raise NoCuda(f"device: cannot be a GPU here, since {missing}; device='cpu' plans on the host, got {shown(device)}")
+
+
+def check_group(group: Any) -> None:
+    """Refuses what is no torch.distributed process group."""
+    torch = loaded_torch()
+    if torch is None or not torch.distributed.is_available():
+        raise broken_rule("group", "must be a torch.distributed process group, which needs torch imported and built with it", shown(group))
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise broken_rule("group", "must be a torch.distributed process group that contains this process", shown(group))
+
+
+def check_exchange(exchange: Any, kinds: tuple[str, ...]) -> None:
+    """Refuses what is neither the name of a way nor an exchange."""
+    if isinstance(exchange, str):
+        if exchange not in kinds:
+            raise broken_rule("exchange", f"must be one of {', '.join(kinds)}", shown(exchange))
+    elif not isinstance(exchange, getattr(sys.modules.get("lplb._exchange"), "Exchange", ())):  # whose maker has loaded the module
+        raise broken_rule("exchange", f"must be one of {', '.join(kinds)} or an exchange of lplb.exchange", shown(exchange))
 
 
 def default_nodes(ep_size: int) -> int:

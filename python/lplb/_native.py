@@ -29,6 +29,9 @@ MAX_EP_SIZE = 8192
 MAX_LOGICAL = 4096
 MAX_PHYSICAL = 8192
 MAX_CHUNKS = 65536  # of lplb_planner_count
+MAX_EPLB_PHYSICAL = 2**20  # of lplb_eplb_rebalance
+MAX_LOAD = 2**40
+MAX_IDS = 2**31 - 1  # n_ids of a call
 MAX_BLOCKS = 2**31 - 1  # max_blocks of lplb_planner_run and lplb_planner_redirect
 MESSAGE_SIZE = 1024
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _native
-from ._arrays import address
+from ._arrays import address, is_masked, is_tensor, to_host
 from ._handle import Handle, find
 from .errors import broken_rule
 
@@ -21,7 +21,22 @@ def _checked(name: str, array: IntArray, handle: Handle) -> tuple[IntArray, int]
     dtype = _DTYPES.get(array.dtype)
     if dtype is None:
         raise broken_rule(name, "must be int32 or int64", array.dtype)
-    return (array if array.flags.c_contiguous else np.ascontiguousarray(array)), dtype
+    if type(array) is not np.ndarray and is_masked(array):
+        raise broken_rule(name, "must be a plain array", type(array).__name__)
+    return (array if array.flags.c_contiguous else _contiguous(name, array)), dtype
+
+
+def _contiguous(name: str, array: IntArray) -> IntArray:
+    if array.size > _native.MAX_IDS:  # too large for the library, and perhaps for the memory, if the elements share some
+        raise broken_rule(name, f"must have at most {_native.MAX_IDS} elements", f"shape {list(array.shape)}")
+    return np.ascontiguousarray(array).reshape(array.shape)
+
+
+def check(name: str, array: IntArray, others: dict[str, Any], handle: Handle) -> None:
+    """What the operators here refuse, for arrays that go to others as tensors."""
+    _checked(name, array, handle)
+    if "avail_counter" in others:
+        _counter(others["avail_counter"], handle)
 
 
 def _ids(idx: IntArray, handle: Handle) -> tuple[IntArray, int]:
@@ -40,9 +55,9 @@ def _counter(counter: Any, handle: Handle) -> tuple[int | None, int]:
     if counter is None:
         return None, _native.INT64
     if not isinstance(counter, np.ndarray):
-        if not (hasattr(counter, "data_ptr") and counter.device.type == "cpu"):
+        if not (is_tensor(counter) and counter.device.type == "cpu"):
             raise broken_rule("avail_counter", "must be an array or a CPU tensor, as idx is an array", type(counter).__name__)
-        counter = counter.detach().numpy()  # shares the memory, so the caller sees it grow
+        counter = to_host("avail_counter", counter)  # shares the memory if it is of integers, so the caller sees it grow
     dtype = _DTYPES.get(counter.dtype)
     if dtype is None:
         raise broken_rule("avail_counter", "must be int32 or int64", counter.dtype)
@@ -105,7 +120,7 @@ def redirect_by_ratio(idx: IntArray, o_weight: npt.NDArray[Any], cumulative: Int
     ids, dtype = _checked("idx", idx, handle)
     arrays = []
     for name, value, wanted in (("o_weight", o_weight, np.float32), ("local_workload_by_sm", cumulative, np.int32)):
-        array = np.asarray(value)
+        array = to_host(name, value, most=_native.MAX_IDS)
         if array.dtype != wanted:
             raise broken_rule(name, f"must be {np.dtype(wanted).name}", array.dtype)
         arrays.append(np.ascontiguousarray(array))

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _native
-from ._arrays import Array, Int64s, address, host_integers, host_numbers, integer, is_tensor, loaded_torch
-from .errors import broken_rule
+from ._arrays import Array, Int64s, address, enough_memory, host_integers, host_numbers, integer, is_tensor, loaded_torch
+from .errors import Unsupported, broken_rule
+
+MOST_SLOTS = 2**31 - 1  # of all layers of a placement that is taken as the old one
 
 Triple = tuple[Array, Array, Array]
 
@@ -37,9 +39,8 @@ def rebalance_experts(weight: Array, num_replicas: int, num_groups: int, num_nod
 
 def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int, ranks_name: str
                ) -> tuple[Int64s, Int64s, Int64s]:
-    weights: npt.NDArray[np.float32] = host_numbers("weight", weight, np.float32)
-    if weights.ndim != 2:
-        raise broken_rule("weight", "must be [layers, n_logical]", f"shape {list(weights.shape)}")
+    with enough_memory("weight"):
+        weights: npt.NDArray[np.float32] = host_numbers("weight", weight, np.float32, 2)
     layers, n_logical = weights.shape
     if n_logical == 0:
         raise broken_rule("weight", "must have at least one expert", f"shape {list(weights.shape)}")
@@ -54,6 +55,14 @@ def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, 
             raise broken_rule(ranks_name, f"must be a multiple of num_nodes = {nodes}", ranks)
         if n_logical % groups:
             raise broken_rule("num_groups", f"must divide the {n_logical} logical experts", groups)
+    if replicas > _native.MAX_EPLB_PHYSICAL:
+        raise Unsupported(f"num_replicas: must be at most {_native.MAX_EPLB_PHYSICAL}, got {replicas}")
+    with enough_memory("num_replicas"):
+        return _placed(weights, replicas, groups, nodes, ranks)
+
+
+def _placed(weights: npt.NDArray[np.float32], replicas: int, groups: int, nodes: int, ranks: int) -> tuple[Int64s, Int64s, Int64s]:
+    layers, n_logical = weights.shape
     phy2log = np.empty((layers, replicas), dtype=np.int64)
     replica = np.empty((layers, replicas), dtype=np.int64)
     logcnt = np.empty((layers, n_logical), dtype=np.int64)
@@ -81,7 +90,7 @@ class EplbPolicy:
         """
         phy2log = _rebalance(weight, num_replicas, num_groups, num_nodes, num_ranks, "num_ranks")[0]
         if old_global_expert_indices is not None:
-            old = host_integers("old_global_expert_indices", old_global_expert_indices, 2, np.int64)
+            old = host_integers("old_global_expert_indices", old_global_expert_indices, 2, np.int64, MOST_SLOTS)
             if old.shape == phy2log.shape:  # another number of slots: every slot is new
                 phy2log = keep_slots(phy2log, old, num_ranks)
         return cast(Array, loaded_torch().from_numpy(phy2log)) if is_tensor(weight) else phy2log
@@ -93,7 +102,14 @@ def keep_slots(phy2log: Int64s, old: Int64s, num_ranks: int) -> Int64s:
     An expert that stands there several times keeps as many slots as both placements have of it. The others fill the free slots in
     their order. O(slots per rank ** 2) vector operations over all ranks and layers at once.
     """
-    rows = phy2log.reshape(-1, phy2log.shape[1] // num_ranks)
+    phy2log = host_integers("phy2log", phy2log, 2, np.int64, MOST_SLOTS)
+    old = host_integers("old", old, 2, np.int64, MOST_SLOTS)
+    ranks = integer("num_ranks", num_ranks, 1)
+    if old.shape != phy2log.shape:
+        raise broken_rule("old", f"must have the shape of phy2log, {list(phy2log.shape)}", f"shape {list(old.shape)}")
+    if phy2log.shape[1] == 0 or phy2log.shape[1] % ranks:
+        raise broken_rule("num_ranks", f"must divide the {phy2log.shape[1]} slots of phy2log, of which there is one at least", ranks)
+    rows = phy2log.reshape(-1, phy2log.shape[1] // ranks)
     before = old.reshape(rows.shape)
     row = np.arange(len(rows))
     waiting = np.ones(rows.shape, dtype=bool)  # experts of the new placement without a slot yet

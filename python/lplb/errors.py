@@ -72,6 +72,19 @@ BY_STATUS: dict[int, type[LplbError]] = {
 }
 
 
+MOST_SHOWN = 200  # characters of a value
+
+
+def shown(value: object) -> str:
+    """A value in an error's words: a single line that is not long, whatever the value; strings in quotation marks. Never raises."""
+    try:
+        text = " ".join((repr(value) if isinstance(value, (str, bytes)) else str(value)).split())
+    except Exception:  # of the value's own methods, or an integer of too many digits
+        digits = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
+        return f"a value of type {type(value).__name__}{digits}"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({type(value).__name__})"
+
+
 def broken_rule(argument: str, rule: str, value: object) -> InvalidArgument:
-    """The one wording of argument errors, the same as the library's: 'argument: rule, got value'."""
-    return InvalidArgument(f"{argument}: {rule}, got {value}")
+    """The one wording of argument errors, the same as the library's: 'argument: rule, got value'. A string is what to say of the value."""
+    return InvalidArgument(f"{argument}: {rule}, got {value if isinstance(value, str) else shown(value)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _native
 from ._handle import Handle, closed, find, handles
-from .errors import InvalidArgument, broken_rule
+from .errors import InvalidArgument, LplbError, broken_rule
 
 _DTYPES = {torch.int32: _native.INT32, torch.int64: _native.INT64}
 _CONTIGUOUS = torch.contiguous_format
@@ -40,12 +40,34 @@ def _bad_tensor(name: str, tensor: Tensor, handle: Handle) -> InvalidArgument:
     return broken_rule(name, "must be int32 or int64", tensor.dtype)
 
 
+def explain(error: Exception, **arguments: object) -> None:
+    """PyTorch refuses some arguments before the library sees them: raises what names the first one that is no plain tensor, if that is why.
+    """
+    if isinstance(error, LplbError):
+        return
+    for name, value in arguments.items():
+        if value is None and name == "avail_counter":
+            continue
+        if not isinstance(value, Tensor):
+            raise broken_rule(name, f"must be a torch tensor, as {next(iter(arguments))} is one", type(value).__name__) from None
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            raise broken_rule(name, "must be a dense, plain tensor", f"{value.layout}, {value.dtype}") from None
+        if type(value) is not Tensor:
+            raise broken_rule(name, "must be a plain tensor, or all of them of one kind", type(value).__name__) from None
+
+
+def _contiguous(name: str, tensor: Tensor) -> Tensor:
+    if tensor.numel() > _native.MAX_IDS:  # too large for the library, and perhaps for the memory, if the elements share some
+        raise broken_rule(name, f"must have at most {_native.MAX_IDS} elements", f"shape {list(tensor.shape)}")
+    return tensor.contiguous()
+
+
 def _checked(name: str, tensor: Tensor, handle: Handle) -> tuple[Tensor, int]:
     """The tensor, contiguous, and its type for the library."""
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None or tensor.get_device() != handle.device:
         raise _bad_tensor(name, tensor, handle)
-    return (tensor if tensor.is_contiguous() else tensor.contiguous()), dtype
+    return (tensor if tensor.is_contiguous() else _contiguous(name, tensor)), dtype
 
 
 def _counter(counter: Tensor | None, handle: Handle) -> tuple[int | None, int]:
@@ -163,7 +185,24 @@ def _redirect_by_ratio(idx: Tensor, o_weight: Tensor, cumulative: Tensor, planne
     return out
 
 
-def _like(idx: Tensor, *_: object, **__: object) -> Tensor:
+def _on_one_device(first: str, *tensors: Tensor | None) -> None:
+    """Meta tensors go with meta tensors: PyTorch asks for shapes alone as soon as one argument is one."""
+    for tensor in tensors:
+        if tensor is not None and tensors[0] is not None and tensor.device != tensors[0].device:
+            raise broken_rule(first, f"must be on one device with the other tensors ({tensor.device})", tensors[0].device)
+
+
+def _run_fake(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int, plan: Tensor | None = None) -> Tensor:
+    _on_one_device("idx", idx, avail_counter)
+    return torch.empty_like(idx, memory_format=_CONTIGUOUS)
+
+
+def _redirect_fake(idx: Tensor, plan: Tensor | None, planner: int, n_sms: int) -> Tensor:
+    return torch.empty_like(idx, memory_format=_CONTIGUOUS)
+
+
+def _redirect_by_ratio_fake(idx: Tensor, o_weight: Tensor, cumulative: Tensor, planner: int) -> Tensor:
+    _on_one_device("idx", idx, o_weight, cumulative)
     return torch.empty_like(idx, memory_format=_CONTIGUOUS)
 
 
@@ -173,6 +212,7 @@ def _count_fake(idx: Tensor, planner: int, n_chunks: int, n_logical: int) -> tup
 
 def _solve_fake(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | None, planner: int, ratio_shape: list[int],
                 scaled_shape: list[int]) -> tuple[Tensor, Tensor]:
+    _on_one_device("workload", workload, avail_counter)
     return workload.new_empty(ratio_shape, dtype=torch.float32), workload.new_empty(scaled_shape, dtype=torch.float32)
 
 
@@ -183,12 +223,12 @@ def _solve_fake(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | N
 _define: Any = torch.library.Library  # untyped in PyTorch
 _library = _define("lplb", "DEF")
 for _schema, _kernel, _fake in (
-    ("run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int n_sms, Tensor(b!)? plan=None) -> Tensor", _run, _like),
+    ("run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int n_sms, Tensor(b!)? plan=None) -> Tensor", _run, _run_fake),
     ("count(Tensor idx, SymInt planner, int n_chunks, int n_logical) -> (Tensor, Tensor)", _count, _count_fake),
     ("solve(Tensor workload, Tensor(a!)? avail_counter, Tensor(b!)? plan, SymInt planner, int[] ratio_shape, int[] scaled_shape)"
      " -> (Tensor, Tensor)", _solve, _solve_fake),
-    ("redirect(Tensor idx, Tensor? plan, SymInt planner, int n_sms) -> Tensor", _redirect, _like),
-    ("redirect_by_ratio(Tensor idx, Tensor o_weight, Tensor cumulative, SymInt planner) -> Tensor", _redirect_by_ratio, _like),
+    ("redirect(Tensor idx, Tensor? plan, SymInt planner, int n_sms) -> Tensor", _redirect, _redirect_fake),
+    ("redirect_by_ratio(Tensor idx, Tensor o_weight, Tensor cumulative, SymInt planner) -> Tensor", _redirect_by_ratio, _redirect_by_ratio_fake),
 ):
     _name = _schema[: _schema.index("(")]
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -14,10 +14,11 @@ import numpy as np
 
 from . import _native, _numpy_ops
 from ._arrays import (
-    Array, Int32s, Int64s, address, as_tensor, host_integers, host_numbers, integer, is_tensor, loaded_torch)
-from ._device import default_nodes, device_ordinal
+    Array, Int32s, Int64s, address, as_tensor, host_integers, host_numbers, integer, is_tensor, loaded_torch, shape_of,
+    truth)
+from ._device import check_exchange, check_group, default_nodes, device_ordinal
 from ._handle import Handle
-from .errors import Unsupported, broken_rule
+from .errors import broken_rule, shown
 from .info import Info, Locality, group_info
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 EXCHANGES = ("auto", "symm", "ipc", "nccl")
 TOKENS = ("own", "same")
+_TENSORS = {  # the arguments of an operator that are tensors, too: those that follow the first one
+    "run": ("avail_counter",), "solve": ("avail_counter",), "redirect_by_ratio": ("o_weight", "local_workload_by_sm")}
 
 
 class Planner:
@@ -82,7 +85,7 @@ class Planner:
     def _start(self, redundant_to_original: Array, n_routed_experts: int, n_logical_routed_experts: int, device: Any,
                n_nodes: int | None, solver: str, exchange: str | Exchange, debug: bool) -> Int32s:
         """Checks the arguments of a planner with a topology. Returns r2o."""
-        r2o: Int32s = host_integers("redundant_to_original", redundant_to_original, 2, np.int32)
+        r2o: Int32s = host_integers("redundant_to_original", redundant_to_original, 2, np.int32, _native.MAX_PHYSICAL)
         group_size, num_redundants = r2o.shape
         if group_size == 0:
             raise broken_rule("redundant_to_original", "must have at least one row", f"shape {list(r2o.shape)}")
@@ -117,7 +120,7 @@ class Planner:
         self = cls.__new__(cls)
         self._group(ep_size, group, rank, tokens)
         with self._telling():
-            slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32)
+            slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32, _native.MAX_PHYSICAL)
             if not slots.size:
                 raise broken_rule("phy2log", "must have at least one slot", f"shape {list(slots.shape)}")
             self.n_routed_experts = slots.size
@@ -150,8 +153,8 @@ class Planner:
 
     def _group(self, ep_size: int | None, group: Any, rank: int | None, tokens: str) -> None:
         """Sets ep_size, ep_group, rank and tokens."""
-        if tokens not in TOKENS:
-            raise broken_rule("tokens", f"must be one of {', '.join(TOKENS)}", repr(tokens))
+        if not isinstance(tokens, str) or tokens not in TOKENS:
+            raise broken_rule("tokens", f"must be one of {', '.join(TOKENS)}", shown(tokens))
         self._group_of_ranks: Any = None
         self.tokens = tokens
         if group is None:
@@ -160,17 +163,18 @@ class Planner:
             self.ep_size = integer("ep_size", ep_size, 1)
             self.rank: int | None = None if rank is None else integer("rank", rank, 0)
         else:
+            check_group(group)
             import torch.distributed as dist
 
             self.ep_size = group.size()
             # Weak: it belongs to torch.distributed, and gloo's processes end badly if it outlives destroy_process_group.
             self._group_of_ranks = weakref.ref(group)
-            if ep_size is not None and ep_size != self.ep_size:
+            if ep_size is not None and integer("ep_size", ep_size, 1) != self.ep_size:
                 raise broken_rule("ep_size", f"must be the size of group, {self.ep_size}", ep_size)
             self.rank = dist.get_rank(group)
             if self.rank < 0:
                 raise broken_rule("group", "must contain this process", group)
-            if rank is not None and rank != self.rank:
+            if rank is not None and integer("rank", rank, 0) != self.rank:
                 raise broken_rule("rank", f"must be this process's rank in group, {self.rank}", rank)
         if self.rank is not None and self.rank >= self.ep_size:
             raise broken_rule("rank", f"must be below ep_size = {self.ep_size}", self.rank)
@@ -178,10 +182,10 @@ class Planner:
     def _configure(self, given: Any, r2o: Int32s | None, group_size: int, device: Any, n_nodes: int | None, solver: str,
                    exchange: str | Exchange, debug: bool) -> None:
         """Fills in what the native planner is made from, and the attributes that follow from the sizes."""
-        if solver not in _native.SOLVERS:
-            raise broken_rule("solver", f"must be one of {', '.join(_native.SOLVERS)}", repr(solver))
-        if isinstance(exchange, str) and exchange not in EXCHANGES:
-            raise broken_rule("exchange", f"must be one of {', '.join(EXCHANGES)}", repr(exchange))
+        if not isinstance(solver, str) or solver not in _native.SOLVERS:
+            raise broken_rule("solver", f"must be one of {', '.join(_native.SOLVERS)}", shown(solver))
+        check_exchange(exchange, EXCHANGES)
+        debug = truth("debug", debug)
         ordinal = device_ordinal(device, given)
         nodes = 0 if n_nodes is None else integer("n_nodes", n_nodes, 1)
         if nodes and self.ep_size % nodes:
@@ -246,11 +250,10 @@ class Planner:
         Returns (phy2log int32 [n_routed_experts], log2phy int32 [n_logical, 2], -1 padded, original first, logcnt int32 [n_logical]).
         Waits for the planner's device.
         """
-        if self._general:
-            raise broken_rule("update_redundancy_mapping", "needs a topology; use update_placement", "a planner made by from_placement")
+        self._check_kind("update_redundancy_mapping", general=False, instead="update_placement")
         handle, history = self._handle, None
         if workload is not None:
-            history = host_numbers("workload", workload, np.float64).reshape(-1)
+            history = host_numbers("workload", workload, np.float64, most=_native.MAX_LOGICAL).reshape(-1)
             if history.size != handle.n_logical:
                 raise broken_rule("workload", f"must have n_logical_routed_experts = {handle.n_logical} elements", history.size)
         pointer = None if history is None else address(history)
@@ -262,9 +265,8 @@ class Planner:
 
     def update_placement(self, phy2log: Array) -> tuple[Array, Array, Array]:
         """Sets another placement of the same sizes on a planner made by from_placement. Returns mapping(). Waits for the device."""
-        if not self._general:
-            raise broken_rule("update_placement", "needs a planner made by from_placement", "a planner with a topology")
-        slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32)
+        self._check_kind("update_placement", general=True, instead="update_redundancy_mapping")
+        slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32, _native.MAX_PHYSICAL)
         if slots.size != self.n_routed_experts:
             raise broken_rule("phy2log", f"must have {self.n_routed_experts} slots as before", slots.size)
         handle = self._handle
@@ -314,14 +316,18 @@ class Planner:
         if operators is not None and isinstance(idx, operators.Tensor):  # first, since this is counted in tenths of a microsecond
             if operators.is_compiling():
                 return operators.run(idx, avail_counter, self.number, n_sms, self._plan)  # type: ignore[no-any-return]
-            return operators.run(idx, avail_counter, self.number, n_sms)  # type: ignore[no-any-return]
+            try:
+                return operators.run(idx, avail_counter, self.number, n_sms)  # type: ignore[no-any-return]
+            except Exception as error:
+                operators.explain(error, idx=idx, avail_counter=avail_counter)
+                raise
         if isinstance(idx, np.ndarray):
             return self._numpy("run", idx, avail_counter, self.number, n_sms)  # type: ignore[no-any-return]
         return self._call("run", idx, avail_counter, self.number, n_sms)  # type: ignore[no-any-return]
 
     def count_workload(self, idx: Array, n_sms: int) -> tuple[Array, Array]:
         """(tokens per logical expert int32 [n_logical], cumulative counts int32 [n_sms, n_logical] for weighted_select_target)."""
-        n_sms = integer("n_sms", n_sms, 1)
+        n_sms = integer("n_sms", n_sms, 1, _native.MAX_CHUNKS)
         counts: tuple[Array, Array] = self._call("count", idx, self.number, n_sms, self.n_logical_routed_experts)
         return counts
 
@@ -332,8 +338,7 @@ class Planner:
         Returns (probs float32 [n_group, group_size, num_redundants], the share of each slot class that stays at the original;
         global workload float32 [n_group, group_size, n_local_logical], the sum over ranks by logical expert, scaled to maximum 1).
         """
-        if self._general:
-            raise Unsupported("solve_probs: needs a topology, whose experts have one copy at most; use solve and redirect")
+        self._check_kind("solve_probs", general=False, instead="solve and redirect")
         ratio_shape = [self.n_group, self.group_size, self.num_redundants]
         scaled_shape = [self.n_group, self.group_size, self.n_local_logical_routed_experts]
         probs: tuple[Array, Array] = self._call("solve", workload, avail_counter, self._token(), self.number, ratio_shape, scaled_shape,
@@ -345,11 +350,12 @@ class Planner:
 
         o_weight: from solve_probs; local_workload_by_sm, n_sms: as count_workload returned and took it, for the same idx.
         """
-        n_sms = integer("n_sms", n_sms, 1)
-        if self._general:
-            raise Unsupported("weighted_select_target: needs a topology, whose experts have one copy at most; use solve and redirect")
-        if len(local_workload_by_sm) != n_sms:
-            raise broken_rule("local_workload_by_sm", f"must have n_sms = {n_sms} rows", len(local_workload_by_sm))
+        self._check_kind("weighted_select_target", general=False, instead="solve and redirect")
+        n_sms = integer("n_sms", n_sms, 1, _native.MAX_CHUNKS)
+        rows = shape_of(local_workload_by_sm)
+        if len(rows) != 2 or rows[0] != n_sms:
+            what = f"shape {rows}" if rows else type(local_workload_by_sm).__name__
+            raise broken_rule("local_workload_by_sm", f"must have n_sms = {n_sms} rows of n_logical = {self._handle.n_logical} counts", what)
         if self._handle.has_replicas:
             physical: Array = self._call("redirect_by_ratio", idx, o_weight, local_workload_by_sm, self.number)
         else:  # there is nothing to weigh
@@ -368,7 +374,7 @@ class Planner:
 
     def redirect(self, idx: Array, n_sms: int | None = None) -> Array:
         """Physical ids by the latest plan. The loads equal the plan exactly if idx are the ids that were counted."""
-        physical: Array = self._call("redirect", idx, self._token(), self.number, 0 if n_sms is None else integer("n_sms", n_sms, 1))
+        physical: Array = self._call("redirect", idx, self._token(), self.number, 0 if n_sms is None else integer("n_sms", n_sms, 1, _native.MAX_BLOCKS))
         return physical
 
     def _token(self) -> Any:
@@ -381,7 +387,14 @@ class Planner:
             return self._numpy(operator, array, *arguments, name=name)
         if not is_tensor(array):
             raise self._not_an_array(name, array)
-        return getattr(self._ops or self._load_ops(), operator)(array, *arguments)
+        operators = self._ops or self._load_ops()
+        if operators.is_compiling():
+            return getattr(operators, operator)(array, *arguments)
+        try:
+            return getattr(operators, operator)(array, *arguments)
+        except Exception as error:
+            operators.explain(error, **{name: array}, **dict(zip(_TENSORS.get(operator, ()), arguments)))
+            raise
 
     def _load_ops(self) -> Any:
         """The operators, for a planner that was made before torch was imported."""
@@ -395,9 +408,16 @@ class Planner:
         if handle.exchange is None:
             return getattr(_numpy_ops, operator)(array, *arguments)
         # The counts travel as tensors; from_numpy and numpy share memory, so a counter in an array still grows.
-        tensors = [as_tensor(argument) for argument in (array, *arguments)]
-        results = getattr(self._ops, operator)(*tensors)
+        names = _TENSORS.get(operator, ())
+        _numpy_ops.check(name, array, dict(zip(names, arguments)), handle)
+        tensors = [as_tensor(what, argument) for what, argument in zip((name, *names), (array, *arguments))]
+        results = self._call(operator, *tensors, *arguments[len(names):], name=name)
         return tuple(result.numpy() for result in results) if isinstance(results, tuple) else results.numpy()
+
+    def _check_kind(self, call: str, general: bool, instead: str) -> None:
+        if self._general is not general:
+            kinds = ("made with a topology", "made by from_placement")
+            raise broken_rule("planner", f"must be {kinds[general]} for {call} (use {instead})", f"one {kinds[not general]}")
 
     def _not_an_array(self, name: str, value: object) -> Exception:
         wanted = "a torch tensor" if self._handle.device >= 0 else "a torch tensor or a numpy array"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -11,7 +12,7 @@ import numpy as np
 
 from . import _native
 from ._arrays import Array, Int32s, Int64s, address, host_integers, integer, is_tensor, loaded_torch
-from .errors import broken_rule
+from .errors import broken_rule, shown
 from .info import GroupInfo, group_info
 
 
@@ -29,9 +30,11 @@ def solve(loads: Array, phy2log: Array, ep_size: int) -> Solution:
     slot; rank r owns n_physical / ep_size consecutive slots. All ranks balance among themselves. Host only; tokens are a CPU
     tensor where loads are a tensor. For the same placement again and again make a Planner.
     """
-    tokens_of: Int64s = host_integers("loads", loads, 1, np.int64)
-    slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32)
+    tokens_of: Int64s = host_integers("loads", loads, 1, np.int64, _native.MAX_LOGICAL)
+    slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32, _native.MAX_PHYSICAL)
     ranks = integer("ep_size", ep_size, 1)
+    if tokens_of.size == 0:
+        raise broken_rule("loads", "must have one expert at least", f"shape {list(tokens_of.shape)}")
     tokens = np.empty(slots.size, dtype=np.int64)
     info = _native.GroupInfoStruct()
     message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
@@ -46,14 +49,42 @@ def solve(loads: Array, phy2log: Array, ep_size: int) -> Solution:
 def witness_bound(loads: Array, phy2log: Array, ep_size: int, witness: Iterable[int]) -> int:
     """The lower bound that a set of ranks proves: the tokens of the experts whose replicas all stand on these ranks must stay there,
     so one of the ranks has at least ceil(tokens / ranks). Recomputes GroupInfo.bound from the loads alone, without the library."""
-    tokens_of = host_integers("loads", loads, 1, np.int64)
-    slots = host_integers("phy2log", phy2log, 1, np.int64)
+    tokens_of: Int64s = host_integers("loads", loads, 1, np.int64, _native.MAX_LOGICAL)
+    slots: Int64s = host_integers("phy2log", phy2log, 1, np.int64, _native.MAX_PHYSICAL)
     ranks = integer("ep_size", ep_size, 1)
+    _check_instance(tokens_of, slots, ranks)
     inside = np.zeros(ranks, dtype=bool)
-    members = list(witness)
-    if not members or not all(0 <= rank < ranks for rank in members):
-        raise broken_rule("witness", f"must hold ranks 0 .. {ranks - 1}, one at least", members)
-    inside[members] = True
+    inside[_ranks(witness, ranks)] = True
     leaves = np.zeros(tokens_of.size, dtype=bool)
     leaves[slots[~np.repeat(inside, slots.size // ranks)]] = True
     return -(-int(tokens_of[~leaves].sum()) // int(inside.sum()))
+
+
+def _check_instance(loads: Int64s, slots: Int64s, ranks: int) -> None:
+    """As the library does for solve."""
+    if slots.size == 0 or slots.size % ranks:
+        raise broken_rule("phy2log", f"must have a multiple of ep_size = {ranks} slots, one at least", slots.size)
+    if loads.size == 0:
+        raise broken_rule("loads", "must have one expert at least", f"shape {list(loads.shape)}")
+    for index in np.flatnonzero((loads < 0) | (loads > _native.MAX_LOAD))[:1]:
+        raise broken_rule(f"loads[{index}]", f"must lie in 0 ... {_native.MAX_LOAD}", loads[index])
+    for index in np.flatnonzero((slots < 0) | (slots >= loads.size))[:1]:
+        raise broken_rule(f"phy2log[{index}]", f"must lie in 0 ... {loads.size - 1}", slots[index])
+    for expert in np.flatnonzero(np.bincount(slots, minlength=loads.size) == 0)[:1]:
+        raise broken_rule("phy2log", "must hold every logical expert", f"no slot for {expert}")
+
+
+def _ranks(witness: Iterable[int], ranks: int) -> list[int]:
+    members: list[int] = []
+    try:
+        for member in witness:  # of which there may be no end
+            rank = operator.index(member)
+            if not 0 <= rank < ranks or rank in members:
+                members = []
+                break
+            members.append(rank)
+    except Exception:  # of the values' own methods
+        members = []
+    if not members:
+        raise broken_rule("witness", f"must hold ranks 0 .. {ranks - 1}, each once, one at least", shown(witness))
+    return members

@@ -17,6 +17,8 @@ from typing import Any, cast
 import numpy as np
 
 from ._arrays import Array, integer
+from ._native import MAX_RANKS
+from .errors import Unsupported
 
 CUBE_8P2E: Array
 RING_8P: Array
@@ -36,7 +38,9 @@ __all__ = ["CUBE_8P2E", "RING_8P", "HYPERCUBE_16P2E", "SQUARE_4P2E", "torus_2d"]
 
 def torus_2d(m: int, n: int) -> Array:
     """Rank i * n + j replicates its neighbours ((i+1) mod m, j) and (i, (j+1) mod n). [m * n, 2]."""
-    m, n = integer("m", m, 1), integer("n", n, 1)
+    m, n = integer("m", m, 1, MAX_RANKS), integer("n", n, 1, MAX_RANKS)
+    if m * n > MAX_RANKS:
+        raise Unsupported(f"n: must make at most {MAX_RANKS} ranks of m * n, got {m} * {n}")
     i, j = np.divmod(np.arange(m * n, dtype=np.int64), n)
     return _array(np.stack([(i + 1) % m * n + j, i * n + (j + 1) % n], axis=1))
 
