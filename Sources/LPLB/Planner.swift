@@ -195,10 +195,10 @@ final class Planner {
 
     func requirePlan(_ call: String) throws(Failure) {
         guard hasPlan || (everPlanned && backend.replaysGraphs) else {
-            if placement != nil && !hasReplicas {
+            if !shape.hasReplicas {
                 throw Failure(
                     LPLB_ERROR_WRONG_ORDER,
-                    "\(call): there is no plan, since no expert stands on two ranks and lplb_planner_run had nothing to decide; "
+                    "\(call): there is no plan, since no expert has a replica and lplb_planner_run had nothing to decide; "
                         + "lplb_planner_solve makes a plan all the same")
             }
             throw Failure(

@@ -161,7 +161,7 @@ def test_without_replicas_only_the_ids_change(r2o):
     out = planner.run(idx, torch.zeros(1, dtype=torch.int64))
     assert (out[idx < 0] == -1).all() and (phy2log[out[idx >= 0]] == idx[idx >= 0]).all()
     for read in (planner.info, planner.split, planner.assignment):
-        with pytest.raises(lplb.WrongOrder, match="no expert stands on two ranks .*solve makes a plan"):
+        with pytest.raises(lplb.WrongOrder, match="no expert has a replica .*solve makes a plan"):
             read()
     counts, rows = planner.count_workload(idx, 4)
     probs, scaled = planner.solve_probs(counts, torch.zeros(1, dtype=torch.int64))
