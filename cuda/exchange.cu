@@ -59,11 +59,9 @@ __global__ void __launch_bounds__(kMaxThreads)
         gathered[(int64_t)row * view.n_counts + column] = count;
         if (column == compared && count != *digest) exchange::disagree(view, call.epoch, row);
     });
-    // Each thread clears what receive() let it write of them.
-    if (rail == kRailUnknown) {
+    if (rail == kRailUnknown) {  // each thread clears what receive() let it write of those rows
         for (int word = thread; word < view.n_words; word += n_threads) {
-            const int node = word / view.n_counts;
-            if (node != view.node) gathered[(int64_t)(node * view.n_ranks + view.rank) * view.n_counts + word % view.n_counts] = 0;
+            gathered[(int64_t)(word / view.n_counts * view.n_ranks + view.rank) * view.n_counts + word % view.n_counts] = 0;
         }
     }
     __syncthreads();

@@ -49,7 +49,7 @@ static inline const lplbk_report *lplbk_exchange_report_of(const lplbk_exchange_
 /* What the host wrote before is there for a device that sees the flag. */
 static inline void lplbk_exchange_host_abort(lplbk_exchange_host *page) { __atomic_store_n(&page->abort, 1, __ATOMIC_RELEASE); }
 
-/* All that a kernel needs, passed by value (648 bytes). Addresses are device addresses on the rank's device. */
+/* All that a kernel needs, passed by value (640 bytes). Addresses are device addresses on the rank's device. */
 typedef struct lplbk_exchange_view {
     uint64_t peer[LPLBK_EXCHANGE_MAX_RANKS]; /* every rank's buffer; peer[rank] is the own one */
     uint64_t state;                          /* lplbk_exchange_state */
@@ -57,7 +57,6 @@ typedef struct lplbk_exchange_view {
     uint64_t rail_failed;                    /* 0, or a word that is not 0 once the rail has given up (lplb_rail_ops.failed) */
     uint64_t timeout_ns;                     /* 0: none */
     int32_t rank, n_ranks;                   /* of the NVLink stage */
-    int32_t node;                            /* of this rank */
     int32_t n_nodes;                         /* rows of n_counts that every rank brings, one a node, gathered along the rail before */
     int32_t n_counts;
     int32_t n_words;                         /* n_nodes * n_counts: counts from each rank */

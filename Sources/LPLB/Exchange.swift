@@ -95,7 +95,6 @@ final class Exchange {
         view.pointee.policy = policy
         view.pointee.rank = Int32(settings.rank)
         view.pointee.n_ranks = Int32(settings.ranks)
-        view.pointee.node = Int32(settings.node)
         view.pointee.n_nodes = Int32(settings.nodes)
         view.pointee.n_counts = Int32(settings.counts)
         view.pointee.n_words = Int32(settings.nodes * settings.counts)

@@ -5,14 +5,17 @@ The exchange on real GPUs, against torch.distributed. Starts its own processes, 
     python exchange_gpu.py faults  [--processes N] [--limit SECONDS]
 
 correct: eager calls with random delays, graphs, both mixed, epochs near 2^32, beside NCCL and matrix products, two exchanges on two
-streams, planners on real routing, several nodes (emulated), making and closing many. faults: a rank that sleeps past the limit, one that is
-killed, an abort. One line a check; exit status 0 if all are fine. Every wait has a limit, so that nothing hangs.
+streams, planners on real routing, planners that share an exchange and end in any order, several nodes (emulated), making and closing many.
+faults: a rank that sleeps past the limit, one that is killed, an abort; the same where the rank is missed by a rail (two emulated nodes).
+One line a check; exit status 0 if all are fine. Every wait has a limit, so that nothing hangs.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -30,10 +33,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lplb import Planner, errors, exchange, topology
+from lplb import Planner, _exchange_c, errors, exchange, topology
 
 N_COUNTS = 256
 FAULTS = ("late", "abort", "killed")
+RAIL_FAULTS = ("nvshmem-late", "nvshmem-killed", "nvshmem-abort", "nccl-abort")  # "-late" of NCCL is its watchdog's, after minutes
 DATA = Path(__file__).resolve().parents[2] / "python/lplb/data/deepseek_v2_lite_summary_sample.npz"
 
 
@@ -300,6 +304,76 @@ def disagreeing(place: Place, kind: str, **more: Any) -> tuple[bool, str]:
     return not seen, "; ".join(seen) or "by all ranks"
 
 
+def lives(place: Place, kind: str, **more: Any) -> tuple[bool, str]:
+    """Planners share an exchange; it ends with the last of them, in whatever order they are closed or become garbage."""
+    ranks, group = place.ranks, dist.group.WORLD
+    slots = torch.from_numpy(np.concatenate([[2 * r, 2 * r + 1, (2 * r + 2) % (2 * ranks)] for r in range(ranks)]))
+    ids = (torch.arange(512, device=place.device) * (place.rank + 1)) % (2 * ranks)
+
+    def planner(**how: Any) -> Planner:
+        return Planner.from_placement(slots, n_logical=2 * ranks, group=group, device=place.device, **how)
+
+    def used(some: Planner) -> torch.Tensor:
+        out = some.run(ids, None)
+        assert some.info().groups[0].total == 512 * ranks
+        return out
+
+    problems = []
+    for order in ("012", "210", "120"):
+        mine = exchange.create(group, place.device, 2 * ranks, kind, **more) if more else None
+        first = planner(exchange=mine or kind)
+        trio: list[Any] = [first, planner(exchange=first.exchange), planner(exchange=first.exchange)]
+        shared, first = first.exchange, None
+        if mine is not None:
+            mine.owned = True  # as if the first planner had made it
+        wanted = [used(some) for some in trio]
+        for count, which in enumerate(int(letter) for letter in order):
+            if count != 1:
+                trio[which].close()
+            trio[which] = None  # garbage
+            gc.collect()
+            if shared.closed != (count == 2):
+                problems.append(f"{order}: closed is {shared.closed} after {count + 1} planners")
+            for some, out in zip(trio, wanted):
+                if some is not None and not torch.equal(used(some), out):
+                    problems.append(f"{order}: another plan after {count + 1} planners")
+        dist.barrier()
+    # The library itself: an exchange is destroyed while a planner holds it.
+    mine = exchange.create(group, place.device, 2 * ranks, kind, **more)
+    some = planner(exchange=mine)
+    used(some)
+    mine.close()
+    exchange.release(group, place.device)
+    for _ in range(2):
+        try:
+            some.run(ids, None)
+            problems.append("a planner ran with an exchange that was destroyed")
+        except errors.WrongOrder as error:
+            if "it is closed" not in str(error):
+                problems.append(str(error))
+    some.close()
+    exchange.release(group, place.device)
+    return not problems, "; ".join(problems) or "3 orders"
+
+
+def beside_a_spinning_kernel(place: Place) -> tuple[bool, str]:
+    """Making the library's part of an exchange waits for nothing on the default stream."""
+    functions, message = _exchange_c.load(), ctypes.create_string_buffer(1024)
+    config = _exchange_c.ExchangeConfig(struct_size=ctypes.sizeof(_exchange_c.ExchangeConfig), device=place.device.index, policy=1, n_ranks=1,
+                                        rank=0, n_counts=N_COUNTS, n_nodes=1, node=0, timeout_ms=1000, first_epoch=1)
+    blob = ctypes.create_string_buffer(_exchange_c.BLOB_BYTES)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.default_stream(place.device)):
+        torch.cuda._sleep(4_000_000_000)  # 2 s and more
+    pointer, began = ctypes.c_void_p(), time.perf_counter()
+    status = functions.begin(ctypes.byref(config), ctypes.byref(pointer), blob, message, len(message))
+    took = time.perf_counter() - began
+    torch.cuda.synchronize()
+    slept = time.perf_counter() - began
+    functions.destroy(pointer.value)
+    return status == 0 and took < 0.5 * slept, f"{took * 1000:.1f} ms while the default stream was busy for {slept * 1000:.0f} ms"
+
+
 def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
     place = start(args)
     device, own_gpu = place.device, place.own_gpu
@@ -332,9 +406,12 @@ def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
         if not args.no_planners:
             check(f"{kind}: realised loads equal the certified plan", *planners(place, 16, kind))
             check(f"{kind}: a rank that disagrees is noticed", *disagreeing(place, kind))
+            check(f"{kind}: planners that share an exchange end in any order", *lives(place, kind))
     auto = exchange.create(group, device, N_COUNTS)
     check("auto", auto.kind == ("symm" if own_gpu else "ipc"), repr(auto))
     auto.close()
+    if own_gpu and not args.under:
+        check("making one does not wait for the default stream", *beside_a_spinning_kernel(place))
     nodes(args, check, place)
     # 50 exchanges made and closed: the memory is what it was after the first few.
     exchange.release(group, device)
@@ -379,34 +456,51 @@ def nodes(args: argparse.Namespace, check: Checks, place: Place) -> None:
             check(name, *planners(place, 4, "ipc", **more))
             check(f"{args.nodes} nodes of {per_node}, rail {rail}: a rank that disagrees is noticed", *disagreeing(place, "ipc", **more))
             exchange.release(group, device)
+            name = f"{args.nodes} nodes of {per_node}, rail {rail}: planners that share an exchange end in any order"
+            check(name, *lives(place, "ipc", **more))
+            exchange.release(group, device)
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------------------------
 
 
+def missed(place: Place, nodes: int) -> tuple[int, int]:
+    """Whom this rank finds missing where the last rank is, and on which of the emulated nodes that one is. A rank whose rail is broken sends
+    nothing on, so that the others of its node, who could not know, miss that one."""
+    per_node = place.ranks // nodes
+    node, local = divmod(place.rank, per_node)
+    last_node, last_local = divmod(place.ranks - 1, per_node)
+    if node == last_node or local == last_local:
+        return place.ranks - 1, last_node
+    return node * per_node + last_local, node
+
+
 def faults(args: argparse.Namespace) -> NoReturn:
-    """args.fault: late (policy report), abort, or killed (policy trap). The last rank is the one that fails."""
+    """args.fault: late (policy report), abort (no limit), or killed (policy trap), by NVLink or after "nccl-" or "nvshmem-" by that rail.
+    The last rank is the one that fails."""
     place = start(args)
     rank, ranks, device = place.rank, place.ranks, place.device
-    limit = 2.0
-    made = exchange.create(dist.group.WORLD, device, N_COUNTS, "ipc", policy="trap" if args.fault == "killed" else "report",
-                           timeout=0 if args.fault == "abort" else limit)
+    rail, _, fault = args.fault.rpartition("-")
+    limit, trap = 2.0, fault == "killed"
+    more = {"n_nodes": args.nodes, "rail": rail} if rail else {}
+    made = exchange.create(dist.group.WORLD, device, N_COUNTS, "ipc", policy="trap" if trap else "report",
+                           timeout=0 if fault == "abort" else limit, **more)
     counts = torch.arange(N_COUNTS, dtype=torch.int32, device=device) + 1
     for _ in range(3):
         made.all_gather(counts)
+    after = torch.empty((ranks, N_COUNTS), dtype=torch.int32, device=device)
     torch.cuda.synchronize()
     dist.barrier()
     if rank == ranks - 1:
-        if args.fault == "killed":
+        if fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(3 * limit)
         os._exit(0)
-    if args.fault == "abort":
+    if fault == "abort":
         threading.Timer(0.5, made.abort).start()
     faulthandler.dump_traceback_later(5 * limit)  # where it hangs, if it does
     began = time.perf_counter()
-    words = ""
-    got = None
+    words, problems, got = "", [], None
     try:
         got = made.all_gather(counts)
         torch.cuda.synchronize()
@@ -414,22 +508,41 @@ def faults(args: argparse.Namespace) -> NoReturn:
         words = type(error).__name__ + ": " + str(error).splitlines()[0]
     took = time.perf_counter() - began
     report = made.report()
-    fine = report is not None and report.peer == ranks - 1 and report.rank == rank and took < 3 * limit
-    if args.fault == "killed":
-        fine = fine and bool(words)  # the context is lost, and says so
-    else:
-        row = got[rank].cpu() if got is not None else None
-        fine = fine and not words and row is not None and torch.equal(row, counts.cpu()) and not got[ranks - 1].any()
-        try:
-            made.all_gather(counts)
-            fine = False
-        except errors.PeerTimeout as error:
-            words = str(error)
-    if args.fault != "abort":
-        fine = fine and report is not None and report.reason == "timed out" and limit <= report.waited_s < 1.5 * limit
-    print(f"{'ok' if fine else 'FAILED':6} {args.fault}: rank {rank} after {took:.2f} s: {report}; {words}", flush=True)
+    peer, _ = missed(place, args.nodes if rail else 1)
+    if report is None or report.rank != rank or report.reason != ("aborted" if fault == "abort" else "timed out"):
+        problems.append("the report")
+    elif report.peer != (peer if fault != "abort" or not rail else report.peer):  # who was missing when all ranks abort is chance
+        problems.append(f"the report should name rank {peer}")
+    elif fault != "abort" and not limit <= report.waited_s < 1.5 * limit:
+        problems.append("the time waited")
+    if took >= 3 * limit:
+        problems.append("too long")
+    if trap and not words:
+        problems.append("the context should be lost, and say so")
+    if not trap:
+        own = got is not None and (torch.equal(got[rank].cpu(), counts.cpu()) or (rail == "nccl" and not got[rank].any()))
+        if words or not own or got[ranks - 1].any():
+            problems.append("the counts: its own (an aborted NCCL may not have copied them), and zeros for those that are missing")
+    try:  # by the library's own words, after a trap too
+        made.all_gather(counts, after)
+        problems.append("a call after the end")
+    except errors.PeerTimeout as error:
+        words = str(error)
+    verdict = "FAILED" if problems else "ok"
+    print(f"{verdict:6} {args.fault}: rank {rank} after {took:.2f} s: {report}; {words} {'; '.join(problems)}", flush=True)
     sys.stdout.flush()
-    os._exit(0 if fine else 1)  # no clean-up: a peer is gone
+    os._exit(1 if problems else 0)  # no clean-up: a peer is gone
+
+
+def why_not(fault: str, place: Place, nodes: int) -> str:
+    """Why a fault cannot be tried here, "" where it can."""
+    if fault.endswith("killed") and not place.on_different_gpus(range(place.ranks - 1)):
+        return "of two processes that trap on one GPU at a time the driver ends only one"
+    if "-" in fault and (not place.own_gpu or place.ranks % nodes):
+        return "rails want a GPU for each rank, and nodes of equal size"
+    if fault.startswith("nvshmem") and not exchange.has_plugin():
+        return "the NVSHMEM plugin is not here"
+    return ""
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------------------------
@@ -476,7 +589,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=120)
     parser.add_argument("--json")
     parser.add_argument("--under", default="", help="runs every rank under a command, e.g. compute-sanitizer with its options")
-    parser.add_argument("--fault", choices=FAULTS)
+    parser.add_argument("--fault", choices=FAULTS + RAIL_FAULTS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.store:  # a rank
@@ -498,11 +611,12 @@ def main() -> int:
         return 1 if problems else 0
     failed = False
     place = Place(0, args.processes, torch.cuda.device_count())
-    for fault in [args.fault] if args.fault else FAULTS:
-        if fault == "killed" and not place.on_different_gpus(range(args.processes - 1)):
-            print(f"skipped {fault}: of two processes that trap on one GPU at a time the driver ends only one", flush=True)
+    for fault in [args.fault] if args.fault else FAULTS + RAIL_FAULTS:
+        reason = why_not(fault, place, args.nodes)
+        if reason:
+            print(f"skipped {fault}: {reason}", flush=True)
             continue
-        problems = launch(args, ["--fault", fault], may_die=args.processes - 1)
+        problems = launch(args, ["--fault", fault, "--nodes", str(args.nodes)], may_die=args.processes - 1)
         print(f"{'FAILED' if problems else 'ok':6} {fault}: {'; '.join(problems) or 'every other rank ended by itself'}", flush=True)
         failed = failed or bool(problems)
     return 1 if failed else 0

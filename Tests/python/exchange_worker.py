@@ -5,6 +5,7 @@ The NVLink ways are stood in for by ways that need no GPU and fail where a scena
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lplb import exchange, errors
-from lplb._exchange import Exchange, gather_by_torch
+from lplb._exchange import Exchange, Rail, gather_by_torch
 from lplb._exchange_ways import Way
 
 torch.set_num_threads(1)
@@ -21,10 +22,10 @@ FACTS = exchange._Maker.facts
 
 
 class Scenario:
-    """fail: (kind, stage, rank) that fail; hosts: the host of each rank."""
+    """fail: (kind, stage, rank) that fail; interrupted: likewise, by an exception that is nobody's error; hosts: the host of each rank."""
 
-    def __init__(self, fail=(), hosts=None):
-        self.fail, self.hosts = set(fail), hosts
+    def __init__(self, fail=(), hosts=None, interrupted=()):
+        self.fail, self.hosts, self.interrupted = set(fail), hosts, set(interrupted)
         self.freed, self.closed, self.abandoned = [], [], []
 
 
@@ -38,6 +39,8 @@ class FakeWay(Way):
     def fails(self, stage):
         if (self.kind, stage, self.order.layout.rank) in now.fail:
             raise RuntimeError(f"{self.kind} cannot {stage}")
+        if (self.kind, stage, self.order.layout.rank) in now.interrupted:
+            raise KeyboardInterrupt
 
     def steps(self):
         self.fails("prepare")
@@ -91,6 +94,30 @@ class FakeExchange(Exchange):
 
     def free(self):
         now.freed.append(self.kind)
+
+
+class FakeRail(Rail):
+    """Its second step is taken by all ranks together, and so is its end, as NVSHMEM's."""
+
+    kind = "nvshmem"
+
+    def __init__(self, layout, device, n_counts, timeout):
+        self.layout, self.stage, self.abandoned = layout, "nothing", False
+
+    def steps(self):
+        if ("rail", "create", self.layout.rank) in now.fail:
+            raise RuntimeError("the rail cannot be created")
+        self.stage = "created"
+        yield None
+        self.stage = "connected"
+        if ("rail", "connect", self.layout.rank) in now.fail:
+            raise RuntimeError("the rail cannot be connected")
+
+    def abandon(self):
+        self.abandoned = True
+
+    def free(self):
+        now.freed.append(f"rail {self.stage}" + ", alone" * self.abandoned)
 
 
 class FakeMaker(exchange._Maker):
@@ -163,6 +190,37 @@ def with_fakes(group, out):
     out["freed at last"] = list(now.freed)
 
 
+def taken_back(group, out):
+    """Ways and rails that are refused, or left by an exception on one rank, free all that was made, on every rank."""
+    global now
+    rails, exchange.NvshmemRail = exchange.NvshmemRail, FakeRail
+    for name, fail in {
+        "the rail is not created": [("rail", "create", 1)],
+        "the rail is not connected": [("rail", "connect", 2)],
+        "the way fails beside a rail": [("symm", "connect", 3)],
+        "the trial fails beside a rail": [("symm", "count", 0)],
+    }.items():
+        now = Scenario(fail)
+        seen, _ = attempt(group, kind="symm", rail="nvshmem", n_nodes=2)
+        out[name] = {**seen, "freed": list(now.freed), "closed": list(now.closed)}
+    # The others learn of it by this rank's silence, which ends the group: so it is another one.
+    for stage in ("prepare", "connect"):
+        own = dist.new_group(list(range(dist.get_world_size(group))))
+        now = Scenario(interrupted=[("symm", stage, 2)])
+        ended = ""
+        try:
+            exchange.create(own, "cpu", 8, kind="symm", rail="nvshmem", n_nodes=2, timeout=1.0)
+        except (KeyboardInterrupt, errors.PeerTimeout) as error:
+            ended = "KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else "PeerTimeout"
+            error.__traceback__ = None
+        before = list(now.freed)
+        dist.destroy_process_group(own)
+        del own
+        gc.collect()
+        out[f"interrupted in {stage}"] = {"ended": ended, "before": before, "freed": list(now.freed), "abandoned": list(now.abandoned)}
+    exchange.NvshmemRail = rails
+
+
 def plain(group, rank, out):
     """On the CPU as it is."""
     seen, made = attempt(group)
@@ -205,6 +263,7 @@ def main():
     exchange.WAYS.clear()
     exchange.WAYS.update(symm=FakeSymm, ipc=FakeIpc)
     with_fakes(dist.group.WORLD, out)
+    taken_back(dist.group.WORLD, out)
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(out, file)
     dist.barrier()

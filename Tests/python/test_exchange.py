@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs a PyTorch with gloo", allow_module_level=True)
 
-from lplb import _exchange_c, exchange  # noqa: E402
+from lplb import _exchange_c, _rail, exchange  # noqa: E402
 
 PROCESSES = 4
 HEADER = Path(__file__).resolve().parents[2] / "include" / "lplb.h"
@@ -101,6 +102,53 @@ def test_failed_ways_are_taken_back(ranks):
     assert same_everywhere(ranks, "all fine", "closed", "freed") == [[], []]
     # The trial must not trap, and waits no longer than the user would; then the user's limits hold.
     assert same_everywhere(ranks, "all fine", "limits")[0] == [[30.0, "report"], [30.0, "trap"]]
+
+
+def test_rails_are_taken_back_too(ranks):
+    # Whoever is refused frees everything, and on all ranks alike: symmetric memory is freed by all of them together, or all wait for ever.
+    for name, freed in (("the rail is not connected", ["rail connected"]), ("the way fails beside a rail", ["symm", "rail connected"]),
+                        ("the trial fails beside a rail", ["symm", "rail connected"])):
+        assert same_everywhere(ranks, name, "error", "freed") == ["Unsupported", freed]
+    for rank, seen in enumerate(ranks):  # what is local is freed where it was made
+        assert seen["the rail is not created"]["freed"] == [f"rail {'nothing' if rank == 1 else 'created'}"]
+
+
+def test_an_exception_on_one_rank_leaves_nothing_behind(ranks):
+    for rank, seen in enumerate(ranks):
+        for stage in ("prepare", "connect"):
+            ended = seen[f"interrupted in {stage}"]
+            assert ended["ended"] == ("KeyboardInterrupt" if rank == 2 else "PeerTimeout")
+            # Others may still write to this rank's memory, so it is freed with the group; a rail then without the others.
+            assert ended["before"] == [] and ended["freed"] == ["symm", "rail connected, alone"] and ended["abandoned"] == ["symm"]
+
+
+def test_asking_for_nvshmem_changes_nothing():
+    environment = dict(os.environ)
+    assert not _rail.nvshmem_is_running()
+    if _rail.has_plugin():
+        try:
+            _rail.load_plugin()
+        except errors.LibraryError:
+            pass  # NVSHMEM itself is not installed
+    assert dict(os.environ) == environment
+    libc = ctypes.CDLL(None)
+    libc.getenv.restype = ctypes.c_char_p
+    for name in (b"NVSHMEM_DISABLE_NVLS", b"NVSHMEM_SYMMETRIC_SIZE"):
+        assert libc.getenv(name) == (environment[name.decode()].encode() if name.decode() in environment else None)
+
+
+def test_a_plugin_of_another_version_is_refused(tmp_path, monkeypatch):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    for number, text in enumerate(("int lplb_nvshmem_abi(void) { return 1; }", "int unrelated;")):
+        source, path = tmp_path / f"{number}.c", tmp_path / f"{number}.so"
+        source.write_text(text)
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", path, source], check=True)
+        monkeypatch.setenv("LPLB_NVSHMEM_PLUGIN", str(path))
+        monkeypatch.setattr(_rail, "_plugin", None)
+        with pytest.raises(errors.LibraryError, match="belongs to another version of lplb"):
+            _rail.load_plugin()
 
 
 def test_hosts_become_nodes(ranks):
@@ -196,8 +244,16 @@ def test_a_rail_is_refused_in_words():
     size = ctypes.c_int64()
     with_rail = config(n_nodes=2, rail=ctypes.pointer(rail))
     assert "rail.all_gather: must not be NULL" in call(_exchange_c.load().buffer_bytes, ctypes.byref(with_rail), ctypes.byref(size))[1]
-    rail.struct_size = 1
-    assert "rail.struct_size" in call(_exchange_c.load().buffer_bytes, ctypes.byref(with_rail), ctypes.byref(size))[1]
+    for other in (1, 32, 41):
+        rail.struct_size = other
+        assert "rail.struct_size" in call(_exchange_c.load().buffer_bytes, ctypes.byref(with_rail), ctypes.byref(size))[1]
+    # An older caller's struct ends after destroy.
+    rail.struct_size = 40
+    assert "rail.all_gather: must not be NULL" in call(_exchange_c.load().buffer_bytes, ctypes.byref(with_rail), ctypes.byref(size))[1]
+    rail.all_gather = _exchange_c.RAIL_GATHER(lambda *_: 0)
+    for known in (40, 48, 56, 64):
+        rail.struct_size = known
+        assert call(_exchange_c.load().buffer_bytes, ctypes.byref(with_rail), ctypes.byref(size)) == (0, "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -29,8 +29,9 @@ def test_equal_to_torch_distributed(run, note):
 
 def test_a_lost_rank_ends_the_others_in_words(run):
     out = script(run, "faults")
-    for fault in ("late", "abort", "killed"):
-        assert f"{fault}: every other rank ended by itself" in out
+    for fault in ("late", "abort", "killed", "nvshmem-late", "nvshmem-killed", "nvshmem-abort", "nccl-abort"):
+        # A rail's faults want two GPUs, and NVSHMEM's its plugin.
+        assert f"{fault}: every other rank ended by itself" in out or ("-" in fault and f"skipped {fault}:" in out)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,8 @@ class Waiting:
 
     def too_late(self, words: str) -> PeerTimeout:
         limit = f"{self.limit:g} s" if self.limit else "the limit of the process group"
-        return PeerTimeout(f"{self.what}: another rank did not come within {limit}; it is late, stuck or gone; torch.distributed says: {words}")
+        return PeerTimeout(
+            f"{self.what}: another rank did not come within {limit}; it is late, stuck or gone; torch.distributed says: {words}")
 
 
 def gather_by_torch(group: Any, counts: Tensor, everyone: Tensor, waiting: Waiting | None = None) -> None:

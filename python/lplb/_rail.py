@@ -171,10 +171,10 @@ def load_plugin() -> Any:
         try:
             plugin = ctypes.CDLL(str(path))
         except OSError as error:
-            raise LibraryError(f"rail: cannot load the NVSHMEM plugin {path}: {error}", path=str(path)) from error
+            raise LibraryError(f"rail: cannot load the NVSHMEM plugin {path}: {error}") from error
         abi = getattr(plugin, "lplb_nvshmem_abi", None)
         if abi is None or abi() != PLUGIN_ABI:
-            raise LibraryError(f"rail: {path} belongs to another version of lplb", path=str(path))
+            raise LibraryError(f"rail: {path} belongs to another version of lplb")
         i32, i64, address, text = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
         for name, arguments in {
             "lplb_nvshmem_started": [],
