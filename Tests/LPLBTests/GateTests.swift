@@ -99,11 +99,11 @@ private final class Guarded: Sendable {
 
     @Test func thePageIsReadOnlyOnceItsCodeIsThere() {
         var page = lplbk_exchange_host()
-        (page.rank, page.peer, page.epoch, page.waited_ns) = (3, 5, 7, 11)
-        let early = lplbk_exchange_host_read(&page)
+        (page.report.rank, page.report.peer, page.report.epoch, page.report.waited_ns) = (3, 5, 7, 11)
+        let early = lplbk_report_read(&page.report)
         #expect(early.code == 0 && early.rank == 0 && early.peer == 0 && early.epoch == 0 && early.waited_ns == 0)
-        page.code = 1
-        let whole = lplbk_exchange_host_read(&page)
+        page.report.code = 1
+        let whole = lplbk_report_read(&page.report)
         #expect(whole.code == 1 && whole.rank == 3 && whole.peer == 5 && whole.epoch == 7 && whole.waited_ns == 11)
         lplbk_exchange_host_abort(&page)
         #expect(page.abort == 1)

@@ -74,7 +74,13 @@ func witness(_ info: lplb_group_info, groupSize: Int, first: Int) -> Set<Int> {
                 try Handle(Settings(epSize: 16, rank: Int64($0), nNodes: 2, nLogical: 64, nPhysical: 96, groupSize: 8))
             }
             let ids: [[Int32]] = (0..<epSize).map { _ in skewedIds(512, experts: 64, using: &generator) }
-            let gathered = ids.flatMap { histogram($0, 64).map { Int32($0) } }
+            // Every rank brings its own row; all planners are equal but for their rank, so the digests are too.
+            let gathered = ids.indices.flatMap { rank in
+                var row = [Int32](repeating: -9, count: Int(lplb_counts_width(64)))
+                #expect(lplb_planner_count_row(planners[rank].raw, ids[rank], 0, 512, &row, nil) == LPLB_OK)
+                #expect(row.dropLast().map { Int64($0) } == histogram(ids[rank], 64))
+                return row
+            }
             var realised = [Int64](repeating: 0, count: 96)
             for rank in 0..<epSize {
                 var out = [Int32](repeating: -9, count: 512)

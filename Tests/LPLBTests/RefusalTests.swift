@@ -50,7 +50,7 @@ import Testing
         #expect(planner.error.contains("ids_dtype") && planner.error.contains("got 2"))
         #expect(lplb_planner_run(planner.raw, ids, 1, -1, nil, &out, nil, 0, 0, nil) == LPLB_ERROR_INVALID_ARGUMENT)
         #expect(planner.error.contains("n_ids") && planner.error.contains("got -1"))
-        let gathered = [Int32](repeating: 0, count: 8 * 64)
+        let gathered = [Int32](repeating: 0, count: 8 * 65)
         #expect(lplb_planner_run(planner.raw, ids, 1, 4, gathered, &out, nil, 0, 0, nil) == LPLB_ERROR_INVALID_ARGUMENT)
         #expect(planner.error.contains("gathered"))
         #expect(out == [7, 7, 7, 7])

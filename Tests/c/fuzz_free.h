@@ -72,7 +72,7 @@ static void one_off(void) {
 
 /* Exchanges need GPUs, so what can be tried everywhere is their configuration: it is refused, with or without CUDA. */
 static void exchange_config(void) {
-    static const lplb_rail_ops no_rail = {(int64_t)sizeof(lplb_rail_ops), NULL, NULL, NULL, NULL};
+    static const lplb_rail_ops no_rail = {(int64_t)sizeof(lplb_rail_ops), NULL, NULL, NULL, NULL, NULL, NULL, NULL};
     const lplb_exchange_config fresh = LPLB_EXCHANGE_CONFIG_INIT;
     lplb_exchange_config *config = make(1, sizeof *config);
     *config = fresh;
@@ -186,7 +186,9 @@ static void agree(void) {
             if (bad == 5 && rank == odd) asked.failure = "this rank is out of memory", asked.planner = chance(2) ? NULL : &config;
             if (bad == 6 && rank == odd) config.struct_size = wrong(config.struct_size);
             if (bad == 8) asked.rank = wrong(rank) < 0 ? -1 : meeting.n_ranks;
-            lplb_agreement agreed = {sizeof agreed};
+            lplb_agreement agreed;
+            memset(&agreed, 0, sizeof agreed);
+            agreed.struct_size = sizeof agreed;
             words[rank][0] = 0;
             statuses[rank] = lplb_agree(&asked, &agreed, words[rank], sizeof words[rank]);
             check("lplb_agree", statuses[rank], !meeting.showing ? FAILS : bad == 0 ? OK : ANY, words[rank]);

@@ -7,20 +7,24 @@
 
 CHECK(version, LPLB_VERSION == 10000 * LPLB_VERSION_MAJOR + 100 * LPLB_VERSION_MINOR + LPLB_VERSION_PATCH);
 CHECK(status_size, sizeof(lplb_status) == 4 && sizeof(lplb_dtype) == 4);
-CHECK(config_size, sizeof(lplb_config) == 80);
+CHECK(config_size, sizeof(lplb_config) == 96);
 CHECK(config_ep_size, offsetof(lplb_config, ep_size) == 16);
 CHECK(config_r2o, offsetof(lplb_config, r2o) == 72);
+CHECK(config_policy, offsetof(lplb_config, policy) == 88);
+CHECK(agree_config_size, sizeof(lplb_agree_config) == 80);
+CHECK(agreement_size, sizeof(lplb_agreement) == 40);
 CHECK(group_size, sizeof(lplb_group_info) == 48 + LPLB_MAX_RANKS / 8);
 CHECK(group_witness, offsetof(lplb_group_info, witness) == 48);
 CHECK(plan_size, sizeof(lplb_plan_info) == 56);
 CHECK(exchange_config_size, sizeof(lplb_exchange_config) == 80);
 CHECK(exchange_config_rail, offsetof(lplb_exchange_config, rail) == 72);
-CHECK(exchange_report_size, sizeof(lplb_exchange_report) == 32);
-CHECK(rail_size, sizeof(lplb_rail_ops) == 40);
+CHECK(exchange_report_size, sizeof(lplb_exchange_report) == 40);
+CHECK(rail_size, sizeof(lplb_rail_ops) == 64);
 
 lplb_config config_of_defaults(void);
 lplb_plan_info info_of_defaults(void);
 lplb_exchange_config exchange_config_of_defaults(void);
+lplb_agree_config agree_config_of_defaults(void);
 
 lplb_config config_of_defaults(void) {
     lplb_config config = LPLB_CONFIG_INIT;
@@ -34,5 +38,10 @@ lplb_plan_info info_of_defaults(void) {
 
 lplb_exchange_config exchange_config_of_defaults(void) {
     lplb_exchange_config config = LPLB_EXCHANGE_CONFIG_INIT;
+    return config;
+}
+
+lplb_agree_config agree_config_of_defaults(void) {
+    lplb_agree_config config = LPLB_AGREE_CONFIG_INIT;
     return config;
 }
