@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import linprog
+import pytest
 
 FAMILIES = ("normal", "zipf", "log-normal", "sparse", "equal", "zero", "one-hot", "two-hot", "tiny")
 
@@ -61,6 +60,8 @@ def placed_by_topology(r2o, n_physical, ep_size, order):
 
 def linear_optima(instances):
     """The fractional optimum of each (loads, phy2log, ep_size), all in one block-diagonal linear program by HiGHS."""
+    sparse, linprog = pytest.importorskip("scipy.sparse"), pytest.importorskip("scipy.optimize").linprog  # the other oracles need none
+
     equal, below, right, cost = [], [], [], []
     for loads, phy2log, ep_size in instances:
         slots, n_logical = len(phy2log), len(loads)

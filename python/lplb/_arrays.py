@@ -35,7 +35,7 @@ def is_tensor(value: object) -> bool:
 def integer(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
     """value as int, minimum .. maximum. No bool, which is never meant as a number."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, np.bool_)):
             raise TypeError
         number = operator.index(value)
     except Exception:  # of the value's own methods

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -78,7 +77,7 @@ def _ranks(witness: Iterable[int], ranks: int) -> list[int]:
     members: list[int] = []
     try:
         for member in witness:  # of which there may be no end
-            rank = operator.index(member)
+            rank = integer("witness", member, 0)
             if not 0 <= rank < ranks or rank in members:
                 members = []
                 break
