@@ -72,7 +72,7 @@ static void one_off(void) {
 
 /* Exchanges need GPUs, so what can be tried everywhere is their configuration: it is refused, with or without CUDA. */
 static void exchange_config(void) {
-    static const lplb_rail_ops no_rail = {(int64_t)sizeof(lplb_rail_ops), NULL, NULL, NULL, NULL};
+    static const lplb_rail_ops no_rail = {(int64_t)sizeof(lplb_rail_ops), NULL, NULL, NULL, NULL, NULL, NULL, NULL};
     const lplb_exchange_config fresh = LPLB_EXCHANGE_CONFIG_INIT;
     lplb_exchange_config *config = make(1, sizeof *config);
     *config = fresh;

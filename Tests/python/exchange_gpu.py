@@ -320,7 +320,7 @@ def lives(place: Place, kind: str, **more: Any) -> tuple[bool, str]:
 
     problems = []
     for order in ("012", "210", "120"):
-        mine = exchange.create(group, place.device, 2 * ranks, kind, **more) if more else None
+        mine = exchange.create(group, place.device, 2 * ranks + 1, kind, **more) if more else None
         first = planner(exchange=mine or kind)
         trio: list[Any] = [first, planner(exchange=first.exchange), planner(exchange=first.exchange)]
         shared, first = first.exchange, None
@@ -339,7 +339,7 @@ def lives(place: Place, kind: str, **more: Any) -> tuple[bool, str]:
                     problems.append(f"{order}: another plan after {count + 1} planners")
         dist.barrier()
     # The library itself: an exchange is destroyed while a planner holds it.
-    mine = exchange.create(group, place.device, 2 * ranks, kind, **more)
+    mine = exchange.create(group, place.device, 2 * ranks + 1, kind, **more)
     some = planner(exchange=mine)
     used(some)
     mine.close()
