@@ -204,7 +204,8 @@ def swift_build(objects: list[Path]) -> Path:
     swift = shutil.which("swift")
     if swift is None:
         raise SystemExit("swift not found: lplb needs Swift 6.3 or later on PATH (https://www.swift.org/install/linux)")
-    linker = [f"--version-script={ROOT / 'include/lplb.map'}", f"-soname={SONAME}", "-z", "defs", "-s"]
+    # relro and now: all addresses of functions are looked up when the library is loaded, and the table of them cannot be written then.
+    linker = [f"--version-script={ROOT / 'include/lplb.map'}", f"-soname={SONAME}", "-z", "defs", "-z", "relro", "-z", "now", "-s"]
     command = [swift, "build", "-c", "release", "--product", "lplb", "--package-path", str(ROOT), "-Xswiftc", "-static-stdlib",
                "-Xswiftc", "-use-ld=lld"]  # lld comes with Swift; unlike gold it refuses a name in lplb.map that nothing defines
     for flag in linker:

@@ -6,7 +6,9 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -81,6 +83,53 @@ assert library.lplb_version() > 0 and caught() == before, caught()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+CRASH = """
+import ctypes, os, signal, sys
+def caught():
+    return [line for line in open("/proc/self/status") if line.startswith("SigCgt")]
+before = caught()
+library = ctypes.CDLL(sys.argv[1])
+assert library.lplb_version() > 0 and caught() == before, caught()
+os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+def test_swift_backtrace_runs_no_program(installed: Installed, tmp_path: Path) -> None:
+    """SWIFT_BACKTRACE makes the Swift runtime catch signals when it is loaded, and run a program when the process crashes."""
+    ran = tmp_path / "ran"
+    program = tmp_path / "swift-backtrace"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    for setting in (f"enable=yes,swift-backtrace={program}", f"enable=yes,interactive=no,swift-backtrace={program}", "enable=yes", "nonsense=1"):
+        environment = {**os.environ, "SWIFT_BACKTRACE": setting, "SWIFT_ROOT": str(tmp_path), "PYTHONFAULTHANDLER": ""}
+        done = subprocess.run([sys.executable, "-c", CRASH, str(installed.library)], capture_output=True, text=True, timeout=60, env=environment)
+        assert done.returncode == -signal.SIGSEGV, (setting, done.returncode, done.stderr)
+        assert not ran.exists() and "Backtrac" not in done.stderr, (setting, done.stderr)
+
+
+def elf_dynamic(path: Path) -> tuple[list[tuple[int, int]], set[int]]:
+    """The entries (tag, value) of a 64-bit little-endian ELF file's dynamic section, and the types of its program headers."""
+    data = path.read_bytes()
+    assert data[:6] == b"\x7fELF\x02\x01", path
+    start, size, number = struct.unpack_from("<Q", data, 32)[0], *struct.unpack_from("<HH", data, 54)
+    headers = [struct.unpack_from("<IIQQQQQQ", data, start + size * index) for index in range(number)]
+    offset, length = next((header[2], header[5]) for header in headers if header[0] == 2)  # PT_DYNAMIC
+    return [struct.unpack_from("<QQ", data, offset + at) for at in range(0, length, 16)], {header[0] for header in headers}
+
+
+def test_libraries_are_hardened(installed: Installed) -> None:
+    """Full RELRO: PT_GNU_RELRO, with DF_BIND_NOW or DF_1_NOW. No stack that can be executed, no text that is relocated."""
+    libraries = [installed.library, *installed.library.parent.glob("liblplb_*.so")]
+    for library in libraries:
+        entries, headers = elf_dynamic(library)
+        flags = {tag: value for tag, value in entries}
+        assert 0x6474E552 in headers, f"{library.name}: no RELRO"
+        assert flags.get(24) is not None or flags.get(30, 0) & 8 or flags.get(0x6FFFFFFB, 0) & 1, f"{library.name}: no BIND_NOW"
+        assert 22 not in flags and not flags.get(30, 0) & 4, f"{library.name}: relocates its text"
+    for name in (b"execve", b"execvpe", b"posix_spawn", b"waitpid"):
+        assert b"\0" + name + b"\0" not in installed.library.read_bytes(), f"{name.decode()}: the library can run programs"
 
 
 # ---- The sdist, and what is built from it ------------------------------------------------------------------------------------------

@@ -12,4 +12,5 @@ toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v "$nvcc")")")")
 "$nvcc" "$@" -O3 -std=c++17 -rdc=true -shared -Xcompiler -fPIC \
     -I"$here/../../include" -I"$home/include" "$here/rail.cu" -o "$output" -L"$toolkit/lib" \
     -L"$home/lib" -lnvshmem_device -Xlinker "$host" \
-    -Xlinker --version-script="$here/rail.map" -Xlinker -soname=liblplb_nvshmem.so.0 -Xlinker -s
+    -Xlinker --version-script="$here/rail.map" -Xlinker -soname=liblplb_nvshmem.so.0 \
+    -Xlinker -z -Xlinker relro -Xlinker -z -Xlinker now -Xlinker -s
