@@ -19,7 +19,9 @@ CHECK(plan_size, sizeof(lplb_plan_info) == 56);
 CHECK(exchange_config_size, sizeof(lplb_exchange_config) == 80);
 CHECK(exchange_config_rail, offsetof(lplb_exchange_config, rail) == 72);
 CHECK(exchange_report_size, sizeof(lplb_exchange_report) == 40);
+CHECK(exchange_report_oldest, offsetof(lplb_exchange_report, peer_node) == 32); /* where an older caller's ends */
 CHECK(rail_size, sizeof(lplb_rail_ops) == 64);
+CHECK(rail_oldest, offsetof(lplb_rail_ops, abort) == 40);
 
 lplb_config config_of_defaults(void);
 lplb_plan_info info_of_defaults(void);

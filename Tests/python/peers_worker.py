@@ -21,6 +21,7 @@ from lplb._exchange_state import state_of
 
 torch.set_num_threads(1)
 LIMIT = 2.0
+WIDTH = 17  # counts that travel for 16 experts
 FATES = ("exits", "killed", "raises", "late")  # what becomes of the second rank of each pair
 
 
@@ -65,7 +66,7 @@ def life(folder, rank, processes):
             still.append(shared.closed)
             assert all(torch.equal(used(planner), out) for planner, out in left)
         seen[order] = still
-    mine = exchange.create(group, "cpu", 16)
+    mine = exchange.create(group, "cpu", WIDTH)
     with planner_of(group, exchange=mine) as planner:
         used(planner)
     seen["the caller's"] = mine.closed
@@ -96,7 +97,7 @@ def ends(folder, rank, processes, order):
             if step == "share":
                 kept.append(planner_of(group, exchange=planner.exchange))
             elif step == "exchange":
-                kept.append(exchange.create(group, "cpu", 16))
+                kept.append(exchange.create(group, "cpu", WIDTH))
             elif step == "close":
                 planner.close()
                 assert planner.ep_group is None and planner.exchange is None
@@ -170,8 +171,8 @@ def pairs(folder, rank, processes, scenario):
         used(planner)
         acts = [lambda: used(planner)]
     else:
-        exchange.create(group, "cpu", 16).close()
-        acts = [lambda: exchange.create(group, "cpu", 16, timeout=LIMIT)]
+        exchange.create(group, "cpu", WIDTH).close()
+        acts = [lambda: exchange.create(group, "cpu", WIDTH, timeout=LIMIT)]
     if rank % 2:
         return attempt(lambda: meet(fate, acts[0])) if fate == "late" else meet(fate, acts[0])
     seen = attempt(acts[0])
@@ -185,9 +186,9 @@ def pairs(folder, rank, processes, scenario):
 def abort(folder, rank, processes):
     """A call without a limit whose peer does not come until it is aborted."""
     group = join(folder, "abort", rank, processes)
-    made = exchange.create(group, "cpu", 16, timeout=0)
+    made = exchange.create(group, "cpu", WIDTH, timeout=0)
     assert isinstance(made, TorchExchange)
-    counts = torch.arange(16, dtype=torch.int32)
+    counts = torch.arange(WIDTH, dtype=torch.int32)
     made.all_gather(counts)
     if rank:
         time.sleep(4)

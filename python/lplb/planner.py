@@ -460,7 +460,7 @@ class Planner:
     @property
     def exchange(self) -> Exchange | None:
         """What the counts of all ranks travel by; None without a group and after close()."""
-        return self._handle.exchange
+        return None if self._handle.native is None else self._handle.exchange
 
     def init_from_deep_ep(self, buffer: Any) -> None:
         """For callers who have a deep_ep.Buffer (or ElasticBuffer) of the same ranks. The exchange was set up with the planner and uses
