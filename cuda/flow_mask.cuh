@@ -239,6 +239,7 @@ private:
             const int levels = search(adjacent, above, level, toward);
             if (levels > 0) {
                 wave<kSingle>(tokens, levels, of_my_rank(level), of_my_rank(toward), *sums, capacity);
+                if (end.rounds > LPLBK_PLAIN_ROUNDS) spill<kSingle>(level, *sums, loads, capacity);
             } else {
                 sync();  // the next sums are clear
             }
@@ -249,8 +250,8 @@ private:
         }
     }
 
-    // The levels of the ranks and the largest of a rank above the bound; 0: some have none, and the bound is now that of the cut. `above` is
-    // not empty. (Lanes without a rank pass for ranks below the bound that no bundle knows.)
+    // The levels of the ranks and the last of them; 0: a rank above the bound has none, and the bound is now that of the cut. `above` is not
+    // empty. (Lanes without a rank pass for ranks below the bound that no bundle knows.)
     __device__ __forceinline__ int search(const Set (&adjacent)[kWords], const Set &above, int (&level)[kWords], Set (&toward)[kWords]) {
         Set front = those([&](int w) { return load[w] < end.bound; });
         Set waiting = above;
@@ -265,6 +266,7 @@ private:
             const auto joins = [&](int w) { return level[w] < 0 && !(adjacent[w] & front).empty(); };
             const Set joined = those(joins);
             if (joined.empty()) {
+                if (end.rounds > LPLBK_EAGER_ROUNDS && !above.without(waiting).empty()) break;
                 const auto inside = [&](int w) { return level[w] < 0; };
                 int held = 0;
 #pragma unroll
@@ -322,6 +324,63 @@ private:
         for (int w = 0; w < kWords; ++w) load[w] += sums.received[rank(w)] - sums.given[rank(w)];
     }
 
+    // After the wave: what ranks of level 1 have above the bound flows on through the ranks of level 0, each of which keeps what it lacks.
+    template <bool kSingle>
+    __device__ __forceinline__ void spill(const int (&level)[kWords], RoundSums &sums, int *loads, int *capacity) {
+        if (those([&](int w) { return (level[w] == 0 || level[w] == 1) && load[w] > end.bound; }).empty()) return;
+        int gives[kWords];
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) gives[w] = level[w] == 1 && load[w] > end.bound;
+        Set takers = those([&](int w) { return level[w] == 0; });
+        int origin[kWords];  // loads at the beginning of the round
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) origin[w] = load[w] - sums.received[rank(w)] + sums.given[rank(w)];
+        Set givers;
+        do {
+            if (row_ == 0) loads[rank_] = of_my_rank(load);
+            sync();
+            // First no more than the takers lack, then the rest.
+#pragma unroll 1
+            for (int turn = 1; turn <= 2; ++turn) {
+                int mine = 0;
+                if (of_my_rank(gives) != 0) {
+                    each_arc<kSingle>([&](const Arc &arc) { mine += pours(s_.x[arc.entry.arc()], arc.mask & takers, turn == 1); });
+                }
+                capacity[kRanks * row_ + rank_] = mine;
+                sync();
+                int others = end.bound;
+#pragma unroll
+                for (int j = 0; j < kRows - 1; ++j) {
+                    if (j < row_) others += capacity[kRanks * j + rank_];
+                }
+                const int share = min(of_my_rank(load) - others, mine);
+                if (share > 0) {
+                    atomicAdd(&sums.given[rank_], share);
+                    give<kSingle>(share, s_.x[first_.entry.arc()], takers, turn, sums.received);
+                }
+                sync();
+#pragma unroll
+                for (int w = 0; w < kWords; ++w) load[w] = origin[w] + sums.received[rank(w)] - sums.given[rank(w)];
+            }
+#pragma unroll
+            for (int w = 0; w < kWords; ++w) gives[w] = (takers.word[w] >> lane_id() & 1) != 0 && load[w] > end.bound;
+            givers = those([&](int w) { return gives[w] != 0; });
+            takers = takers.without(givers);
+        } while (!givers.empty());
+    }
+
+    // Of x tokens on an arc, what can go to the ranks in `targets`: all, or if capped what they lack.
+    __device__ __forceinline__ int pours(int x, Set targets, bool capped) const {
+        if (x == 0 || targets.empty()) return 0;
+        if (!capped) return x;
+        unsigned lacks = 0;
+        while (!targets.empty() && lacks < (unsigned)x) {
+            int position;
+            lacks += (unsigned)max(end.bound - s_.words[targets.pop(targets, position)], 0);
+        }
+        return (int)min((unsigned)x, lacks);
+    }
+
     // Of x tokens on an arc, what can go to the ranks in `toward`: all, or at the last step what the bundle has room for.
     __device__ __forceinline__ int carries(int x, const Arc &arc, const Set &toward, int step, const int2 *room) const {
         if ((arc.mask & toward).empty()) return 0;
@@ -362,7 +421,7 @@ private:
             int next_position = 0, next_q = q;
             if (more) next_q = targets.pop(arc.mask, next_position);
             const int next_load = s_.words[next_q];  // under way while this one is served
-            const int amount = step > 1 ? rest : min(rest, end.bound - load);
+            const int amount = step > 1 ? rest : min(rest, max(end.bound - load, 0));
             atomicAdd(at_start + direction * position, amount);
             atomicAdd(&received[q], amount);
             rest -= amount;

@@ -112,15 +112,11 @@ private:
             unsigned toward = 0;  // the ranks one level nearer
             int level = load < bound ? 0 : -1;
             int levels = 0;
-            bool cut = false;
 #pragma unroll 1
             do {
                 const bool joins = level < 0 && (adjacent & front) != 0;
                 const unsigned joined = __ballot_sync(kFullWarp, joins);
-                if (joined == 0) {
-                    cut = true;
-                    break;
-                }
+                if (joined == 0) break;
                 ++levels;
                 if (joins) {
                     level = levels;
@@ -129,7 +125,7 @@ private:
                 front = joined;
                 waiting &= ~joined;
             } while (waiting != 0);
-            if (cut) {
+            if (waiting != 0 && (waiting == over || end.rounds <= LPLBK_EAGER_ROUNDS)) {
                 const bool inside = level < 0;
                 const int tokens = warp_sum(inside ? load : 0);
                 witness = __ballot_sync(kFullWarp, inside);
@@ -161,8 +157,40 @@ private:
                     load += change;
                 }
             }
+            if (end.rounds > LPLBK_PLAIN_ROUNDS) spill(bound, level);
         }
         end.certified = 0;
+    }
+
+    // After the wave: what ranks of level 1 have above the bound flows on through the ranks of level 0, each of which keeps what it lacks.
+    __device__ __forceinline__ void spill(int bound, int level) {
+        bool gives = level == 1 && load > bound;
+        unsigned takers = __ballot_sync(kFullWarp, level == 0);
+#pragma unroll 1
+        do {
+            int rest = gives ? load - bound : 0;
+            int given[kSlots];
+#pragma unroll
+            for (int c = 0; c < kSlots; ++c) {
+                const int lacks = max(bound - __shfl_sync(kFullWarp, load, partner[c]), 0);
+                given[c] = (bit[c] & takers) != 0 ? min(rest, min(x[c], lacks)) : 0;
+                rest -= given[c];
+            }
+#pragma unroll
+            for (int c = 0; c < kSlots; ++c) {
+                const int more = (bit[c] & takers) != 0 ? min(rest, x[c] - given[c]) : 0;
+                given[c] += more;
+                rest -= more;
+            }
+#pragma unroll
+            for (int c = 0; c < kSlots; ++c) {
+                const int change = __shfl_sync(kFullWarp, given[c], partner[c]) - given[c];
+                x[c] += change;
+                load += change;
+            }
+            gives = (takers >> lane_id() & 1) != 0 && load > bound;
+            takers &= ~__ballot_sync(kFullWarp, gives);
+        } while (__any_sync(kFullWarp, gives));
     }
 };
 

@@ -20,6 +20,8 @@ public:
           n_ranks_(shape.group_size),
           rank_(threadIdx.x),
           valid_(threadIdx.x < shape.group_size),
+          first_(valid_ ? tables.rank_start[rank_] : 0),
+          last_(valid_ ? tables.rank_start[rank_ + 1] : 0),
           level_of_(space.extra),
           bundle_level_(space.extra + FlowSpace::ranks(shape.group_size)) {}
 
@@ -59,11 +61,15 @@ public:
     __device__ int max_load() { return across(valid_ ? load : 0, true); }
 
 private:
+    static constexpr int kJoined = 32;  // word of s_.words: searched_ at the latest level that a rank joined; across() uses those before it
+
     const FlowTables &t_;
     const FlowSpace &s_;
     const int n_ranks_;
     const int rank_;
     const bool valid_;
+    const int first_, last_;  // of its arcs
+    int searched_ = 0;        // levels of all searches so far
     int *level_of_;
     int *bundle_level_;
 
@@ -79,13 +85,9 @@ private:
     }
 
     __device__ void rounds() {
-        const int first = valid_ ? t_.rank_start[rank_] : 0;
-        const int last = valid_ ? t_.rank_start[rank_ + 1] : 0;
-        const int n_bundles = t_.n_bundles();
-        const int max_rounds = lplbk_max_rounds(n_ranks_);
+        const int n_bundles = t_.n_bundles(), max_rounds = lplbk_max_rounds(n_ranks_);
         for (;;) {
-            const int bound = end.bound;
-            const bool over = valid_ && load > bound;
+            const bool over = valid_ && load > end.bound;
             // This barrier also ends the reading of loads and levels of the round before.
             if (!__syncthreads_or(over)) break;
             if (end.rounds == max_rounds) {
@@ -94,70 +96,102 @@ private:
             }
             ++end.rounds;
             for (int bundle = threadIdx.x; bundle < n_bundles; bundle += blockDim.x) bundle_level_[bundle] = INT32_MAX;
-            int level = valid_ && load < bound ? 0 : -1;
-            if (valid_) s_.load[rank_] = load;
-            int levels = 0;
-            bool cut = false;
-            while (__syncthreads_or(over && level < 0)) {
-                if (level == levels) {
-                    for (int i = first; i < last; ++i) {
-                        atomicMin(&bundle_level_[ArcEntry{t_.rank_arc[i]}.bundle()], levels);
-                    }
-                }
-                __syncthreads();
-                bool joins = false;
-                if (level < 0) {
-                    for (int i = first; i < last && !joins; ++i) {
-                        const ArcEntry entry{t_.rank_arc[i]};
-                        joins = bundle_level_[entry.bundle()] == levels && s_.x[entry.arc()] > 0;
-                    }
-                }
-                if (!__syncthreads_or(joins)) {
-                    cut = true;
-                    break;
-                }
-                ++levels;
-                if (joins) level = levels;
+            int level = valid_ && load < end.bound ? 0 : -1;
+            if (valid_) {
+                s_.load[rank_] = load;
+                level_of_[rank_] = level;
             }
-            if (cut) {
+            __syncthreads();
+            bool cut = false;
+            const int levels = search(over, level, cut);
+            if (cut && (end.rounds <= LPLBK_EAGER_ROUNDS || !__syncthreads_or(over && level >= 0))) {
                 in_witness = valid_ && level < 0;
                 const int held = across(in_witness ? load : 0, false);
                 end.witness_size = __syncthreads_count(in_witness);
                 end.bound = ceil_share(held, end.witness_size);
                 continue;
             }
-            if (valid_) level_of_[rank_] = level;
-            __syncthreads();
             for (int step = levels; step >= 1; --step) {
-                int excess = level == step ? load - bound : 0;
                 int *received = s_.received + (step & 1) * FlowSpace::ranks(n_ranks_);
-                if (excess > 0) {
-                    push(excess, step, received, first, last);
-                    load = bound + excess;
-                }
+                if (level == step && load > end.bound) give(step - 1, step == 1, received);
                 __syncthreads();
                 if (valid_) {
                     load += received[rank_];
                     received[rank_] = 0;
                 }
             }
+            if (end.rounds > LPLBK_PLAIN_ROUNDS) spill(level);
         }
     }
 
-    // Gives up to `excess` tokens of this rank, of level `step`, to ranks one level nearer, arc by arc.
-    __device__ void push(int &excess, int step, int *received, int first, int last) {
+    // Levels of the ranks, from those of level 0 on, until no rank above the bound (`over`) is without; cut: some are left. Returns the last
+    // level.
+    __device__ int search(bool over, int &level, bool &cut) {
+        for (int levels = 0;; ++levels) {
+            if (level == levels) {
+                for (int i = first_; i < last_; ++i) atomicMin(&bundle_level_[ArcEntry{t_.rank_arc[i]}.bundle()], levels);
+            }
+            __syncthreads();
+            bool joins = false;
+            if (level < 0) {
+                for (int i = first_; i < last_ && !joins; ++i) {
+                    const ArcEntry entry{t_.rank_arc[i]};
+                    joins = bundle_level_[entry.bundle()] == levels && s_.x[entry.arc()] > 0;
+                }
+            }
+            if (joins) level_of_[rank_] = level = levels + 1;
+            ++searched_;
+            if (__any_sync(kFullWarp, joins) && lane_id() == 0) atomicMax(&s_.words[kJoined], searched_);
+            const bool waiting = __syncthreads_or(over && level < 0);
+            cut = s_.words[kJoined] != searched_;
+            if (cut) return levels;
+            if (!waiting) return levels + 1;
+        }
+    }
+
+    // After the wave: what ranks of level 1 have above the bound flows on through the ranks of level 0, each of which keeps what it lacks.
+    // From here on level 0 in shared memory says that a rank can still receive.
+    __device__ void spill(int level) {
+        bool gives = level == 1 && load > end.bound, takes = valid_ && level == 0;
+        int *received = s_.received;
+        if (takes) s_.load[rank_] = load;
+        __syncthreads();
+        do {
+            if (gives) {
+                give(0, true, received);
+                if (load > end.bound) give(0, false, received);
+            }
+            __syncthreads();
+            gives = false;
+            if (takes) {
+                load += received[rank_];
+                received[rank_] = 0;
+                s_.load[rank_] = load;
+                gives = load > end.bound;
+            }
+            if (gives) {
+                takes = false;
+                level_of_[rank_] = -1;
+            }
+        } while (__syncthreads_or(gives));
+    }
+
+    // Gives what this rank has above the bound to ranks of the level `target`, one nearer, arc by arc; capped: no more than they lacked
+    // at the beginning of the step, from each arc on its own.
+    __device__ void give(int target, bool capped, int *received) {
         const int bound = end.bound;
-        for (int i = first; i < last && excess > 0; ++i) {
+        int excess = load - bound;
+        for (int i = first_; i < last_ && excess > 0; ++i) {
             const ArcEntry entry{t_.rank_arc[i]};
             // A bundle that tokens can still come through has no rank nearer than the level it was first met at.
-            if (bundle_level_[entry.bundle()] != step - 1) continue;
+            if (bundle_level_[entry.bundle()] != target) continue;
             int tokens = s_.x[entry.arc()];
             if (tokens <= 0) continue;
             const int arcs_end = t_.bundle_start[entry.bundle() + 1];
             for (int arc = t_.bundle_start[entry.bundle()]; arc < arcs_end && tokens > 0 && excess > 0; ++arc) {
                 const int q = t_.arc_rank[arc];
-                if (level_of_[q] != step - 1) continue;
-                const int amount = min(min(excess, tokens), step == 1 ? bound - s_.load[q] : INT32_MAX);
+                if (level_of_[q] != target) continue;
+                const int amount = min(min(excess, tokens), capped ? max(bound - s_.load[q], 0) : INT32_MAX);
                 atomicAdd(&s_.x[arc], amount);
                 atomicAdd(&received[q], amount);
                 tokens -= amount;
@@ -165,6 +199,7 @@ private:
             }
             s_.x[entry.arc()] = tokens;
         }
+        load = bound + excess;
     }
 };
 

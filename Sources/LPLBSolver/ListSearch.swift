@@ -17,6 +17,8 @@ struct ListSearch {
     /// The smallest level of a bundle's ranks, -1: none.
     private let bundleLevel: UnsafeMutablePointer<Int32>
     private let incoming: UnsafeMutablePointer<Int64>
+    /// Ranks that received in a step of spilling.
+    private let receivers: UnsafeMutablePointer<Int32>
 
     init(_ group: Group) {
         self.group = group
@@ -32,36 +34,38 @@ struct ListSearch {
         levelStart = group.work.levelStart
         bundleLevel = group.work.bundleLevel
         incoming = group.work.incoming
+        receivers = group.work.receivers
     }
 
     func run(_ state: inout GroupState) {
         let maxRounds = group.work.tables.maxRounds
         while state.rounds < maxRounds {
-            var wanted = 0, found = 0
+            var over = 0, found = 0
             for r in 0..<group.size {
                 let tokens = load[r]
                 level[r] = -1
                 if tokens > state.bound {
-                    wanted &+= 1
+                    over &+= 1
                 } else if tokens < state.bound {
                     level[r] = 0
                     queue[found] = Int32(truncatingIfNeeded: r)
                     found &+= 1
                 }
             }
-            if wanted == 0 { return }
+            if over == 0 { return }
             state.rounds &+= 1
             for u in group.firstBundle..<group.endBundle { bundleLevel[u] = -1 }
-            let farthest = search(&wanted, found, state.bound)
-            if wanted > 0 {
+            var wanted = over
+            var k = search(&wanted, found, state.bound)
+            if wanted == over || wanted > 0 && state.rounds <= Group.eagerRounds {
                 state.bound = raise()
-            } else {
-                var k = farthest
-                while k >= 1 {
-                    push(k, state.bound)
-                    k &-= 1
-                }
+                continue
             }
+            while k >= 1 {
+                push(k, state.bound)
+                k &-= 1
+            }
+            if state.rounds > Group.plainRounds { spill(state.bound) }
         }
     }
 
@@ -157,5 +161,80 @@ struct ListSearch {
             }
         }
         load[r] = bound &+ excess
+    }
+
+    /// After the wave: what ranks of level 1 have above the bound flows on through the ranks of level 0, step by step, each of which keeps
+    /// what it lacks. From here on level 0 says that a rank can still receive.
+    private func spill(_ bound: Int64) {
+        let nearest = Int(levelStart[1])
+        var found = 0
+        for i in nearest..<Int(levelStart[2]) { pour(Int(queue[i]), bound, &found) }
+        receive(found)
+        // The givers of the next step are queued where the ranks of level 0 were.
+        var givers = 0
+        for i in 0..<nearest { stop(queue[i], bound, &givers) }
+        while givers > 0 {
+            found = 0
+            for i in 0..<givers { pour(Int(queue[i]), bound, &found) }
+            receive(found)
+            givers = 0
+            for i in 0..<found { stop(receivers[i], bound, &givers) }
+        }
+    }
+
+    private func receive(_ found: Int) {
+        for i in 0..<found {
+            let q = Int(receivers[i])
+            load[q] &+= incoming[q]
+            incoming[q] = 0
+        }
+    }
+
+    /// A rank above the bound receives no more and gives in the next step.
+    private func stop(_ rank: Int32, _ bound: Int64, _ givers: inout Int) {
+        if load[Int(rank)] <= bound { return }
+        level[Int(rank)] = -1
+        queue[givers] = rank
+        givers &+= 1
+    }
+
+    /// Rank r gives what it has above the bound: first no more than the receivers lack, from each arc on its own; then the rest.
+    private func pour(_ r: Int, _ bound: Int64, _ found: inout Int) {
+        var excess = load[r] &- bound
+        if excess <= 0 { return }
+        pour(r, &excess, bound, &found, capped: true)
+        if excess > 0 { pour(r, &excess, bound, &found, capped: false) }
+        load[r] = bound &+ excess
+    }
+
+    private func pour(_ r: Int, _ excess: inout Int64, _ bound: Int64, _ found: inout Int, capped: Bool) {
+        var i = Int(rankStart[r])
+        let last = Int(rankStart[r &+ 1])
+        while i < last && excess > 0 {
+            let arc = Int(rankArc[i])
+            i &+= 1
+            let bundle = Int(arcBundle[arc])
+            guard x[arc] > 0, bundleLevel[bundle] == 0 else { continue }
+            var other = Int(bundleStart[bundle])
+            let endArc = Int(bundleStart[bundle &+ 1])
+            while other < endArc && excess > 0 && x[arc] > 0 {
+                let q = Int(arcRank[other])
+                if other != arc && level[q] == 0 {
+                    var tokens = Swift.min(excess, x[arc])
+                    if capped { tokens = Swift.min(tokens, Swift.max(0, bound &- load[q])) }
+                    if tokens > 0 {
+                        if incoming[q] == 0 {
+                            receivers[found] = Int32(truncatingIfNeeded: q)
+                            found &+= 1
+                        }
+                        incoming[q] &+= tokens
+                        x[arc] &-= tokens
+                        x[other] &+= tokens
+                        excess &-= tokens
+                    }
+                }
+                other &+= 1
+            }
+        }
     }
 }

@@ -40,65 +40,14 @@ struct MaskSearch {
             var (below, above) = compare(bound)
             while above != 0 && state.rounds < maxRounds {
                 state.rounds &+= 1
-                // Search backward from the ranks with room.
-                var reached = below, nearest = below, wanted = above
-                var level = 0, farthest = 0
-                levels[0] = below
-                while true {
-                    var next: UInt64 = 0
-                    var rest = everyone & ~reached
-                    while rest != 0 {
-                        let r = rest.trailingZeroBitCount
-                        let bit = rest & (0 &- rest)
-                        rest &= rest &- 1
-                        next |= adjacent[r] & nearest != 0 ? bit : 0
-                    }
-                    if next == 0 { break }
-                    level &+= 1
-                    levels[level] = next
-                    reached |= next
-                    nearest = next
-                    if wanted & next != 0 {
-                        wanted &= ~next
-                        farthest = level
-                        if wanted == 0 { break }
-                    }
-                }
-                if wanted != 0 {
+                let (farthest, reached) = search(below, above, everyone, levels)
+                if above & ~reached != 0 && (above & reached == 0 || state.rounds <= Group.eagerRounds) {
                     bound = raise(everyone & ~reached)
                     (below, above) = compare(bound)
                     continue
                 }
-                // The wave. `active`: ranks above the bound; `touched`: ranks whose load changed.
-                var active = above, touched: UInt64 = 0
-                while farthest >= 1 {
-                    var givers = levels[farthest] & active
-                    let targets = levels[farthest &- 1]
-                    var received: UInt64 = 0
-                    while givers != 0 {
-                        let r = givers.trailingZeroBitCount
-                        givers &= givers &- 1
-                        touched |= 1 &<< UInt64(r)
-                        received |= farthest == 1 ? fill(r, targets, bound) : pass(r, targets, bound)
-                    }
-                    touched |= received
-                    if farthest == 1 {
-                        var rest = received
-                        while rest != 0 {
-                            let q = rest.trailingZeroBitCount
-                            rest &= rest &- 1
-                            load[q] &+= incoming[q]
-                            incoming[q] = 0
-                        }
-                    } else {
-                        while received != 0 {
-                            let q = received.trailingZeroBitCount
-                            received &= received &- 1
-                            if load[q] > bound { active |= 1 &<< UInt64(q) }
-                        }
-                    }
-                    farthest &-= 1
-                }
+                var touched = wave(farthest, above, levels, bound)
+                if state.rounds > Group.plainRounds { touched |= spill(levels, touched, bound) }
                 while touched != 0 {
                     let r = touched.trailingZeroBitCount
                     let bit = touched & (0 &- touched)
@@ -110,6 +59,111 @@ struct MaskSearch {
             }
             state.bound = bound
         }
+    }
+
+    /// Backward from the ranks with room, until every rank above the bound has a level or no rank gets one. Returns the last level that has a
+    /// rank above the bound, and the ranks that have a level.
+    @inline(__always)
+    private func search(
+        _ below: UInt64, _ above: UInt64, _ everyone: UInt64, _ levels: UnsafeMutablePointer<UInt64>
+    ) -> (farthest: Int, reached: UInt64) {
+        var reached = below, nearest = below, wanted = above
+        var level = 0, farthest = 0
+        levels[0] = below
+        while true {
+            var next: UInt64 = 0
+            var rest = everyone & ~reached
+            while rest != 0 {
+                let r = rest.trailingZeroBitCount
+                let bit = rest & (0 &- rest)
+                rest &= rest &- 1
+                next |= adjacent[r] & nearest != 0 ? bit : 0
+            }
+            if next == 0 { break }
+            level &+= 1
+            levels[level] = next
+            reached |= next
+            nearest = next
+            if wanted & next != 0 {
+                wanted &= ~next
+                farthest = level
+                if wanted == 0 { break }
+            }
+        }
+        return (farthest, reached)
+    }
+
+    /// The wave from the given level on. Returns the ranks whose load changed.
+    @inline(__always)
+    private func wave(_ farthest: Int, _ above: UInt64, _ levels: UnsafeMutablePointer<UInt64>, _ bound: Int64) -> UInt64 {
+        var active = above, touched: UInt64 = 0
+        var level = farthest
+        while level >= 1 {
+            var givers = levels[level] & active
+            let targets = levels[level &- 1]
+            var received: UInt64 = 0
+            while givers != 0 {
+                let r = givers.trailingZeroBitCount
+                givers &= givers &- 1
+                touched |= 1 &<< UInt64(r)
+                received |= level == 1 ? fill(r, targets, bound, capped: true) : pass(r, targets, bound)
+            }
+            touched |= received
+            if level == 1 {
+                receive(received)
+            } else {
+                active |= overfull(received, bound)
+            }
+            level &-= 1
+        }
+        return touched
+    }
+
+    /// After the wave, which changed the ranks in `changed`: what ranks of level 1 have above the bound flows on through the ranks of level 0,
+    /// step by step, each of which keeps what it lacks. Returns the ranks whose load changed here.
+    private func spill(_ levels: UnsafeMutablePointer<UInt64>, _ changed: UInt64, _ bound: Int64) -> UInt64 {
+        var givers = overfull(changed & levels[1], bound), takers = levels[0]
+        var suspects = changed & takers, touched: UInt64 = 0
+        repeat {
+            var received: UInt64 = 0
+            while givers != 0 {
+                let r = givers.trailingZeroBitCount
+                givers &= givers &- 1
+                touched |= 1 &<< UInt64(r)
+                received |= fill(r, takers, bound, capped: true)
+                if load[r] > bound { received |= fill(r, takers, bound, capped: false) }
+            }
+            receive(received)
+            touched |= received
+            givers = overfull(suspects | received, bound)
+            suspects = 0
+            takers &= ~givers
+        } while givers != 0
+        return touched
+    }
+
+    /// Ends a step of fills.
+    @inline(__always)
+    private func receive(_ receivers: UInt64) {
+        var rest = receivers
+        while rest != 0 {
+            let q = rest.trailingZeroBitCount
+            rest &= rest &- 1
+            load[q] &+= incoming[q]
+            incoming[q] = 0
+        }
+    }
+
+    /// The ranks of a set that are above the bound.
+    @inline(__always)
+    private func overfull(_ ranks: UInt64, _ bound: Int64) -> UInt64 {
+        var rest = ranks, above: UInt64 = 0
+        while rest != 0 {
+            let q = rest.trailingZeroBitCount
+            rest &= rest &- 1
+            if load[q] > bound { above |= 1 &<< UInt64(q) }
+        }
+        return above
     }
 
     @inline(__always)
@@ -177,9 +231,10 @@ struct MaskSearch {
         return received
     }
 
-    /// Rank r fills ranks that are below the bound. Their loads change at the end of the step, from `incoming`. Returns the receivers.
+    /// Rank r gives what it has above the bound to ranks in `targets`; capped: no more than they lack, from each arc on its own. Their loads
+    /// change at the end of the step, from `incoming`. Returns the receivers.
     @inline(__always)
-    private func fill(_ r: Int, _ targets: UInt64, _ bound: Int64) -> UInt64 {
+    private func fill(_ r: Int, _ targets: UInt64, _ bound: Int64, capped: Bool) -> UInt64 {
         var excess = load[r] &- bound
         var received: UInt64 = 0
         var i = Int(rankStart[r])
@@ -194,8 +249,9 @@ struct MaskSearch {
             while other < endArc {
                 let q = Int(arcRank[other])
                 if other != arc && targets &>> UInt64(q) & 1 != 0 {
-                    // The load is that from before this step, so there is room.
-                    let tokens = Swift.min(Swift.min(excess, x[arc]), bound &- load[q])
+                    // The load is that from before this step.
+                    let most = Swift.min(excess, x[arc])
+                    let tokens = capped ? Swift.min(most, Swift.max(0, bound &- load[q])) : most
                     x[arc] &-= tokens
                     x[other] &+= tokens
                     incoming[q] &+= tokens

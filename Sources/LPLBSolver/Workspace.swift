@@ -22,6 +22,7 @@ struct Workspace {
     let incoming: UnsafeMutablePointer<Int64>
     let level: UnsafeMutablePointer<Int32>
     let queue: UnsafeMutablePointer<Int32>
+    let receivers: UnsafeMutablePointer<Int32>
     /// [groupSize + 2]
     let levelStart: UnsafeMutablePointer<Int32>
     /// [nBundles] the smallest level of a bundle's ranks.
@@ -51,6 +52,7 @@ struct Workspace {
         incoming = zeroed(shape.groupSize, 0)
         level = zeroed(shape.groupSize, 0)
         queue = zeroed(shape.groupSize, 0)
+        receivers = zeroed(shape.groupSize, 0)
         levelStart = zeroed(shape.groupSize + 2, 0)
         bundleLevel = zeroed(tables.nBundles, 0)
         adjacent = zeroed(masks ? shape.groupSize : 0, 0)
@@ -78,6 +80,7 @@ struct Workspace {
         incoming.deallocate()
         level.deallocate()
         queue.deallocate()
+        receivers.deallocate()
         levelStart.deallocate()
         bundleLevel.deallocate()
         adjacent.deallocate()
@@ -159,6 +162,10 @@ struct GroupState {
 struct Group {
     /// Groups up to this size use one 64-bit mask as a set of ranks.
     static let maskRanks = 64
+    /// Passes without spilling.
+    static let plainRounds = 8
+    /// Passes in which one rank above the bound without level is enough to raise it; later on, none of them may have one.
+    static let eagerRounds = 32
 
     let size: Int
     let firstBundle: Int

@@ -129,12 +129,13 @@ struct PlainFlow {
                 for r in next { level[r] = k + 1 }
                 k += 1
             }
-            if over.contains(where: { level[$0] == nil }) {
+            let lost = over.filter { level[$0] == nil }
+            if lost.count == over.count || !lost.isEmpty && rounds <= 32 {
                 witness = Set((0..<size).filter { level[$0] == nil })
                 bound = ceiling(witness.reduce(0) { $0 + load[$1] }, witness.count)
                 continue
             }
-            k = over.map { level[$0]! }.max()!
+            k = over.compactMap { level[$0] }.max()!
             while k >= 1 {
                 let before = load
                 for r in 0..<size where level[r] == k && before[r] > bound {
@@ -153,6 +154,29 @@ struct PlainFlow {
                 load = currentLoads()
                 k -= 1
             }
+            if rounds <= 8 { continue }
+            var givers = (0..<size).filter { level[$0] == 1 && load[$0] > bound }
+            var takers = Set((0..<size).filter { level[$0] == 0 })
+            repeat {
+                let before = load
+                for r in givers {
+                    var excess = before[r] - bound
+                    for capped in [true, false] {
+                        for (u, bundle) in list.enumerated() {
+                            guard let j = bundle.ranks.firstIndex(of: r) else { continue }
+                            for (i, q) in bundle.ranks.enumerated() where i != j && takers.contains(q) {
+                                let move = min(excess, x[u][j], capped ? max(0, bound - before[q]) : Int64.max)
+                                x[u][j] -= move
+                                x[u][i] += move
+                                excess -= move
+                            }
+                        }
+                    }
+                }
+                load = currentLoads()
+                givers = takers.filter { load[$0] > bound }.sorted()
+                takers.subtract(givers)
+            } while !givers.isEmpty
         }
 
         var result = GroupResult()

@@ -163,6 +163,56 @@ inline vector<int> random_placement(Random &random, int n_logical, int n_physica
     return phy2log;
 }
 
+// A placement by the ranks of each expert of several places, and one expert more on each rank. Free slots repeat an expert of their rank.
+inline reference::Instance network(int n, const vector<vector<int>> &bundles) {
+    vector<vector<int>> held(n);
+    for (size_t e = 0; e < bundles.size(); ++e) {
+        for (int r : bundles[e]) held[r].push_back(e);
+    }
+    size_t slots = 0;
+    for (int r = 0; r < n; ++r) held[r].push_back(bundles.size() + r), slots = std::max(slots, held[r].size());
+    vector<int> phy2log;
+    for (auto &experts : held) {
+        experts.resize(slots, experts.back());
+        phy2log.insert(phy2log.end(), experts.begin(), experts.end());
+    }
+    return reference::general(n, n, 1, -1, bundles.size() + n, phy2log);
+}
+
+// Chains, rings and trees of ranks: what takes the solver many passes.
+inline vector<std::pair<string, vector<vector<int>>>> networks(int n) {
+    const auto tree = [n](auto parent) {
+        vector<vector<int>> bundles;
+        for (int r = 1; r < n; ++r) bundles.push_back({parent(r), r});
+        return bundles;
+    };
+    const auto path = tree([](int r) { return r - 1; });
+    vector<vector<int>> ring = path, twice = path, band = path, triples;
+    ring.push_back({n - 1, 0});
+    for (auto &pair : path) twice.push_back({pair[1], pair[0]});
+    for (int r = 3; r < n; ++r) band.push_back({r - 3, r});
+    for (int r = 2; r < n; ++r) triples.push_back({r - 2, r - 1, r});
+    return {{"path", path},
+            {"ring", ring},
+            {"path twice", twice},
+            {"comb", tree([n](int r) { return r < n / 2 ? r - 1 : r - n / 2; })},
+            {"binary tree", tree([](int r) { return (r - 1) / 2; })},
+            {"spider", tree([](int r) { return r <= 4 ? 0 : r - 4; })},
+            {"band", band},
+            {"triples", triples}};
+}
+
+// One small change of the loads.
+inline vector<int64_t> changed(Random &random, vector<int64_t> loads) {
+    const size_t first = random() % loads.size(), end = std::min(loads.size(), first + 16);
+    const int64_t most[] = {1, 100, 10000, 1000000}, level = random() % most[random() % 4], step = random() % 1000;
+    const int kind = random() % 4;
+    if (kind == 0) loads[first] = level;
+    if (kind == 1) loads[first] = loads[first] * (50 + random() % 100) / 100;
+    for (size_t e = first; kind >= 2 && e < end; ++e) loads[e] = level + (kind == 3 ? step * (e - first) : 0);
+    return loads;
+}
+
 enum Family { kNormal, kZipf, kLogNormal, kZero, kEqual, kOneHot, kSparse, kTiny, kLarge, kFamilies };
 inline const char *name_of(int family) {
     static const char *names[] = {"normal", "zipf 0.8", "log-normal", "zero", "equal", "one-hot", "sparse", "tiny", "large"};

@@ -337,7 +337,7 @@ inline Plan::Group flow(const Instance &in, int g, const vector<int64_t> &loads,
     }
     while (!done) {
         if (balanced()) break;
-        if (rounds == 4096 + 64 * G) {
+        if (rounds == lplbk_max_rounds(G)) {
             certified = 0;
             break;
         }
@@ -370,7 +370,9 @@ inline Plan::Group flow(const Instance &in, int g, const vector<int64_t> &loads,
             ++levels;
             for (int r : joined) level[r] = levels;
         }
-        if (cut) {
+        bool some = false;
+        for (int r = 0; r < G; ++r) some |= load[r] > T && level[r] >= 0;
+        if (cut && (!some || rounds <= 32)) {
             int64_t held = 0, n = 0;
             for (int r = 0; r < G; ++r) {
                 witness[r] = level[r] < 0;
@@ -399,6 +401,33 @@ inline Plan::Group flow(const Instance &in, int g, const vector<int64_t> &loads,
                 }
             }
         }
+        if (rounds <= 8) continue;
+        // What givers have above T goes to takers: ranks that were below T and have not been givers.
+        vector<int> gives(G), takes(G);
+        for (int r = 0; r < G; ++r) gives[r] = level[r] == 1 && load[r] > T, takes[r] = level[r] == 0;
+        do {
+            const vector<int64_t> before = load;
+            for (int r = 0; r < G; ++r) {
+                if (!gives[r]) continue;
+                int64_t excess = before[r] - T;
+                for (int turn = 0; turn < 2; ++turn) {
+                    for (auto [u, j] : in.arcs[first + r]) {
+                        for (int k = 0; k < (int)in.bundles[u].ranks.size(); ++k) {
+                            const int q = in.bundles[u].ranks[k] - first;
+                            if (q == r || !takes[q]) continue;
+                            const int64_t amount = std::min({excess, x[u][j], turn == 0 ? std::max<int64_t>(0, T - before[q]) : excess});
+                            x[u][j] -= amount, x[u][k] += amount;
+                            load[r] -= amount, load[q] += amount;
+                            excess -= amount;
+                        }
+                    }
+                }
+            }
+            for (int r = 0; r < G; ++r) {
+                gives[r] = takes[r] && load[r] > T;
+                takes[r] = takes[r] && load[r] <= T;
+            }
+        } while (std::count(gives.begin(), gives.end(), 1) > 0);
     }
     return {*std::max_element(load.begin(), load.end()), T, total, 0, rounds, certified, witness};
 }

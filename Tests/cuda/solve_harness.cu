@@ -244,6 +244,54 @@ static void timing(const string &name, const vector<reference::Instance> &placem
     fflush(stdout);
 }
 
+// Worst cases: loads that rise along chains of ranks, then changes of them that do not make the passes fewer. Most of what is compared is
+// beyond the passes that usual loads take. The slowest is timed, beside usual loads on an EPLB placement of as many ranks.
+static void worst_cases(int n, int changes, bool timed, Random &random) {
+    const int before = failures;
+    int64_t most = 0, compared = 0;
+    double slowest = 0;
+    string slowest_name;
+    for (auto &[name, bundles] : networks(n)) {
+        const auto in = network(n, bundles);
+        Planner planner(in);
+        vector<int64_t> worst(in.shape.n_logical);
+        for (size_t e = 0; e < worst.size(); ++e) {
+            worst[e] = e < bundles.size() ? (int64_t)(100000 * std::sqrt((double)bundles[e].back() / n)) : 0;
+        }
+        int64_t passes = -1;
+        Buffer<int32_t> counts(in.shape.n_logical);
+        for (int i = 0; i <= changes; ++i) {
+            const auto load = i == 0 ? worst : changed(random, worst);
+            const auto plan = reference::solve(in, load, 1);
+            if (plan.groups[0].rounds < passes) continue;
+            passes = plan.groups[0].rounds;
+            worst = load;
+            counts.set(vector<int32_t>(load.begin(), load.end()));
+            CHECK(lplbk_solve(&planner.p, counts.data, 0, 1, nullptr, nullptr, nullptr, 0, nullptr));
+            compare(planner, plan, name + " of " + std::to_string(n) + " #" + std::to_string(i));
+            ++compared;
+        }
+        expect(passes <= n / 2 + 64, name, "passes", passes, n / 2 + 64);
+        most = std::max(most, passes);
+        if (!timed) continue;
+        const auto times = time_in_graphs(1, 20, [&](int, cudaStream_t stream) {
+            CHECK(lplbk_solve(&planner.p, counts.data, 0, 1, nullptr, nullptr, nullptr, 0, stream));
+        });
+        if (times[0] > slowest) slowest = times[0], slowest_name = name;
+        printf("TIME worst, %-20s %4d ranks: %3lld passes %8.2f us\n", name.c_str(), n, (long long)passes, times[0]);
+    }
+    printf("%-44s %lld solves, most %lld, %s\n", ("worst cases, " + std::to_string(n) + " ranks").c_str(), (long long)compared,
+           (long long)most, failures == before ? "equal" : "DIFFERENT");
+    if (timed) {
+        const auto history = loads(random, 256, kZipf);
+        const vector<double> weight(history.begin(), history.end());
+        timing("EPLB 256 on " + std::to_string(n), {reference::general(n, n, 1, -1, 256, eplb(weight, std::max(320, 4 * n), n))}, kNormal,
+               64, 2000, random);
+        printf("TIME worst of %d ranks: %.2f us, %s\n", n, slowest, slowest_name.c_str());
+    }
+    fflush(stdout);
+}
+
 struct Large {
     int words[128];
 };
@@ -358,6 +406,7 @@ int main(int argc, char **argv) {
         placement("random 256 on 128, 512 slots", 128, 128, 16, -1, 256, random_placement(random, 256, 512, 1), n / 12);
         placement("random 1024 on 512, 4096 slots", 512, 512, 64, -1, 1024, random_placement(random, 1024, 4096, 1), n / 30 + 1);
         placement("1 rank", 1, 1, 1, 0, 4, {0, 1, 2, 3, 0}, 9);
+        for (int ranks : {7, 16, 32, 33, 64, 72, 128, 256}) worst_cases(ranks, ranks > 128 ? n : 3 * n, timed > 0, random);
         overflow();
         const auto order = [&](int n) { return random_order(random, n); };
         check_interior("cube 8x2, 8 a rank", reference::topology(8, 8, 2, cube(), 64, 1, 1, 2, order(64)), random, n / 2);
