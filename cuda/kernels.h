@@ -23,6 +23,8 @@ extern "C" {
 
 enum { LPLBK_NO_CUDA = -1, LPLBK_UNSUPPORTED = -2 };
 
+enum { LPLBK_MAX_INTERIOR_GROUP = 128 }; /* ranks of a group for LPLB_SOLVER_IPM */
+
 /* What an error number means to the caller. */
 enum { LPLBK_KIND_OK = 0, LPLBK_KIND_NO_CUDA = 1, LPLBK_KIND_OUT_OF_MEMORY = 2, LPLBK_KIND_UNSUPPORTED = 3, LPLBK_KIND_FAILED = 4 };
 int32_t lplbk_error_kind(int32_t error);

@@ -278,7 +278,7 @@ __global__ void scale(const __grid_constant__ CountMatrix<Count> loads, const __
 }
 
 constexpr int kSolverInterior = 1;  // LPLB_SOLVER_IPM
-constexpr int kMaxInteriorGroup = 128;
+constexpr int kMaxInteriorGroup = LPLBK_MAX_INTERIOR_GROUP;
 
 static_assert(32 * kMaskWarps <= 256, "general_threads: MaskFlow's warps must be there");
 

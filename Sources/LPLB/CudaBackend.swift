@@ -19,7 +19,7 @@ func cudaFailure(_ error: Int32, _ doing: String) -> Failure {
     case LPLBK_KIND_NO_CUDA:
         return Failure(LPLB_ERROR_NO_CUDA, "\(doing): CUDA cannot be used here (\(name)); LPLB_DEVICE_CPU (-1) plans on the host")
     case LPLBK_KIND_OUT_OF_MEMORY: return Failure(LPLB_ERROR_OUT_OF_MEMORY, "\(doing): \(name)")
-    case LPLBK_KIND_UNSUPPORTED: return Failure(LPLB_ERROR_UNSUPPORTED, "\(doing): beyond what the kernels can do on this device")
+    case LPLBK_KIND_UNSUPPORTED: return Failure(LPLB_ERROR_UNSUPPORTED, "\(doing): must be within what the kernels can do on this device, got \(name)")
     default: return Failure(LPLB_ERROR_CUDA, "\(doing): \(name)")
     }
 }
@@ -43,6 +43,11 @@ final class CudaBackend: PlannerBackend {
         ]
         for (name, value, most) in limits where value > most {
             throw Failure(LPLB_ERROR_UNSUPPORTED, "\(name): must be at most \(most) on CUDA, got \(value)")
+        }
+        let interiorRanks = Int(LPLBK_MAX_INTERIOR_GROUP)
+        if settings.solver == Int(LPLB_SOLVER_IPM) && shape.groupSize > interiorRanks {
+            throw Failure(
+                LPLB_ERROR_UNSUPPORTED, "group_size: must be at most \(interiorRanks) for LPLB_SOLVER_IPM, got \(shape.groupSize)")
         }
         var info = lplbk_device_info()
         try check(lplbk_device_info_get(device, &info), "device \(device)")
@@ -139,7 +144,14 @@ final class CudaBackend: PlannerBackend {
     private func allocate(_ planner: inout lplbk_planner, _ tables: SolverTables) throws(Failure) -> [UnsafeMutableRawPointer] {
         planner.shape.pair_slots = CudaBackend.pairSlots(tables, shape)
         planner.layout = withUnsafePointer(to: &planner.shape) { lplbk_layout_of($0) }
-        try check(lplbk_prepare(&planner), "device \(device)")
+        let error = lplbk_prepare(&planner)
+        if error == Int32(LPLBK_UNSUPPORTED) {
+            throw Failure(
+                LPLB_ERROR_UNSUPPORTED,
+                "n_physical: the tables of n_logical, n_physical and group_size must fit the \(planner.info.shared_bytes) bytes of shared "
+                    + "memory that a block has on device \(device), got \(shape.nLogical), \(shape.nPhysical) and \(shape.groupSize)")
+        }
+        try check(error, "device \(device)")
         var blocks: [UnsafeMutableRawPointer] = []
         func block(_ bytes: Int) throws(Failure) -> UnsafeMutableRawPointer? {
             var memory: UnsafeMutableRawPointer?

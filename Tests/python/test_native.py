@@ -144,3 +144,19 @@ def test_other_library_is_refused(tmp_path, version, words):
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
     done = python(FIRST_USE, LPLB_LIBRARY=str(path))
     assert words in done.stdout and str(path) in done.stdout, done.stdout + done.stderr
+
+
+def test_a_limit_of_one_solver_is_named_with_its_value():
+    """Before a GPU is looked for, so that the words are the same on every machine."""
+    config = _native.Config(struct_size=ctypes.sizeof(_native.Config), device=0, solver=_native.SOLVERS["ipm"], ep_size=256, rank=_native.WHOLE_BATCH,
+                            n_nodes=1, n_logical=512, n_physical=768, group_size=256)
+    planner, message = ctypes.c_void_p(), ctypes.create_string_buffer(_native.MESSAGE_SIZE)
+    status = _native.load().planner_create(ctypes.byref(config), ctypes.byref(planner), message, len(message))
+    assert errors.BY_STATUS[status] is errors.Unsupported and planner.value is None
+    assert message.value == b"group_size: must be at most 128 for LPLB_SOLVER_IPM, got 256"
+
+
+def test_limits_equal_the_header(header):
+    for name in ("RANKS", "EP_SIZE", "LOGICAL", "PHYSICAL"):
+        assert getattr(_native, f"MAX_{name}") == int(re.search(rf"#define LPLB_MAX_{name} (\d+)", header).group(1)), name
+    assert int(re.search(r"#define LPLB_MAX_LOAD \(INT64_C\(1\) << (\d+)\)", header).group(1)) == _native.MAX_LOAD.bit_length() - 1

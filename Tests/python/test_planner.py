@@ -243,7 +243,13 @@ assert general.info().groups[0].max_load == 5
 try:
     lplb.Planner(lplb.topology.CUBE_8P2E, 80, 64, ep_size=8, device="cuda")
 except lplb.NoCuda as error:
-    assert "torch" in str(error)
+    assert "torch is not imported" in str(error) and "'cuda'" in str(error)
+else:
+    raise AssertionError
+try:
+    lplb.Planner(lplb.topology.CUBE_8P2E, 80, 64, group="x")
+except lplb.InvalidArgument as error:
+    assert "group: " in str(error) and "needs torch" in str(error)
 else:
     raise AssertionError
 """

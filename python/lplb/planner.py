@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 EXCHANGES = ("auto", "symm", "ipc", "nccl")
 TOKENS = ("own", "same")
+_MAX_BLOCKS = _native.MAX_BLOCKS
 _TENSORS = {  # the arguments of an operator that are tensors, too: those that follow the first one
     "run": ("avail_counter",), "solve": ("avail_counter",), "redirect_by_ratio": ("o_weight", "local_workload_by_sm")}
 
@@ -310,7 +311,7 @@ class Planner:
         """
         if n_sms is None:
             n_sms = 0
-        elif type(n_sms) is not int or not 0 < n_sms <= _native.MAX_BLOCKS:
+        elif type(n_sms) is not int or not 0 < n_sms <= _MAX_BLOCKS:
             n_sms = integer("n_sms", n_sms, 1, _native.MAX_BLOCKS)
         operators = self._ops
         if operators is not None and isinstance(idx, operators.Tensor):  # first, since this is counted in tenths of a microsecond
