@@ -188,14 +188,22 @@ private:
 
     template <bool kSingle>
     __device__ __forceinline__ void rounds() {
+        RoundSums *sums = reinterpret_cast<RoundSums *>(s_.received);
+        RoundSums *next = reinterpret_cast<RoundSums *>(s_.received + FlowSpace::round_words(kRanks, t_.n_bundles()));
+        Set above = over();
+        rounds<kSingle, false>(LPLBK_PLAIN_ROUNDS, above, sums, next);
+        if (!above.empty()) rounds<kSingle, true>(lplbk_max_rounds(n_ranks_), above, sums, next);
+        if (!above.empty()) end.certified = 0;
+    }
+
+    // Passes until no rank is above the bound, or there have been `limit`. kLate: those after the plain ones; apart from them, so that these
+    // are not slowed down.
+    template <bool kSingle, bool kLate>
+    __device__ __forceinline__ void rounds(int limit, Set &above, RoundSums *&sums, RoundSums *&next) {
         int *const loads = s_.words;  // [ranks] at the beginning of the round
         int *const capacity = s_.extra;  // [rows][ranks]
-        const int n_bundles = t_.n_bundles(), max_rounds = lplbk_max_rounds(n_ranks_);
-        RoundSums *sums = reinterpret_cast<RoundSums *>(s_.received);
-        RoundSums *next = reinterpret_cast<RoundSums *>(s_.received + FlowSpace::round_words(kRanks, n_bundles));
-        Set above = over();
 #pragma unroll 1
-        while (!above.empty()) {
+        while (!above.empty() && end.rounds < limit) {
             const int tokens = n_arcs_ > 0 ? s_.x[first_.entry.arc()] : 0;
             Set reach = tokens > 0 ? first_.mask : Set::none();
 #pragma unroll 1
@@ -231,15 +239,11 @@ private:
             }
             int level[kWords];
             Set toward[kWords];  // the ranks one level nearer
-            if (end.rounds == max_rounds) {
-                end.certified = 0;
-                return;
-            }
             ++end.rounds;
-            const int levels = search(adjacent, above, level, toward);
+            const int levels = search<kLate>(adjacent, above, level, toward);
             if (levels > 0) {
                 wave<kSingle>(tokens, levels, of_my_rank(level), of_my_rank(toward), *sums, capacity);
-                if (end.rounds > LPLBK_PLAIN_ROUNDS) spill<kSingle>(level, *sums, loads, capacity);
+                if constexpr (kLate) spill<kSingle>(level, *sums, loads, capacity);
             } else {
                 sync();  // the next sums are clear
             }
@@ -252,6 +256,7 @@ private:
 
     // The levels of the ranks and the last of them; 0: a rank above the bound has none, and the bound is now that of the cut. `above` is not
     // empty. (Lanes without a rank pass for ranks below the bound that no bundle knows.)
+    template <bool kLate>
     __device__ __forceinline__ int search(const Set (&adjacent)[kWords], const Set &above, int (&level)[kWords], Set (&toward)[kWords]) {
         Set front = those([&](int w) { return load[w] < end.bound; });
         Set waiting = above;
@@ -266,7 +271,7 @@ private:
             const auto joins = [&](int w) { return level[w] < 0 && !(adjacent[w] & front).empty(); };
             const Set joined = those(joins);
             if (joined.empty()) {
-                if (end.rounds > LPLBK_EAGER_ROUNDS && !above.without(waiting).empty()) break;
+                if (kLate && !above.without(waiting).empty()) break;
                 const auto inside = [&](int w) { return level[w] < 0; };
                 int held = 0;
 #pragma unroll
@@ -315,7 +320,7 @@ private:
                 const int share = min(sums.received[rank_] - kept, mine);
                 if (share > 0) {
                     atomicAdd(&sums.given[rank_], share);
-                    give<kSingle>(share, tokens, my_toward, step, sums.received);
+                    give<kSingle, false>(share, tokens, my_toward, step, sums.received);
                 }
             }
             sync();
@@ -356,7 +361,7 @@ private:
                 const int share = min(of_my_rank(load) - others, mine);
                 if (share > 0) {
                     atomicAdd(&sums.given[rank_], share);
-                    give<kSingle>(share, s_.x[first_.entry.arc()], takers, turn, sums.received);
+                    give<kSingle, true>(share, s_.x[first_.entry.arc()], takers, turn, sums.received);
                 }
                 sync();
 #pragma unroll
@@ -390,22 +395,23 @@ private:
     }
 
     // Gives `share` tokens, which this thread's arcs can carry, to the ranks in `toward`, arc by arc and rank by rank. tokens: of the first
-    // arc.
-    template <bool kSingle>
+    // arc. kSpills: some of them may be above the bound.
+    template <bool kSingle, bool kSpills>
     __device__ __forceinline__ void give(int share, int tokens, const Set &toward, int step, int *received) const {
         if constexpr (kSingle) {
-            give_by(first_, tokens, share, toward, step, received);
+            give_by<kSpills>(first_, tokens, share, toward, step, received);
         } else {
 #pragma unroll 1
             for (int k = 0; k < n_arcs_ && share > 0; ++k) {
                 const Arc arc = arc_at(k);
                 const int x = s_.x[arc.entry.arc()];
-                if (!(arc.mask & toward).empty() && x > 0) share -= give_by(arc, x, share, toward, step, received);
+                if (!(arc.mask & toward).empty() && x > 0) share -= give_by<kSpills>(arc, x, share, toward, step, received);
             }
         }
     }
 
     // The same by one arc with x tokens and somebody to give them to; returns how many.
+    template <bool kSpills>
     __device__ __forceinline__ int give_by(const Arc &arc, int x, int share, const Set &toward, int step, int *received) const {
         Set targets = arc.mask & toward;
         const int here = arc.mask.below(rank_);
@@ -421,7 +427,8 @@ private:
             int next_position = 0, next_q = q;
             if (more) next_q = targets.pop(arc.mask, next_position);
             const int next_load = s_.words[next_q];  // under way while this one is served
-            const int amount = step > 1 ? rest : min(rest, max(end.bound - load, 0));
+            const int lacks = kSpills ? max(end.bound - load, 0) : end.bound - load;
+            const int amount = step > 1 ? rest : min(rest, lacks);
             atomicAdd(at_start + direction * position, amount);
             atomicAdd(&received[q], amount);
             rest -= amount;

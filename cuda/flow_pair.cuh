@@ -74,7 +74,7 @@ struct PairFlow {
         }
         if (!__any_sync(kFullWarp, load > end.bound)) return;
         MARK(9);
-        rounds(lplbk_max_rounds(n_ranks_));
+        if (!rounds<false>(LPLBK_PLAIN_ROUNDS) && !rounds<true>(lplbk_max_rounds(n_ranks_))) end.certified = 0;
     }
 
 private:
@@ -90,14 +90,16 @@ private:
         load -= moved;
     }
 
-    // Lanes without a rank pass for ranks below the bound that nobody knows.
-    __device__ __forceinline__ void rounds(int max_rounds) {
+    // Passes until no rank is above the bound (true), or there have been `limit`. kLate: those after the plain ones; apart from them, so that
+    // these are not slowed down. Lanes without a rank pass for ranks below the bound that nobody knows.
+    template <bool kLate>
+    __device__ __forceinline__ bool rounds(int limit) {
 #pragma unroll 1
         for (;;) {
             const int bound = end.bound;
             const unsigned over = __ballot_sync(kFullWarp, load > bound);
-            if (over == 0) return;
-            if (end.rounds == max_rounds) break;
+            if (over == 0) return true;
+            if (end.rounds == limit) return false;
             ++end.rounds;
 
             int room[kSlots];
@@ -125,7 +127,7 @@ private:
                 front = joined;
                 waiting &= ~joined;
             } while (waiting != 0);
-            if (waiting != 0 && (waiting == over || end.rounds <= LPLBK_EAGER_ROUNDS)) {
+            if (waiting != 0 && (!kLate || waiting == over)) {
                 const bool inside = level < 0;
                 const int tokens = warp_sum(inside ? load : 0);
                 witness = __ballot_sync(kFullWarp, inside);
@@ -157,9 +159,8 @@ private:
                     load += change;
                 }
             }
-            if (end.rounds > LPLBK_PLAIN_ROUNDS) spill(bound, level);
+            if constexpr (kLate) spill(bound, level);
         }
-        end.certified = 0;
     }
 
     // After the wave: what ranks of level 1 have above the bound flows on through the ranks of level 0, each of which keeps what it lacks.

@@ -104,7 +104,7 @@ private:
             __syncthreads();
             bool cut = false;
             const int levels = search(over, level, cut);
-            if (cut && (end.rounds <= LPLBK_EAGER_ROUNDS || !__syncthreads_or(over && level >= 0))) {
+            if (cut && (end.rounds <= LPLBK_PLAIN_ROUNDS || !__syncthreads_or(over && level >= 0))) {
                 in_witness = valid_ && level < 0;
                 const int held = across(in_witness ? load : 0, false);
                 end.witness_size = __syncthreads_count(in_witness);

@@ -115,12 +115,12 @@ enum { LPLBK_IMAGE_BUNDLES = 0, LPLBK_IMAGE_ARCS = 1, LPLBK_IMAGE_COLOURS = 2 /*
        LPLBK_IMAGE_PAIRS = 3 /* 1: the group sweeps and pair_lanes are set */, LPLBK_IMAGE_COLOUR = 16, LPLBK_IMAGE_HEADER_WORDS = 32 };
 enum { LPLBK_MAX_COLOURS = 8 };
 
-/* Passes of the solver's loop without spilling; passes in which one rank above the bound without level is enough to raise it. */
-enum { LPLBK_PLAIN_ROUNDS = 8, LPLBK_EAGER_ROUNDS = 32 };
+/* Passes of the solver's loop by its plain rule; in later ones excess spills, and the bound is raised only when nothing else is left. */
+enum { LPLBK_PLAIN_ROUNDS = 32 };
 
 /* More passes than there can be (FlowSolver.swift has the proof): a guard that is never met. As in the solver's tables. */
 LPLBK_BOTH int32_t lplbk_max_rounds(int32_t group_size) {
-    return LPLBK_EAGER_ROUNDS + (group_size + 1) * (group_size * group_size + 2);
+    return LPLBK_PLAIN_ROUNDS + (group_size + 1) * (group_size * group_size + 2);
 }
 
 /* One word of `lanes` for the arc of colour c on a rank: where its bundle's other place is. A rank without it is its own partner. */

@@ -19,7 +19,7 @@
 //            excess = load[r] - T > 0 takes its arcs with x > 0 ascending and, for each, the bundle's other arcs on ranks of level k - 1
 //            ascending, and moves min(excess, x). For k = 1 the receiver takes at most what it lacks to T at the beginning of this step,
 //            from each arc on its own: several may overfill it. Tokens received in a step travel on in the next.
-//          - From pass 9 on the wave then spills over the ranks of level 0. Givers are the ranks of level 1 above T, takers those of level
+//          - From pass 33 on the wave then spills over the ranks of level 0. Givers are the ranks of level 1 above T, takers those of level
 //            0. In steps, until there are no givers: in parallel, each giver goes twice over its arcs with x > 0 ascending and, for each,
 //            the bundle's other arcs on takers ascending, and moves min(excess, x), the first time at most what the taker lacks to T at
 //            the beginning of this step (nothing if it is above T). Takers that are now above T are the givers of the next step and
@@ -37,8 +37,8 @@
 // How many passes there are. Where experts are replicated as in training: about 1 to 10, the hundredth slowest of torus or EPLB placements
 // 10 to 30 (up to 128 ranks), and with 1024 ranks up to 60 on a torus. Spilling is for excess that has a long way to go through ranks that
 // each lack little, in chains above all; without it such a chain takes a pass for every few of its ranks. The worst that was found for
-// chains, rings, ladders, combs, trees, stars and bands of ranks, by changing loads at random and keeping what takes longer: 48 passes with
-// 32 ranks, 62 with 64, 87 with 128 (without spilling 159, 447 and 3301). On one core of an AMD EPYC the slowest of them with 128 ranks
+// chains, rings, ladders, combs, trees, stars and bands of ranks, by changing loads at random and keeping what takes longer: 44 passes with
+// 32 ranks, 53 with 64, 97 with 128 (without spilling 159, 447 and 3301). On one core of an AMD EPYC the slowest of them with 128 ranks
 // took 0.08 ms and with 512 ranks 0.53 ms (without spilling 1.1 and 25), where usual loads take 0.02 and 0.05. A search over a chain
 // of n ranks has n levels, whatever the passes: on a GPU each level costs barriers, so chains stay the slowest.
 //

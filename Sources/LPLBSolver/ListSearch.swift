@@ -57,7 +57,7 @@ struct ListSearch {
             for u in group.firstBundle..<group.endBundle { bundleLevel[u] = -1 }
             var wanted = over
             var k = search(&wanted, found, state.bound)
-            if wanted == over || wanted > 0 && state.rounds <= Group.eagerRounds {
+            if wanted == over || wanted > 0 && state.rounds <= Group.plainRounds {
                 state.bound = raise()
                 continue
             }

@@ -41,7 +41,7 @@ struct MaskSearch {
             while above != 0 && state.rounds < maxRounds {
                 state.rounds &+= 1
                 let (farthest, reached) = search(below, above, everyone, levels)
-                if above & ~reached != 0 && (above & reached == 0 || state.rounds <= Group.eagerRounds) {
+                if above & ~reached != 0 && (above & reached == 0 || state.rounds <= Group.plainRounds) {
                     bound = raise(everyone & ~reached)
                     (below, above) = compare(bound)
                     continue

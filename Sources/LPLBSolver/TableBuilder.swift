@@ -200,7 +200,7 @@ struct TableBuilder {
 
     /// The sizes that are left.
     func finish() {
-        words[SolverTables.Size.maxRounds] = Int32(Group.eagerRounds + (shape.groupSize + 1) * (shape.groupSize * shape.groupSize + 2))
+        words[SolverTables.Size.maxRounds] = Int32(Group.plainRounds + (shape.groupSize + 1) * (shape.groupSize * shape.groupSize + 2))
         words[SolverTables.Size.groups] = Int32(shape.nGroups)
         words[SolverTables.Size.groupSize] = Int32(shape.groupSize)
         words[SolverTables.Size.localSlots] = Int32(shape.nLocal)

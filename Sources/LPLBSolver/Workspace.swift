@@ -162,10 +162,8 @@ struct GroupState {
 struct Group {
     /// Groups up to this size use one 64-bit mask as a set of ranks.
     static let maskRanks = 64
-    /// Passes without spilling.
-    static let plainRounds = 8
-    /// Passes in which one rank above the bound without level is enough to raise it; later on, none of them may have one.
-    static let eagerRounds = 32
+    /// Passes without spilling, in which one rank above the bound without level is enough to raise it; later on, none of them may have one.
+    static let plainRounds = 32
 
     let size: Int
     let firstBundle: Int

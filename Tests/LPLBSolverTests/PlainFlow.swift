@@ -154,7 +154,7 @@ struct PlainFlow {
                 load = currentLoads()
                 k -= 1
             }
-            if rounds <= 8 { continue }
+            if rounds <= 32 { continue }
             var givers = (0..<size).filter { level[$0] == 1 && load[$0] > bound }
             var takers = Set((0..<size).filter { level[$0] == 0 })
             repeat {

@@ -401,7 +401,7 @@ inline Plan::Group flow(const Instance &in, int g, const vector<int64_t> &loads,
                 }
             }
         }
-        if (rounds <= 8) continue;
+        if (rounds <= 32) continue;
         // What givers have above T goes to takers: ranks that were below T and have not been givers.
         vector<int> gives(G), takes(G);
         for (int r = 0; r < G; ++r) gives[r] = level[r] == 1 && load[r] > T, takes[r] = level[r] == 0;

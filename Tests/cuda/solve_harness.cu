@@ -285,8 +285,8 @@ static void worst_cases(int n, int changes, bool timed, Random &random) {
     if (timed) {
         const auto history = loads(random, 256, kZipf);
         const vector<double> weight(history.begin(), history.end());
-        timing("EPLB 256 on " + std::to_string(n), {reference::general(n, n, 1, -1, 256, eplb(weight, std::max(320, 4 * n), n))}, kNormal,
-               64, 2000, random);
+        const int slots = (std::max(320, 4 * n) + n - 1) / n * n;
+        timing("EPLB 256 on " + std::to_string(n), {reference::general(n, n, 1, -1, 256, eplb(weight, slots, n))}, kNormal, 64, 2000, random);
         printf("TIME worst of %d ranks: %.2f us, %s\n", n, slowest, slowest_name.c_str());
     }
     fflush(stdout);
