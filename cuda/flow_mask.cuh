@@ -192,12 +192,24 @@ private:
         RoundSums *next = reinterpret_cast<RoundSums *>(s_.received + FlowSpace::round_words(kRanks, t_.n_bundles()));
         Set above = over();
         rounds<kSingle, false>(LPLBK_PLAIN_ROUNDS, above, sums, next);
-        if (!above.empty()) rounds<kSingle, true>(lplbk_max_rounds(n_ranks_), above, sums, next);
+        if (above.empty()) return;
+        MaskFlow late = *this;  // a copy in memory, so that this one stays in registers
+        late.late_rounds<kSingle>(sums, next);
+        end = late.end;
+        witness = late.witness;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) load[w] = late.load[w];
+    }
+
+    // The passes after the plain ones: rare, and a call, so that they cost the others nothing.
+    template <bool kSingle>
+    __device__ __noinline__ void late_rounds(RoundSums *sums, RoundSums *next) {
+        Set above = over();
+        rounds<kSingle, true>(lplbk_max_rounds(n_ranks_), above, sums, next);
         if (!above.empty()) end.certified = 0;
     }
 
-    // Passes until no rank is above the bound, or there have been `limit`. kLate: those after the plain ones; apart from them, so that these
-    // are not slowed down.
+    // Passes until no rank is above the bound, or there have been `limit`. kLate: those after the plain ones.
     template <bool kSingle, bool kLate>
     __device__ __forceinline__ void rounds(int limit, Set &above, RoundSums *&sums, RoundSums *&next) {
         int *const loads = s_.words;  // [ranks] at the beginning of the round

@@ -74,7 +74,11 @@ struct PairFlow {
         }
         if (!__any_sync(kFullWarp, load > end.bound)) return;
         MARK(9);
-        if (!rounds<false>(LPLBK_PLAIN_ROUNDS) && !rounds<true>(lplbk_max_rounds(n_ranks_))) end.certified = 0;
+        if (!rounds<false>(LPLBK_PLAIN_ROUNDS)) {
+            PairFlow late = *this;  // a copy in memory, so that this one stays in registers
+            late.late_rounds();
+            *this = late;
+        }
     }
 
 private:
@@ -90,8 +94,12 @@ private:
         load -= moved;
     }
 
-    // Passes until no rank is above the bound (true), or there have been `limit`. kLate: those after the plain ones; apart from them, so that
-    // these are not slowed down. Lanes without a rank pass for ranks below the bound that nobody knows.
+    // The passes after the plain ones: rare, and a call, so that they cost the others nothing.
+    __device__ __noinline__ void late_rounds() {
+        if (!rounds<true>(lplbk_max_rounds(n_ranks_))) end.certified = 0;
+    }
+
+    // Passes until no rank is above the bound (true), or there have been `limit`. kLate: those after the plain ones. Lanes without a rank pass for ranks below the bound that nobody knows.
     template <bool kLate>
     __device__ __forceinline__ bool rounds(int limit) {
 #pragma unroll 1
