@@ -100,8 +100,8 @@ private:
         Set mask;  // of the bundle; empty: there is no such arc
     };
 
-    const FlowTables &t_;
-    const FlowSpace &s_;
+    const FlowTables t_;  // by value, for the copy that runs the late passes
+    const FlowSpace s_;
     const int n_ranks_;
     // This thread's arcs: n_arcs_ of rank_ at arcs_.
     const int row_, half_, rank_;
