@@ -18,7 +18,8 @@ struct FlowEnd {
     int witness_size;
 };
 
-template <int kSlots>
+// kLateCall: the late passes are a call. In the kernels of topologies that costs more than it saves, beside MaskFlow it saves more.
+template <int kSlots, bool kLateCall = false>
 struct PairFlow {
     int partner[kSlots];
     unsigned bit[kSlots];  // of the partner; 0: no arc in this slot
@@ -74,10 +75,14 @@ struct PairFlow {
         }
         if (!__any_sync(kFullWarp, load > end.bound)) return;
         MARK(9);
-        if (!rounds<false>(LPLBK_PLAIN_ROUNDS)) {
-            PairFlow late = *this;  // a copy in memory, so that this one stays in registers
-            late.late_rounds();
-            *this = late;
+        if constexpr (kLateCall) {
+            if (!rounds<false>(LPLBK_PLAIN_ROUNDS)) {
+                PairFlow late = *this;  // a copy in memory, so that this one stays in registers
+                late.late_rounds();
+                *this = late;
+            }
+        } else {
+            if (!rounds<false>(LPLBK_PLAIN_ROUNDS) && !rounds<true>(lplbk_max_rounds(n_ranks_))) end.certified = 0;
         }
     }
 
@@ -94,7 +99,7 @@ private:
         load -= moved;
     }
 
-    // The passes after the plain ones: rare, and a call, so that they cost the others nothing.
+    // The passes after the plain ones, as a call.
     __device__ __noinline__ void late_rounds() {
         if (!rounds<true>(lplbk_max_rounds(n_ranks_))) end.certified = 0;
     }

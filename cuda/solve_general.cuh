@@ -81,7 +81,7 @@ __device__ __forceinline__ void solve_as_pairs(const GeneralTables &t, const Gen
     int words[kSlots];
 #pragma unroll
     for (int c = 0; c < kSlots; ++c) words[c] = space.image[t.at.pair_lanes + 32 * c + lane_id()];
-    PairFlow<kSlots> flow;
+    PairFlow<kSlots, true> flow;
     flow.open(words, t.shape.group_size);
     flow.solve(lane_id() < t.shape.group_size ? space.flow.base[lane_id()] : 0, space.flow.sum);
 #pragma unroll
