@@ -294,3 +294,28 @@ def test_structs_equal_the_header():
                         ("LPLB_EXCHANGE_ABORTED", _exchange_c.ABORTED), ("LPLB_EXCHANGE_LOST", _exchange_c.LOST),
                         ("LPLB_EXCHANGE_DISAGREED", _exchange_c.DISAGREED)):
         assert int(re.search(rf"\b{name}\s*=?\s*(\d+)", header).group(1)) == value, name
+
+
+@pytest.mark.parametrize("reason, aborted", [(None, False), ("disagreed", False), ("timed out", True), ("aborted", True), ("lost", True)])
+def test_only_what_may_still_wait_is_aborted_before_it_is_freed(reason, aborted):
+    """Ranks that disagreed have all found out in the same call: nobody waits, and the rail's communicator serves the next exchange."""
+    from lplb._exchange import Report
+    from lplb._exchange_state import GroupState
+
+    class Closed:
+        done = ""
+
+        def report(self):
+            return None if reason is None else Report(reason, 0, 1, 5, 0.0)
+
+        def abort(self):
+            self.done += "aborted "
+
+        def free(self):
+            self.done += "freed"
+
+    state, exchange = GroupState(), Closed()
+    state.closed[1] = exchange
+    facts = state.facts()
+    state.settle([facts, ({1: True}, False)])
+    assert exchange.done == ("aborted freed" if aborted else "freed") and not state.closed

@@ -66,7 +66,7 @@ class GroupState:
 
     def facts(self) -> tuple[dict[int, bool], bool]:
         """What the other ranks must know: which exchanges are closed here, and whether in peace; whether the rails were aborted."""
-        return {number: exchange.report() is None for number, exchange in self.closed.items()}, self.rails_aborted
+        return {number: _in_peace(exchange) for number, exchange in self.closed.items()}, self.rails_aborted
 
     def settle(self, everyone: list[tuple[dict[int, bool], bool]]) -> None:
         """Frees what no rank uses any more, by the facts of all ranks."""
@@ -91,6 +91,12 @@ class GroupState:
         for attempt in self.left:
             attempt.free(together=False)
         self.closed, self.left = {}, []
+
+
+def _in_peace(exchange: NativeExchange) -> bool:
+    """Nobody waits for anybody: also after ranks disagreed, since all of them found out in the same call, which they all ended."""
+    report = exchange.report()
+    return report is None or report.reason == "disagreed"
 
 
 def _nothing() -> None:
