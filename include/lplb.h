@@ -234,7 +234,8 @@ lplb_status lplb_planner_count(lplb_planner *planner, const void *ids, lplb_dtyp
 
 /*
  * This rank's row [lplb_counts_width(n_logical)] (int32), for an exchange of the caller's own: its counts, and then the planner's digest.
- * count_row counts the ids; make_row takes counts [n_logical] (a count that does not fit int32 becomes -2^31, which every rank refuses).
+ * count_row counts the ids; make_row takes counts [n_logical] (a count that does not fit int32 becomes -2^31: on the CPU every
+ * rank refuses it; CUDA, which looks at no values, takes it for 0 like all negative counts).
  */
 lplb_status lplb_planner_count_row(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, int32_t *row,
                                    void *stream);

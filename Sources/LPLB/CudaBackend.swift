@@ -246,8 +246,8 @@ final class CudaBackend: PlannerBackend {
         let rows = gathered?.base.assumingMemoryBound(to: Int32.self)
         try check(
             lplbk_run(
-                state, ids.base, ids.type.is64, Int64(ids.count), rows, gathered?.compared == true ? 1 : 0, out.base, counter.base, counter.type.is64, Int64(maxBlocks),
-                stream),
+                state, ids.base, ids.type.is64, Int64(ids.count), rows, gathered?.compared == true ? 1 : 0, out.base, counter.base,
+                counter.type.is64, Int64(maxBlocks), stream),
             "run")
     }
 

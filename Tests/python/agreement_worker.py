@@ -165,7 +165,6 @@ def same_tokens(rank):
     loads = torch.bincount(physical.view(-1) // 18, minlength=4)
     assert loads.max() == planner.info().groups[0].bound
     own = square()  # what the mode is there for: with tokens of their own the ranks choose for themselves
-    assert own.info if rank else True
     own.run(ids(0), None)
     assert own.info().groups[0].total == 800
 

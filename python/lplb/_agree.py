@@ -31,9 +31,7 @@ class Agreement:
     """What all ranks of a group have in common."""
 
     n_nodes: int
-    n_hosts: int
     number: int
-    all_cuda: bool
 
 
 # The number of the planner that was made last with a group. Numbers are part of digests, so that equal planners are told apart.
@@ -81,7 +79,7 @@ def agree(group: Any, config: _native.Config | None, *, settings: str = "", fail
         raise PeerLost(f"group: the settings of all ranks could not be gathered: {lost[0]}") from lost[0]
     if status:
         raise _native.failure(status, _native.text(message.value))
-    return Agreement(found.n_nodes, found.n_hosts, found.number, bool(found.all_cuda))
+    return Agreement(found.n_nodes, found.number)
 
 
 @contextmanager

@@ -375,7 +375,8 @@ class Planner:
 
     def redirect(self, idx: Array, n_sms: int | None = None) -> Array:
         """Physical ids by the latest plan. The loads equal the plan exactly if idx are the ids that were counted."""
-        physical: Array = self._call("redirect", idx, self._token(), self.number, 0 if n_sms is None else integer("n_sms", n_sms, 1, _native.MAX_BLOCKS))
+        blocks = 0 if n_sms is None else integer("n_sms", n_sms, 1, _native.MAX_BLOCKS)
+        physical: Array = self._call("redirect", idx, self._token(), self.number, blocks)
         return physical
 
     def _token(self) -> Any:
