@@ -1,5 +1,6 @@
 // Counting ids. Every block counts runs of ids in shared memory; the last block to finish adds the runs up.
 #include "ids.cuh"
+#include "backend.cuh"
 #include "launch.cuh"
 #include "multi.cuh"
 
@@ -18,9 +19,8 @@ struct CountOut {
     const int32_t *digest; // written behind the totals by the last block; nullptr: not so
 };
 
-template <class Id>
-__global__ void __launch_bounds__(kThreads)
-    count_ids(const Id *ids, int64_t n_ids, int64_t run_length, int n_runs, int n_logical, const __grid_constant__ CountOut out) {
+__global__ void __launch_bounds__(kThreads) count_ids(const void *ids, int ids64, int64_t n_ids, int64_t run_length, int n_runs,
+                                                      int n_logical, const __grid_constant__ CountOut out) {
     extern __shared__ int histogram[];
     __shared__ int is_last;
     wait_for_stream();
@@ -29,11 +29,13 @@ __global__ void __launch_bounds__(kThreads)
         for (int e = threadIdx.x; e < n_logical; e += kThreads) histogram[e] = 0;
         __syncthreads();
         const int64_t end = min((run + 1) * run_length, n_ids);
+        with_ids(ids, ids64, [&](auto *ids) {
 #pragma unroll 4
-        for (int64_t i = run * run_length + threadIdx.x; i < end; i += kThreads) {
-            const unsigned id = packed_id(ids[i], n_logical);
-            if (id < kBadId) atomicAdd(&histogram[id], 1);  // what has no place here is noticed by whoever rewrites it
-        }
+            for (int64_t i = run * run_length + threadIdx.x; i < end; i += kThreads) {
+                const unsigned id = packed_id(ids[i], n_logical);
+                if (id < kBadId) atomicAdd(&histogram[id], 1);  // what has no place here is noticed by whoever rewrites it
+            }
+        });
         __syncthreads();
         for (int e = threadIdx.x; e < n_logical; e += kThreads) {
             const int count = histogram[e];
@@ -72,29 +74,21 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One source's counts as a row. A count that does not fit becomes -2^31, as on the CPU.
-template <class Count>
-__global__ void make_row(const Count *counts, int n_logical, const int32_t *digest, int32_t *row) {
+__global__ void make_row(const void *counts, int counts64, int n_logical, const int32_t *digest, int32_t *row) {
     wait_for_stream();
     let_next_start();
     for (int e = threadIdx.x; e < n_logical; e += blockDim.x) {
-        const int64_t count = counts[e];
+        const int64_t count = counts64 ? static_cast<const int64_t *>(counts)[e] : static_cast<const int32_t *>(counts)[e];
         row[e] = count == (int32_t)count ? (int32_t)count : INT32_MIN;
     }
     if (threadIdx.x == 0) row[n_logical] = *digest;
 }
 
-template <class Id>
-cudaError_t count(const lplbk_planner &planner, const void *ids, int64_t n_ids, int64_t run_length, int64_t n_runs, const CountOut &out,
+cudaError_t count(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, const CountOut &out,
                   cudaStream_t stream) {
-    const int blocks = (int)min(n_runs, (int64_t)4 * planner.info.n_sms);
-    return launch(planner.info, count_ids<Id>, blocks, kThreads, 4 * planner.shape.n_logical, 0, stream, static_cast<const Id *>(ids),
-                  n_ids, run_length, (int)n_runs, planner.shape.n_logical, out);
-}
-
-cudaError_t count(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, int64_t run_length, int64_t n_runs,
-                  const CountOut &out, cudaStream_t stream) {
-    return ids64 ? count<int64_t>(planner, ids, n_ids, run_length, n_runs, out, stream)
-                 : count<int32_t>(planner, ids, n_ids, run_length, n_runs, out, stream);
+    const int blocks = min(runs.n, 4 * planner.info.n_sms);
+    return launch(planner.info, count_ids, blocks, kThreads, 4 * planner.shape.n_logical, 0, stream, ids, ids64, n_ids,
+                  runs.length, runs.n, planner.shape.n_logical, out);
 }
 
 }  // namespace
@@ -111,7 +105,7 @@ cudaError_t count_runs(const lplbk_planner &planner, const void *ids, int32_t id
                        cudaStream_t stream) {
     const MultiScratch scratch = multi_scratch(planner);
     const CountOut out{scratch.rows, scratch.totals, false, add_totals, false, nullptr, nullptr};
-    return count(planner, ids, ids64, n_ids, runs.length, runs.n, out, stream);
+    return count(planner, ids, ids64, n_ids, runs, out, stream);
 }
 
 }  // namespace lplb
@@ -127,7 +121,7 @@ int32_t count_all(const lplbk_planner *planner, const void *ids, int32_t ids64, 
     Runs runs = runs_of(*planner, n_ids, 64);
     if (cumulative != nullptr) runs = {max(ceil_div64(ceil_div64(n_ids, n_chunks), 1024) * 1024, (int64_t)1024), (int)n_chunks};
     const CountOut out{cumulative != nullptr ? cumulative : scratch.rows, counts, true, false, cumulative != nullptr, scratch.ticket, digest};
-    return taken(count(*planner, ids, ids64, n_ids, runs.length, runs.n, out, static_cast<cudaStream_t>(stream)));
+    return taken(count(*planner, ids, ids64, n_ids, runs, out, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace
@@ -145,11 +139,7 @@ extern "C" int32_t lplbk_make_row(const lplbk_planner *planner, const void *coun
     using namespace lplb;
     OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return taken(on.error());
-    const auto queue = static_cast<cudaStream_t>(stream);
     const int32_t *digest = planner->tables + planner->layout.digest;
-    const int n = planner->shape.n_logical;
-    if (counts64) {
-        return taken(launch(planner->info, make_row<int64_t>, 1, 256, 0, 0, queue, static_cast<const int64_t *>(counts), n, digest, row));
-    }
-    return taken(launch(planner->info, make_row<int32_t>, 1, 256, 0, 0, queue, static_cast<const int32_t *>(counts), n, digest, row));
+    return taken(launch(planner->info, make_row, 1, 256, 0, 0, static_cast<cudaStream_t>(stream), counts, counts64,
+                        planner->shape.n_logical, digest, row));
 }

@@ -1,6 +1,7 @@
 // Device and memory: the part of kernels.h that launches nothing.
 #include <string.h>
 
+#include "backend.cuh"
 #include "common.cuh"
 
 using lplb::NotRecorded;
@@ -55,13 +56,6 @@ const char *lplbk_error_name(int32_t error) {
     return cudaGetErrorName(static_cast<cudaError_t>(error));
 }
 
-int32_t lplbk_cuda_version(void) { return CUDART_VERSION; }
-
-#ifndef LPLB_ARCHITECTURES
-#define LPLB_ARCHITECTURES "unknown architectures"  // the build names them: -DLPLB_ARCHITECTURES='"sm_80 ..."'
-#endif
-const char *lplbk_architectures(void) { return LPLB_ARCHITECTURES; }
-
 int32_t lplbk_device_count(int32_t *count) {
     int devices = 0;
     const cudaError_t error = cudaGetDeviceCount(&devices);
@@ -69,7 +63,7 @@ int32_t lplbk_device_count(int32_t *count) {
     return taken(error);
 }
 
-int32_t lplbk_device_info_get(int32_t device, lplbk_device_info *info) {
+int32_t lplbk_device_info_of(int32_t device, lplbk_device_info *info) {
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error == cudaSuccess && count == 0) error = cudaErrorNoDevice;
@@ -87,7 +81,7 @@ int32_t lplbk_device_info_get(int32_t device, lplbk_device_info *info) {
         error = on.error() != cudaSuccess ? on.error() : cudaFuncGetAttributes(&code, code_for_this_device);
     }
     info->capability = 10 * major + minor;
-    info->max_cluster = clusters ? 8 : 1;  // lplbk_prepare asks for more where a device can
+    info->max_cluster = clusters ? 8 : 1;  // open asks for more where a device can
     return taken(error);
 }
 
@@ -119,8 +113,7 @@ int32_t lplbk_free(int32_t device, void *memory) {
 }
 
 int32_t lplbk_upload(int32_t device, void *to, const void *from, int64_t bytes, void *stream) {
-    const int32_t error = lplbk_wait(device, stream);
-    return error != 0 ? error : copy(device, to, from, bytes, cudaMemcpyHostToDevice, stream);
+    return copy(device, to, from, bytes, cudaMemcpyHostToDevice, stream);
 }
 
 int32_t lplbk_download(int32_t device, void *to, const void *from, int64_t bytes, void *stream) {
@@ -152,27 +145,6 @@ int32_t lplbk_free_mapped(int32_t device, void *host) {
     if (on.error() != cudaSuccess) return taken(on.error());
     NotRecorded aside;
     return taken(cudaFreeHost(host));
-}
-
-int32_t lplbk_write_word(int32_t device, int32_t *to, int32_t word) {
-    OnDevice on(device);
-    if (on.error() != cudaSuccess) return taken(on.error());
-    NotRecorded aside;
-    // On a stream of our own: the default stream may be one that somebody else's work waits for.
-    cudaStream_t stream;
-    cudaError_t error = cudaDeviceSynchronize();
-    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    if (error != cudaSuccess) return taken(error);
-    error = cudaMemcpyAsync(to, &word, sizeof word, cudaMemcpyHostToDevice, stream);
-    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-    cudaStreamDestroy(stream);
-    return taken(error);
-}
-
-int32_t lplbk_wait(int32_t device, void *stream) {
-    OnDevice on(device);
-    if (on.error() != cudaSuccess) return taken(on.error());
-    return taken(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
 }
 
 }  // extern "C"

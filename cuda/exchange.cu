@@ -5,6 +5,7 @@
 
 #include "common.cuh"
 #include "exchange.cuh"
+#include "backend.cuh"
 #include "launch.cuh"
 
 using lplb::NotRecorded;

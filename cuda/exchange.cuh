@@ -1,4 +1,4 @@
-// Device side of the exchange of counts among ranks; exchange_kernels.h describes the protocol.
+// Device side of the exchange of counts among ranks; exchange_view.h describes the protocol.
 //
 // For use inside any kernel, by one block or several (a call's threads are numbered 0 .. n_threads-1 across them, warps whole, n_threads a
 // multiple of 32):
@@ -19,7 +19,7 @@
 
 #include <stdint.h>
 
-#include "exchange_kernels.h"
+#include "exchange_view.h"
 
 namespace exchange {
 

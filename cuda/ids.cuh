@@ -16,6 +16,31 @@ __device__ __forceinline__ unsigned packed_id(Id id, int n_logical) {
     return id == (Id)-1 ? kNoExpert : kBadId;
 }
 
+// Calls visit() with ids as what they are, int64 or int32: the choice stands before the loop, whose loads then go out together.
+template <class Visit>
+__device__ __forceinline__ void with_ids(const void *ids, int wide, Visit visit) {
+    if (wide) {
+        visit(static_cast<const int64_t *>(ids));
+    } else {
+        visit(static_cast<const int32_t *>(ids));
+    }
+}
+template <class Visit>
+__device__ __forceinline__ void with_ids(void *ids, int wide, Visit visit) {
+    if (wide) {
+        visit(static_cast<int64_t *>(ids));
+    } else {
+        visit(static_cast<int32_t *>(ids));
+    }
+}
+__device__ __forceinline__ void store_id(void *ids, int wide, int64_t i, int slot) {
+    if (wide) {
+        static_cast<int64_t *>(ids)[i] = slot;
+    } else {
+        static_cast<int32_t *>(ids)[i] = slot;
+    }
+}
+
 // Counters of 16 bits, two in a word.
 __device__ __forceinline__ void count_one(unsigned *counters, int index) { atomicAdd(&counters[index >> 1], 1u << (16 * (index & 1))); }
 

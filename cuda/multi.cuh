@@ -1,4 +1,4 @@
-// The plan in several launches: counts of runs, solve, redirect. Shared between count.cu, redirect.cu and plan.cu.
+// The plan in several launches: counts of runs, solve, rewriting. Shared between count.cu, solve.cu, rewrite.cu and run.cu.
 #pragma once
 
 #include "common.cuh"
@@ -48,13 +48,10 @@ cudaError_t rewrite_runs(const lplbk_planner &planner, const void *ids, int32_t 
 cudaError_t rewrite_plainly(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, void *out, void *counter,
                             int32_t counter64, int64_t max_blocks, cudaStream_t stream);
 
+// Let the kernels have the shared memory that this planner needs; LPLBK_UNSUPPORTED where they cannot.
 int32_t prepare_solve(const lplbk_planner &planner);
 int32_t prepare_rewrite(const lplbk_planner &planner);
-int32_t prepare_fused(lplbk_planner &planner);
-
-// Everything in one launch of one cluster; `possible` says whether this planner and size can.
-bool fused_possible(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks);
-cudaError_t run_fused(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const int32_t *rows, bool compare,
-                      void *out, void *counter, int32_t counter64, int64_t max_blocks, cudaStream_t stream);
+// Also sets fused_ids, and max_cluster of info.
+int32_t prepare_run(lplbk_planner &planner);
 
 }  // namespace lplb

@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "backend.cuh"
 #include "exchange.cuh"
 
 #define CUDA(call)                                                                                    \

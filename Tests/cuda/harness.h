@@ -1,5 +1,5 @@
 // Shared by the CUDA harnesses: planners on the device, random instances, timing. Building one, and its short suite under a sanitizer:
-//   nvcc -arch=native -O3 -std=c++17 -lineinfo -Icuda Tests/cuda/run_harness.cu cuda/*.cu -o run_harness
+//   nvcc -arch=native -O3 -std=c++17 -lineinfo -Icuda Tests/cuda/run_harness.cu cuda/*.cu cuda/solve/*.cu -o run_harness
 //   compute-sanitizer --tool racecheck --error-exitcode 9 ./run_harness 4 0 2000    (memcheck, synccheck, initcheck alike)
 // -DLPLB_PLAIN_BARRIERS: cluster barriers in a form that racecheck surely follows. Tests/python/test_gpu_kernels.py does all this.
 #pragma once
@@ -51,30 +51,19 @@ struct Planner {
     lplbk_planner p{};
     explicit Planner(const reference::Instance &in, int solver = 0) {
         p.shape = in.shape;
+        if (solver != 0) p.shape.colours = 0;  // the interior point method reads all of an image
         p.solver = solver;
         p.has_replicas = in.shape.n_physical > in.shape.n_logical;
-        p.layout = lplbk_layout_of(&p.shape);
-        CHECK(lplbk_device_info_get(0, &p.info));
-        CHECK(lplbk_prepare(&p));
-        CHECK(lplbk_alloc(0, 4ll * p.layout.words, (void **)&p.tables));
-        CHECK(lplbk_alloc(0, 4ll * p.layout.words, (void **)&p.staged));
-        CHECK(lplbk_alloc(0, 4ll * p.shape.n_physical, (void **)&p.quota));
-        CHECK(lplbk_alloc(0, 4ll * p.shape.n_physical, (void **)&p.take));
-        CHECK(lplbk_alloc(0, 4ll * p.shape.n_groups * LPLBK_INFO_WORDS, (void **)&p.group_info));
-        CHECK(lplbk_alloc(0, 8ll * LPLBK_COUNTER_WORDS, (void **)&p.counters));
-        CHECK(lplbk_alloc(0, 4 * lplbk_scratch_words(&p), (void **)&p.scratch));
+        CHECK(lplbk_device_info_of(0, &p.info));
+        CHECK(lplbk_open(&p));
         place(in);
     }
-    void place(const reference::Instance &in) {
+    void place(reference::Instance in) {
+        in.shape.colours = p.shape.colours;
         const vector<int32_t> t = reference::tables(in);
         CHECK(lplbk_place(&p, t.data(), nullptr));
     }
-    ~Planner() {
-        for (void *memory :
-             {(void *)p.tables, (void *)p.staged, (void *)p.quota, (void *)p.take, (void *)p.group_info, (void *)p.counters, (void *)p.scratch}) {
-            lplbk_free(0, memory);
-        }
-    }
+    ~Planner() { lplbk_close(&p); }
     Planner(const Planner &) = delete;
     template <class T>
     vector<T> read(const T *from, size_t count) const {

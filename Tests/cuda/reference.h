@@ -9,7 +9,7 @@
 #include <numeric>
 #include <vector>
 
-#include "../../cuda/kernels.h"
+#include "../../cuda/backend.cuh"
 
 namespace reference {
 
@@ -54,7 +54,7 @@ inline void finish(Instance &in) {
         for (int r = 0; r < s.ep_size; ++r) {
             for (int d = 0; d < s.n_redundant; ++d) {
                 Instance::Bundle b{r / s.group_size, 0, r * n_local + d, {}, {}};
-                for (int j = 0; j < s.combined; ++j) b.experts.push_back(in.order[r * n_own + j * s.n_redundant + d]);
+                for (int j = 0; j < s.bundle_experts; ++j) b.experts.push_back(in.order[r * n_own + j * s.n_redundant + d]);
                 b.ranks = in.place_rank[b.experts[0]];
                 if (b.ranks.size() > 1) bundles.push_back(b);
             }
@@ -104,7 +104,7 @@ inline void finish(Instance &in) {
     }
 }
 
-inline Instance topology(int ep_size, int group_size, int n_redundant, const vector<int> &r2o, int n_logical, int combined, int n_nodes,
+inline Instance topology(int ep_size, int group_size, int n_redundant, const vector<int> &r2o, int n_logical, int bundle_experts, int n_nodes,
                          int rank, const vector<int> &order) {
     Instance in;
     in.shape = {ep_size,
@@ -112,9 +112,9 @@ inline Instance topology(int ep_size, int group_size, int n_redundant, const vec
                 ep_size / group_size,
                 n_nodes,
                 n_logical,
-                n_logical + ep_size * combined * n_redundant,
+                n_logical + ep_size * bundle_experts * n_redundant,
                 n_redundant,
-                combined,
+                bundle_experts,
                 rank,
                 0,
                 group_size * n_redundant,
@@ -127,7 +127,7 @@ inline Instance topology(int ep_size, int group_size, int n_redundant, const vec
         for (int i = 0; i < n_own; ++i) in.replicas[order[r * n_own + i]].push_back(r * n_local + i);
     }
     for (int q = 0; q < ep_size; ++q) {
-        for (int i = 0; i < combined * n_redundant; ++i) {
+        for (int i = 0; i < bundle_experts * n_redundant; ++i) {
             const int original = q / group_size * group_size + r2o[q % group_size * n_redundant + i % n_redundant];
             in.replicas[order[original * n_own + i]].push_back(q * n_local + n_own + i);
         }
@@ -139,7 +139,7 @@ inline Instance topology(int ep_size, int group_size, int n_redundant, const vec
         colours = std::max(colours, in.n_colours[g]);
         sweeps &= in.n_colours[g] > 0 || in.bundles.empty();
     }
-    in.shape.pair_slots = !sweeps ? 0 : colours <= 2 ? 2 : colours <= 4 ? 4 : 8;
+    in.shape.colours = !sweeps ? 0 : colours <= 2 ? 2 : colours <= 4 ? 4 : 8;
     return in;
 }
 
@@ -149,14 +149,14 @@ inline Instance general(int ep_size, int group_size, int n_nodes, int rank, int 
     const int in_group = n_physical / ep_size * group_size;
     const int max_bundles = std::min({n_logical, n_physical - n_logical, in_group / 2});
     const int max_arcs = std::min(in_group, 2 * (n_physical - n_logical));
-    in.shape = {ep_size, group_size, ep_size / group_size, n_nodes, n_logical, n_physical, 0, 0, rank, 0, max_bundles, max_arcs};
+    in.shape = {ep_size, group_size, ep_size / group_size, n_nodes, n_logical, n_physical, 0, 1, rank, 0, max_bundles, max_arcs};
     in.replicas.assign(n_logical, {});
     for (int slot = 0; slot < n_physical; ++slot) in.replicas[phy2log[slot]].push_back(slot);
     finish(in);
     return in;
 }
 
-// The device tables of kernels.h.
+// The device tables of tables.h.
 inline vector<int32_t> tables(const Instance &in) {
     const lplbk_shape &s = in.shape;
     const lplbk_layout at = lplbk_layout_of(&s);
@@ -164,59 +164,79 @@ inline vector<int32_t> tables(const Instance &in) {
     vector<int> first_bundle(s.n_groups + 1, 0);
     for (auto &b : in.bundles) ++first_bundle[b.group + 1];
     for (int g = 0; g < s.n_groups; ++g) first_bundle[g + 1] += first_bundle[g];
-    int place = 0;
-    for (int e = 0; e < s.n_logical; ++e) {
-        const int n = in.place_slot[e].size(), u = in.expert_bundle[e];
-        const int group = in.place_rank[e][0] / s.group_size;
-        int32_t *record = &t[at.expert + 4 * e];
-        record[0] = u < 0 ? -1 - in.place_rank[e][0] % s.group_size : u - first_bundle[group];
-        record[1] = n | group << 16;
-        record[2] = place;
-        record[3] = in.place_slot[e][0];
-        for (int j = 0; j < n; ++j, ++place) {
-            t[at.place + 2 * place] = in.place_slot[e][j];
-            t[at.place + 2 * place + 1] = in.place_rank[e][j];
-        }
-        t[at.code + e] = in.place_slot[e][0];
-        t[at.expert_class + e] = -1;
-        t[at.expert_copy + e] = -1;
-    }
-    if (s.n_redundant) {
-        const int n_own = s.n_logical / s.ep_size;
-        for (int r = 0; r < s.ep_size; ++r) {
-            for (int i = 0; i < n_own; ++i) {
-                const int e = in.order[r * n_own + i];
-                const int rank = r % s.group_size, slot_class = rank * s.n_redundant + i % s.n_redundant;
-                const bool paired = in.expert_bundle[e] >= 0;
-                lplbk_home(&t[at.home + 4 * (r * n_own + i)], e, paired, rank, slot_class, r * in.n_local() + i,
-                           paired ? in.place_slot[e][1] : -1);
-                if (i < s.combined * s.n_redundant) {
-                    t[at.expert_class + e] = r * s.n_redundant + i % s.n_redundant;
-                    t[at.expert_copy + e] = in.replicas[e][1];
-                }
-            }
+    const auto bundle_number = [&](int u) { return in.bundles[u].group * s.max_bundles + u - first_bundle[in.bundles[u].group]; };
+
+    // Slot classes of a topology, by expert; -1: none.
+    vector<int> slot_class(s.n_logical, -1);
+    const int n_own = s.n_redundant ? s.n_logical / s.ep_size : 0;
+    for (int c = 0; c < s.ep_size * s.n_redundant; ++c) {
+        t[at.class_bundle + c] = -1;
+        for (int j = 0; j < s.bundle_experts && s.n_physical > s.n_logical; ++j) {
+            const int e = in.order[c / s.n_redundant * n_own + j * s.n_redundant + c % s.n_redundant];
+            slot_class[e] = c;
+            if (in.expert_bundle[e] >= 0) t[at.class_bundle + c] = bundle_number(in.expert_bundle[e]);
         }
     }
-    int listed = 0;
+    const auto put = [&](int32_t *words, int e) {
+        const int u = in.expert_bundle[e];
+        lplbk_expert(words, e, u >= 0 ? bundle_number(u) : -1 - in.place_rank[e][0], in.place_slot[e][0],
+                     slot_class[e] >= 0 ? in.replicas[e][1] : LPLBK_NO_SLOT, slot_class[e]);
+    };
+    int n_replicated = 0, n_experts = 0;
+    for (int e = 0; e < s.n_logical; ++e) t[at.code + e] = in.place_slot[e][0];
+    for (auto &bundle : in.bundles) {
+        for (int e : bundle.experts) {
+            t[at.code + e] = -1 - n_replicated;
+            put(&t[at.replicated + 4 * n_replicated++], e);
+        }
+    }
+    t[at.n_bundled] = n_replicated;
+    for (int e = 0; e < s.n_logical; ++e) {  // copies beside their original
+        if (slot_class[e] < 0 || in.expert_bundle[e] >= 0) continue;
+        t[at.code + e] = -1 - n_replicated;
+        put(&t[at.replicated + 4 * n_replicated++], e);
+    }
+    t[at.n_replicated] = n_replicated;
+    vector<int> by_slot(s.n_logical);
+    std::iota(by_slot.begin(), by_slot.end(), 0);
+    std::sort(by_slot.begin(), by_slot.end(), [&](int a, int b) { return in.place_slot[a][0] < in.place_slot[b][0]; });
+    for (int g = 0; g < s.n_groups; ++g) {
+        int32_t *image = &t[at.image + (int64_t)g * at.image_words];
+        image[LPLBK_IMAGE_FIRST_EXPERT] = n_experts;
+        for (int u = first_bundle[g]; u < first_bundle[g + 1]; ++u) {
+            for (int e : in.bundles[u].experts) put(&t[at.expert + 4 * n_experts++], e);
+        }
+        for (int e : by_slot) {
+            if (in.expert_bundle[e] < 0 && in.place_rank[e][0] / s.group_size == g) put(&t[at.expert + 4 * n_experts++], e);
+        }
+        image[LPLBK_IMAGE_EXPERTS] = n_experts - image[LPLBK_IMAGE_FIRST_EXPERT];
+    }
     for (int g = 0; g < s.n_groups; ++g) {
         int32_t *image = &t[at.image + (int64_t)g * at.image_words];
         const int n_bundles = first_bundle[g + 1] - first_bundle[g];
         image[LPLBK_IMAGE_BUNDLES] = n_bundles;
         image[LPLBK_IMAGE_COLOURS] = in.n_colours[g];
+        const int n_lanes = s.group_size > 32 ? 0 : s.colours == 2 || s.colours == 4 ? 4 : 8;
+        for (int i = 0; i < n_lanes * 32; ++i) image[at.lanes + i] = lplbk_no_lane(i % 32);
+        image[LPLBK_IMAGE_PAIRS] = s.group_size <= 32 && in.n_colours[g] > 0;
         int arc = 0;
         vector<int> start;
         for (int b = 0; b < n_bundles; ++b) {
             const auto &bundle = in.bundles[first_bundle[g] + b];
             if (in.n_colours[g] > 0) {
                 for (int c = bundle.colour + 1; c <= in.n_colours[g]; ++c) image[LPLBK_IMAGE_COLOUR + c] = b + 1;
+                if (s.group_size <= 32) {
+                    const int u = bundle.ranks[0] % s.group_size, v = bundle.ranks[1] % s.group_size;
+                    image[at.lanes + bundle.colour * 32 + u] = lplbk_lane(v, b, 0);
+                    image[at.lanes + bundle.colour * 32 + v] = lplbk_lane(u, b, 1);
+                }
             }
             start.push_back(arc);
-            image[at.bundle_start + b] = arc;
-            t[at.bundle_expert_start + g * s.max_bundles + b] = listed;
-            for (int e : bundle.experts) {
-                t[at.code + e] = -1 - listed;
-                t[at.bundle_expert + listed++] = e;
+            if (s.colours > 0) {
+                arc += bundle.ranks.size();
+                continue;
             }
+            image[at.bundle_start + b] = arc;
             for (int j = 0; j < (int)bundle.ranks.size(); ++j) {
                 const int rank = bundle.ranks[j] % s.group_size;
                 image[at.arc_slot + arc] = (int32_t)((unsigned)in.place_slot[bundle.experts[0]][j] | (j > 0 ? 0x80000000u : 0u));
@@ -224,8 +244,9 @@ inline vector<int32_t> tables(const Instance &in) {
                 if (at.mask_words) image[at.mask + b * at.mask_words + rank / 32] |= 1u << rank % 32;
             }
         }
-        image[at.bundle_start + n_bundles] = arc;
         image[LPLBK_IMAGE_ARCS] = arc;
+        if (s.colours > 0) continue;
+        image[at.bundle_start + n_bundles] = arc;
         int entry = 0;
         for (int r = 0; r < s.group_size; ++r) {
             image[at.rank_start + r] = entry;
@@ -237,39 +258,7 @@ inline vector<int32_t> tables(const Instance &in) {
             }
         }
         image[at.rank_start + s.group_size] = entry;
-        if (s.group_size <= 32 && s.pair_slots == 0 && in.n_colours[g] > 0) {
-            image[LPLBK_IMAGE_PAIRS] = 1;
-            int32_t *lanes = image + at.pair_lanes;
-            for (int i = 0; i < LPLBK_MAX_COLOURS * 32; ++i) lanes[i] = lplbk_no_lane(i % 32);
-            for (int b = 0; b < n_bundles; ++b) {
-                const auto &bundle = in.bundles[first_bundle[g] + b];
-                const int u = bundle.ranks[0] % s.group_size, v = bundle.ranks[1] % s.group_size;
-                lanes[bundle.colour * 32 + u] = lplbk_lane(v, b, 0);
-                lanes[bundle.colour * 32 + v] = lplbk_lane(u, b, 1);
-            }
-        }
-        for (int c = 0; c < s.pair_slots; ++c) {
-            for (int lane = 0; lane < 32; ++lane) t[at.lanes + (g * s.pair_slots + c) * 32 + lane] = lplbk_no_lane(lane);
-        }
-        if (s.pair_slots) {
-            for (int b = 0; b < n_bundles; ++b) {
-                const auto &bundle = in.bundles[first_bundle[g] + b];
-                const int u = bundle.ranks[0] % s.group_size, v = bundle.ranks[1] % s.group_size;
-                const int d = bundle.first_slot % in.n_local();
-                int32_t *column = &t[at.lanes + (g * s.pair_slots + bundle.colour) * 32];
-                column[u] = lplbk_lane(v, u * s.n_redundant + d, 0);
-                column[v] = lplbk_lane(u, u * s.n_redundant + d, 1);
-            }
-        }
     }
-    t[at.bundle_expert_start + (s.n_groups - 1) * s.max_bundles + first_bundle[s.n_groups] - first_bundle[s.n_groups - 1]] = listed;
-    // Copies beside their original: one place, but a slot of their own for redirect_by_ratio.
-    for (int e = 0; e < s.n_logical; ++e) {
-        if (t[at.expert_class + e] < 0 || in.place_slot[e].size() > 1) continue;
-        t[at.code + e] = -1 - listed;
-        t[at.bundle_expert + listed++] = e;
-    }
-    t[at.n_replicated] = listed;
     return t;
 }
 

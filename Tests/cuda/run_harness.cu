@@ -1,6 +1,5 @@
 // count, redirect, redirect_by_ratio and run against the reference, then times of run. Arguments: [checks per shape] [timed inputs]
 // [most ids of a check].
-#include "../../cuda/exchange_kernels.h"
 #include "harness.h"
 
 using namespace harness;
@@ -112,7 +111,7 @@ static void check_one(const string &name, const reference::Instance &in, Random 
     const vector<Id> narrow(ids.begin(), ids.end());
     CHECK(lplbk_upload(0, from.data + misaligned, narrow.data(), sizeof(Id) * n, nullptr));
     const auto out_ids = [&](Id *at) { return planner.read(at, n); };
-    const auto invalid = [&] { return planner.read(planner.p.counters, LPLBK_COUNTER_WORDS)[LPLBK_COUNTER_INVALID]; };
+    const auto invalid = [&] { return planner.read(planner.p.counters, LPLBK_COUNTERS)[LPLBK_COUNTER_INVALID]; };
     Buffer<int32_t> counter(1);
     const bool wide = sizeof(Id) == 8;
     int64_t bad = 0;
@@ -207,7 +206,7 @@ static void check_one(const string &name, const reference::Instance &in, Random 
             }
             const int rank = place_of[id] / n_own, offset = place_of[id] % n_own;
             const int64_t k = seen[id]++;
-            if (offset >= s.combined * s.n_redundant) {
+            if (offset >= s.bundle_experts * s.n_redundant) {
                 expected.push_back(in.replicas[id][0]);
                 continue;
             }
@@ -264,7 +263,7 @@ static void check(const string &name, const reference::Instance &in, Random &ran
             check_one<int64_t>(name, in, random, size, (i / 3) % kIdFamilies, blocks);
         }
     }
-    printf("%-44s pairs %d masks %d: %s\n", name.c_str(), in.shape.pair_slots, lplbk_layout_of(&in.shape).mask_words,
+    printf("%-44s colours %d masks %d: %s\n", name.c_str(), in.shape.colours, lplbk_layout_of(&in.shape).mask_words,
            failures == before ? "equal" : "DIFFERENT");
     fflush(stdout);
 }
@@ -292,7 +291,7 @@ static void check_failures(const string &name, const reference::Instance &in, Ra
     };
     // Sizes beyond shared memory: the solver's, and those of the rewriting.
     lplbk_planner no_solve = planner.p, no_rewrite = planner.p;
-    no_solve.layout.image_words = no_solve.shape.n_redundant = 1 << 16;
+    no_solve.shape.max_arcs = 1 << 20;
     no_rewrite.shape.n_physical = 1 << 20;
     cudaStream_t stream;
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -374,9 +373,9 @@ static void check_overflow(const string &name, const reference::Instance &in, Ra
             const string where = name + (planner == &fused ? " overflow, one launch" : " overflow, several") + " kind " +
                                  std::to_string(kind);
             Buffer<int64_t> counter(1);
-            const auto had = planner->read(planner->p.counters, LPLBK_COUNTER_WORDS)[LPLBK_COUNTER_OVERFLOW];
+            const auto had = planner->read(planner->p.counters, LPLBK_COUNTERS)[LPLBK_COUNTER_OVERFLOW];
             CHECK(lplbk_run(&planner->p, from.data, 1, n, device.data, 0, to.data, counter.data, 1, 0, nullptr));
-            const auto has = planner->read(planner->p.counters, LPLBK_COUNTER_WORDS)[LPLBK_COUNTER_OVERFLOW];
+            const auto has = planner->read(planner->p.counters, LPLBK_COUNTERS)[LPLBK_COUNTER_OVERFLOW];
             expect(has - had == n_overflows, where, "overflows", has - had, n_overflows);
             expect(counter.get()[0] == s.n_groups - n_overflows, where, "counter", counter.get()[0], s.n_groups - n_overflows);
             const auto out = to.get();
@@ -419,7 +418,7 @@ static void check_disagreement(const string &name, const vector<std::unique_ptr<
     if (n_ranks == 1) return;
     Buffer<int64_t> ids(vector<int64_t>(64, 0)), to(64 * n_ranks);
     const lplbk_planner &other = planners[odd]->p;
-    CHECK(lplbk_write_word(0, other.tables + other.layout.digest, 4711));
+    CHECK(lplbk_set_digest(&other, 4711));
     for (int r = 0; r < n_ranks; ++r) {
         CHECK(lplbk_run_exchanging(&planners[r]->p, &views[r], ids.data, 1, 64, to.data + 64 * r, nullptr, 0, 0, streams[r]));
     }

@@ -112,7 +112,7 @@ static void check(const string &name, const reference::Instance &in, Random &ran
         }
     }
     expect(counter.get()[0] == n * s.n_groups, name, "counter", counter.get()[0], n * s.n_groups);
-    printf("%-44s pairs %d masks %d: %d solves, mean rounds %.1f, most %lld, %s\n", name.c_str(), s.pair_slots, planner.p.layout.mask_words,
+    printf("%-44s colours %d masks %d: %d solves, mean rounds %.1f, most %lld, %s\n", name.c_str(), s.colours, planner.p.layout.mask_words,
            n, (double)rounds / n / s.n_groups, (long long)most, failures == before ? "equal" : "DIFFERENT");
     fflush(stdout);
 }
@@ -203,7 +203,7 @@ static void overflow() {
         Buffer<int64_t> device(counts);
         Buffer<int64_t> counter(1);
         CHECK(lplbk_solve(&planner.p, device.data, 1, 1, nullptr, nullptr, counter.data, 1, nullptr));
-        const auto counters = planner.read(planner.p.counters, LPLBK_COUNTER_WORDS);
+        const auto counters = planner.read(planner.p.counters, LPLBK_COUNTERS);
         const auto quota = planner.read(planner.p.quota, in.shape.n_physical);
         expect(counters[LPLBK_COUNTER_OVERFLOW] == 1, "overflow", "counter", counters[LPLBK_COUNTER_OVERFLOW], 1);
         expect(counter.get()[0] == 0, "overflow", "solved", counter.get()[0], 0);

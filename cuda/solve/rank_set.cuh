@@ -1,7 +1,7 @@
 // A set of up to 64 ranks, in registers.
 #pragma once
 
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace lplb {
 

@@ -10,9 +10,8 @@
 // that serves one receiver after another.
 #pragma once
 
-#include "flow_pair.cuh"
-#include "flow_space.cuh"
 #include "rank_set.cuh"
+#include "space.cuh"
 
 namespace lplb {
 
@@ -27,7 +26,7 @@ public:
     int load[kWords];  // of the ranks lane, lane + 32
     int total;         // of all ranks
 
-    __device__ MaskFlow(const FlowTables &tables, const FlowSpace &space, int n_ranks)
+    __device__ MaskFlow(const Image &tables, const FlowSpace &space, int n_ranks)
         : t_(tables), s_(space), n_ranks_(n_ranks), row_(warp_id() / kWords), half_(warp_id() % kWords), rank_(32 * half_ + lane_id()) {
         const int degree = rank_ < n_ranks ? t_.rank_start[rank_ + 1] - t_.rank_start[rank_] : 0;
         int most = 0;
@@ -58,10 +57,10 @@ public:
         }
         total = warp_sum(total);
         highest_base = warp_max(highest_base);
-        end.bound = ceil_share(total, n_ranks_);
+        end.level = Capacity::forced(total, n_ranks_);
         witness = those([&](int w) { return rank(w) < n_ranks_; });
-        if (highest_base > end.bound) {
-            end.bound = highest_base;
+        if (highest_base > end.level) {
+            end.level = highest_base;
             const int first = those([&](int w) { return rank(w) < n_ranks_ && base[w] == highest_base; }).first();
             witness = Set::none();
             witness.add(first);
@@ -100,7 +99,7 @@ private:
         Set mask;  // of the bundle; empty: there is no such arc
     };
 
-    const FlowTables t_;  // by value, for the copy that runs the late passes
+    const Image t_;  // by value, for the copy that runs the late passes
     const FlowSpace s_;
     const int n_ranks_;
     // This thread's arcs: n_arcs_ of rank_ at arcs_.
@@ -123,9 +122,9 @@ private:
         for (int w = 0; w < kWords; ++w) set.word[w] = __ballot_sync(kFullWarp, condition(w));
         return set;
     }
-    // Ranks that there are not have no tokens, and the bound is never negative.
+    // Lanes without a rank have no tokens, and the bound is never negative.
     __device__ Set over() const {
-        return those([&](int w) { return load[w] > end.bound; });
+        return those([&](int w) { return end.over(rank(w), load[w]); });
     }
 
     // Of this thread's rank; without an index, which would take the array out of the registers.
@@ -213,7 +212,7 @@ private:
     template <bool kSingle, bool kLate>
     __device__ __forceinline__ void rounds(int limit, Set &above, RoundSums *&sums, RoundSums *&next) {
         int *const loads = s_.words;  // [ranks] at the beginning of the round
-        int *const capacity = s_.extra;  // [rows][ranks]
+        int *const carried = s_.extra;  // [rows][ranks]
 #pragma unroll 1
         while (!above.empty() && end.rounds < limit) {
             const int tokens = n_arcs_ > 0 ? s_.x[first_.entry.arc()] : 0;
@@ -227,7 +226,7 @@ private:
             for (int v = 0; v < kWords; ++v) {
                 if (reach.word[v] != 0) atomicOr(&sums->reach[v][rank_], reach.word[v]);
             }
-            const int lacks = end.bound - of_my_rank(load);
+            const int lacks = end.room(rank_, of_my_rank(load));
             if (lacks > 0) {
                 each_arc<kSingle>([&](const Arc &arc) {
                     int2 *const room = &sums->room[arc.entry.bundle()];
@@ -254,8 +253,8 @@ private:
             ++end.rounds;
             const int levels = search<kLate>(adjacent, above, level, toward);
             if (levels > 0) {
-                wave<kSingle>(tokens, levels, of_my_rank(level), of_my_rank(toward), *sums, capacity);
-                if constexpr (kLate) spill<kSingle>(level, *sums, loads, capacity);
+                wave<kSingle>(tokens, levels, of_my_rank(level), of_my_rank(toward), *sums, carried);
+                if constexpr (kLate) spill<kSingle>(level, *sums, loads, carried);
             } else {
                 sync();  // the next sums are clear
             }
@@ -270,11 +269,11 @@ private:
     // empty. (Lanes without a rank pass for ranks below the bound that no bundle knows.)
     template <bool kLate>
     __device__ __forceinline__ int search(const Set (&adjacent)[kWords], const Set &above, int (&level)[kWords], Set (&toward)[kWords]) {
-        Set front = those([&](int w) { return load[w] < end.bound; });
+        Set front = those([&](int w) { return end.under(rank(w), load[w]); });
         Set waiting = above;
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-            level[w] = load[w] < end.bound ? 0 : -1;
+            level[w] = end.under(rank(w), load[w]) ? 0 : -1;
             toward[w] = Set::none();
         }
         int levels = 0;
@@ -289,7 +288,7 @@ private:
 #pragma unroll
                 for (int w = 0; w < kWords; ++w) held += inside(w) ? load[w] : 0;
                 witness = those(inside);
-                end.bound = ceil_share(warp_sum(held), witness.count());
+                end.level = Capacity::forced(warp_sum(held), witness.count());
                 return 0;
             }
             ++levels;
@@ -308,7 +307,7 @@ private:
 
     // tokens: of this thread's first arc; my_level, my_toward: of its rank.
     template <bool kSingle>
-    __device__ __forceinline__ void wave(int tokens, int levels, int my_level, const Set &my_toward, RoundSums &sums, int *capacity) {
+    __device__ __forceinline__ void wave(int tokens, int levels, int my_level, const Set &my_toward, RoundSums &sums, int *carried) {
         // What the arcs can carry does not change before their rank's own step: all, or at the last step what there is room for.
         int mine = 0;
         if (my_level > 0) {
@@ -319,12 +318,12 @@ private:
                 mine += carries(s_.x[arc.entry.arc()], arc, my_toward, my_level, sums.room);
             }
         }
-        capacity[kRanks * row_ + rank_] = mine;
+        carried[kRanks * row_ + rank_] = mine;
         sync();
-        int kept = end.bound - of_my_rank(load);  // of what the rank will have received, this is for it and its earlier arcs
+        int kept = end.room(rank_, of_my_rank(load));  // of what the rank will have received, this is for it and its earlier arcs
 #pragma unroll
         for (int j = 0; j < kRows - 1; ++j) {
-            if (j < row_) kept += capacity[kRanks * j + rank_];
+            if (j < row_) kept += carried[kRanks * j + rank_];
         }
 #pragma unroll 1
         for (int step = levels; step >= 1; --step) {
@@ -343,11 +342,11 @@ private:
 
     // After the wave: what ranks of level 1 have above the bound flows on through the ranks of level 0, each of which keeps what it lacks.
     template <bool kSingle>
-    __device__ __forceinline__ void spill(const int (&level)[kWords], RoundSums &sums, int *loads, int *capacity) {
-        if (those([&](int w) { return (level[w] == 0 || level[w] == 1) && load[w] > end.bound; }).empty()) return;
+    __device__ __forceinline__ void spill(const int (&level)[kWords], RoundSums &sums, int *loads, int *carried) {
+        if (those([&](int w) { return (level[w] == 0 || level[w] == 1) && end.over(rank(w), load[w]); }).empty()) return;
         int gives[kWords];
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) gives[w] = level[w] == 1 && load[w] > end.bound;
+        for (int w = 0; w < kWords; ++w) gives[w] = level[w] == 1 && end.over(rank(w), load[w]);
         Set takers = those([&](int w) { return level[w] == 0; });
         int origin[kWords];  // loads at the beginning of the round
 #pragma unroll
@@ -363,14 +362,14 @@ private:
                 if (of_my_rank(gives) != 0) {
                     each_arc<kSingle>([&](const Arc &arc) { mine += pours(s_.x[arc.entry.arc()], arc.mask & takers, turn == 1); });
                 }
-                capacity[kRanks * row_ + rank_] = mine;
+                carried[kRanks * row_ + rank_] = mine;
                 sync();
-                int others = end.bound;
+                int others = end.room(rank_, of_my_rank(load));
 #pragma unroll
                 for (int j = 0; j < kRows - 1; ++j) {
-                    if (j < row_) others += capacity[kRanks * j + rank_];
+                    if (j < row_) others += carried[kRanks * j + rank_];
                 }
-                const int share = min(of_my_rank(load) - others, mine);
+                const int share = min(-others, mine);
                 if (share > 0) {
                     atomicAdd(&sums.given[rank_], share);
                     give<kSingle, true>(share, s_.x[first_.entry.arc()], takers, turn, sums.received);
@@ -380,7 +379,7 @@ private:
                 for (int w = 0; w < kWords; ++w) load[w] = origin[w] + sums.received[rank(w)] - sums.given[rank(w)];
             }
 #pragma unroll
-            for (int w = 0; w < kWords; ++w) gives[w] = (takers.word[w] >> lane_id() & 1) != 0 && load[w] > end.bound;
+            for (int w = 0; w < kWords; ++w) gives[w] = (takers.word[w] >> lane_id() & 1) != 0 && end.over(rank(w), load[w]);
             givers = those([&](int w) { return gives[w] != 0; });
             takers = takers.without(givers);
         } while (!givers.empty());
@@ -393,7 +392,8 @@ private:
         unsigned lacks = 0;
         while (!targets.empty() && lacks < (unsigned)x) {
             int position;
-            lacks += (unsigned)max(end.bound - s_.words[targets.pop(targets, position)], 0);
+            const int q = targets.pop(targets, position);
+            lacks += (unsigned)max(end.room(q, s_.words[q]), 0);
         }
         return (int)min((unsigned)x, lacks);
     }
@@ -439,7 +439,7 @@ private:
             int next_position = 0, next_q = q;
             if (more) next_q = targets.pop(arc.mask, next_position);
             const int next_load = s_.words[next_q];  // under way while this one is served
-            const int lacks = kSpills ? max(end.bound - load, 0) : end.bound - load;
+            const int room = end.room(q, load), lacks = kSpills ? max(room, 0) : room;
             const int amount = step > 1 ? rest : min(rest, lacks);
             atomicAdd(at_start + direction * position, amount);
             atomicAdd(&received[q], amount);

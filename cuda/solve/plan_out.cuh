@@ -1,34 +1,11 @@
-// What all solve kernels share: their arguments, the counts they read, the information they write.
+// Where a plan is written, and what is written beside the tokens: the information of a group, and rows whose digests differ.
 #pragma once
 
-#include "assign.cuh"
-#include "exchange.cuh"
-#include "flow_pair.cuh"
+#include "counts.cuh"
+#include "../exchange.cuh"
+#include "space.cuh"
 
 namespace lplb {
-
-// Counts, [n_sources][width], of which the first n_logical of each source count; what is behind them is its digest.
-template <class Count>
-struct CountMatrix {
-    const Count *counts;
-    int n_sources, n_logical, width;
-
-    // Tokens of an expert. Each count is cut at 2^40, far beyond what a solve takes, so that no sum leaves 64 bits.
-    template <bool kMany>
-    __device__ __forceinline__ int64_t total(int expert) const {
-        if (!kMany) return cut(counts[expert]);
-        int64_t sum = 0;
-        const Count *at = counts + expert;
-#pragma unroll 8
-        for (int s = 0; s < n_sources; ++s, at += width) sum += cut(*at);
-        return sum;
-    }
-    __device__ int of(int source, int expert) const { return (int)cut(counts[(int64_t)source * width + expert]); }
-
-private:
-    __device__ static int64_t cut(int32_t count) { return max(count, 0); }
-    __device__ static int64_t cut(int64_t count) { return max(min(count, (int64_t)1 << 40), (int64_t)0); }
-};
 
 // Where a solve writes.
 struct PlanOut {
@@ -78,16 +55,17 @@ struct PlanOut {
     }
     __device__ void count_overflow() const { atomicAdd(reinterpret_cast<unsigned long long *>(counters + LPLBK_COUNTER_OVERFLOW), 1ull); }
     __device__ int *info(int group) const { return group_info + group * LPLBK_INFO_WORDS; }
+    // The tokens of the planner's rank are written by those who write all tokens; without a rank nobody does.
+    __device__ bool writes_word(int word) const { return word < LPLBK_INFO_OWN_RANK || word > LPLBK_INFO_OTHER_NODES || rank < 0; }
 };
 
 // Compares the digests behind the counts of all sources with the planner's own, and reports the first that differs. One warp.
-template <class Count>
-static __device__ __noinline__ void compare_digests(const Count *digests, int n_sources, int width, const int32_t *own, int rank,
+static __device__ __noinline__ void compare_digests(const int32_t *digests, int n_sources, int width, const int32_t *own, int rank,
                                                     lplbk_report *report, bool traps) {
     const int32_t wanted = *own;
     for (int first = 0; first < n_sources; first += 32) {
         const int source = first + lane_id();
-        const bool differs = source < n_sources && (int32_t)digests[(int64_t)source * width] != wanted;
+        const bool differs = source < n_sources && digests[(int64_t)source * width] != wanted;
         const unsigned others = __ballot_sync(kFullWarp, differs);
         if (others == 0) continue;
         if (lane_id() == 0) {
@@ -99,8 +77,8 @@ static __device__ __noinline__ void compare_digests(const Count *digests, int n_
 }
 
 // By all threads of a block; its last warp does it.
-template <class Count>
-__device__ __forceinline__ void compare_digests(const CountMatrix<Count> &rows, const PlanOut &out) {
+template <bool kAnyWidth>
+__device__ __forceinline__ void compare_digests(const CountMatrix<kAnyWidth> &rows, const PlanOut &out) {
     if (out.digest != nullptr && uniform_warp_id() == (int)(blockDim.x >> 5) - 1) {
         compare_digests(rows.counts + rows.n_logical, rows.n_sources, rows.width, out.digest, out.rank, out.report, out.traps != 0);
     }
@@ -109,18 +87,6 @@ __device__ __forceinline__ void compare_digests(const CountMatrix<Count> &rows, 
 // With no expert above this a group's total is below 2^31, since a planner has at most 2^10 experts.
 constexpr int kSurelyFits = 1 << 20;
 static_assert((int64_t)kSurelyFits * LPLBK_MAX_LOGICAL < INT32_MAX, "kSurelyFits");
-
-// An exact sum of counts for the rare case that it may not fit 31 bits: high * 2^16 + low.
-struct WideSum {
-    int high, low, broken;
-
-    __device__ void add(int64_t tokens) {
-        if (tokens > INT32_MAX) atomicOr(&broken, 1);
-        atomicAdd(&high, (int)(min(tokens, (int64_t)INT32_MAX) >> 16));
-        atomicAdd(&low, (int)(tokens & 0xffff));
-    }
-    __device__ bool overflow() const { return broken != 0 || ((int64_t)high << 16) + low > INT32_MAX; }
-};
 
 __device__ __forceinline__ int fitted(int64_t tokens) { return (int)min(tokens, (int64_t)INT32_MAX); }
 
@@ -150,7 +116,7 @@ struct OwnTokens {
 __device__ __forceinline__ int info_word(int word, int max_load, const FlowEnd &end, int total, int moved) {
     int value = 0;
     if (word == LPLBK_INFO_MAX_LOAD) value = max_load;
-    if (word == LPLBK_INFO_BOUND) value = end.bound;
+    if (word == LPLBK_INFO_BOUND) value = end.level;
     if (word == LPLBK_INFO_TOTAL) value = total;
     if (word == LPLBK_INFO_MOVED) value = moved;
     if (word == LPLBK_INFO_ROUNDS) value = end.rounds;
@@ -163,24 +129,6 @@ __device__ __forceinline__ int info_word(int word, int max_load, const FlowEnd &
 __device__ __forceinline__ void write_overflow(const PlanOut &out, int group) {
     out.info(group)[lane_id()] = 0;
     if (lane_id() == 0) out.count_overflow();
-}
-
-// floor(x * part / whole) for 0 <= x, part <= whole < 2^31, whole > 0; inverse: 1.0 / whole.
-__device__ __forceinline__ int floor_share(int x, int part, int whole, double inverse) {
-    const int64_t product = (int64_t)x * part;
-    int64_t share = (int64_t)((double)product * inverse);
-    const int64_t rest = product - share * whole;
-    if (rest < 0) --share;
-    if (rest >= whole) ++share;
-    return (int)share;
-}
-
-// Of x tokens that a bundle of `whole` tokens sends to its second place: the part of the expert that has `tokens`, `before` being those of
-// the experts before it.
-static __device__ __noinline__ int share_of(int x, int before, int tokens, int whole) {
-    if (whole == 0) return 0;
-    const double inverse = 1.0 / whole;
-    return floor_share(x, before + tokens, whole, inverse) - floor_share(x, before, whole, inverse);
 }
 
 }  // namespace lplb

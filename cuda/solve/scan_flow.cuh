@@ -2,8 +2,7 @@
 // reach, not for the last microsecond. The rule is that of Sources/LPLBSolver/FlowSolver.swift.
 #pragma once
 
-#include "flow_pair.cuh"
-#include "flow_space.cuh"
+#include "space.cuh"
 
 namespace lplb {
 
@@ -14,7 +13,7 @@ public:
     int load;         // of this thread's rank
     int total;        // of all ranks
 
-    __device__ ScanFlow(const FlowTables &tables, const FlowSpace &space, const lplbk_shape &shape)
+    __device__ ScanFlow(const Image &tables, const FlowSpace &space, const lplbk_shape &shape)
         : t_(tables),
           s_(space),
           n_ranks_(shape.group_size),
@@ -31,11 +30,11 @@ public:
         load = valid_ ? base + s_.load[rank_] : 0;
         total = across(load, false);
         const int highest_base = across(base, true);
-        end.bound = ceil_share(total, n_ranks_);
+        end.level = Capacity::forced(total, n_ranks_);
         in_witness = valid_;
         end.witness_size = n_ranks_;
-        if (highest_base > end.bound) {
-            end.bound = highest_base;
+        if (highest_base > end.level) {
+            end.level = highest_base;
             in_witness = rank_ == n_ranks_ - across(valid_ && base == highest_base ? n_ranks_ - rank_ : 0, true);
             end.witness_size = 1;
         }
@@ -44,7 +43,7 @@ public:
         const int n_colours = t_.n_colours();
         if (n_colours > 0) {
             for (int sweep = 0; sweep < 2; ++sweep) {
-                if (!__syncthreads_or(valid_ && load > end.bound)) return;
+                if (!__syncthreads_or(valid_ && end.over(rank_, load))) return;
                 if (valid_) s_.load[rank_] = load;
                 __syncthreads();
                 for (int colour = 0; colour < n_colours; ++colour) {
@@ -63,7 +62,7 @@ public:
 private:
     static constexpr int kJoined = 32;  // word of s_.words: searched_ at the latest level that a rank joined; across() uses those before it
 
-    const FlowTables &t_;
+    const Image &t_;
     const FlowSpace &s_;
     const int n_ranks_;
     const int rank_;
@@ -87,7 +86,7 @@ private:
     __device__ void rounds() {
         const int n_bundles = t_.n_bundles(), max_rounds = lplbk_max_rounds(n_ranks_);
         for (;;) {
-            const bool over = valid_ && load > end.bound;
+            const bool over = valid_ && end.over(rank_, load);
             // This barrier also ends the reading of loads and levels of the round before.
             if (!__syncthreads_or(over)) break;
             if (end.rounds == max_rounds) {
@@ -96,7 +95,7 @@ private:
             }
             ++end.rounds;
             for (int bundle = threadIdx.x; bundle < n_bundles; bundle += blockDim.x) bundle_level_[bundle] = INT32_MAX;
-            int level = valid_ && load < end.bound ? 0 : -1;
+            int level = valid_ && end.under(rank_, load) ? 0 : -1;
             if (valid_) {
                 s_.load[rank_] = load;
                 level_of_[rank_] = level;
@@ -108,12 +107,12 @@ private:
                 in_witness = valid_ && level < 0;
                 const int held = across(in_witness ? load : 0, false);
                 end.witness_size = __syncthreads_count(in_witness);
-                end.bound = ceil_share(held, end.witness_size);
+                end.level = Capacity::forced(held, end.witness_size);
                 continue;
             }
             for (int step = levels; step >= 1; --step) {
                 int *received = s_.received + (step & 1) * FlowSpace::ranks(n_ranks_);
-                if (level == step && load > end.bound) give(step - 1, step == 1, received);
+                if (level == step && end.over(rank_, load)) give(step - 1, step == 1, received);
                 __syncthreads();
                 if (valid_) {
                     load += received[rank_];
@@ -152,14 +151,14 @@ private:
     // After the wave: what ranks of level 1 have above the bound flows on through the ranks of level 0, each of which keeps what it lacks.
     // From here on level 0 in shared memory says that a rank can still receive.
     __device__ void spill(int level) {
-        bool gives = level == 1 && load > end.bound, takes = valid_ && level == 0;
+        bool gives = level == 1 && end.over(rank_, load), takes = valid_ && level == 0;
         int *received = s_.received;
         if (takes) s_.load[rank_] = load;
         __syncthreads();
         do {
             if (gives) {
                 give(0, true, received);
-                if (load > end.bound) give(0, false, received);
+                if (end.over(rank_, load)) give(0, false, received);
             }
             __syncthreads();
             gives = false;
@@ -167,7 +166,7 @@ private:
                 load += received[rank_];
                 received[rank_] = 0;
                 s_.load[rank_] = load;
-                gives = load > end.bound;
+                gives = end.over(rank_, load);
             }
             if (gives) {
                 takes = false;
@@ -179,8 +178,7 @@ private:
     // Gives what this rank has above the bound to ranks of the level `target`, one nearer, arc by arc; capped: no more than they lacked
     // at the beginning of the step, from each arc on its own.
     __device__ void give(int target, bool capped, int *received) {
-        const int bound = end.bound;
-        int excess = load - bound;
+        int excess = -end.room(rank_, load);
         for (int i = first_; i < last_ && excess > 0; ++i) {
             const ArcEntry entry{t_.rank_arc[i]};
             // A bundle that tokens can still come through has no rank nearer than the level it was first met at.
@@ -191,7 +189,7 @@ private:
             for (int arc = t_.bundle_start[entry.bundle()]; arc < arcs_end && tokens > 0 && excess > 0; ++arc) {
                 const int q = t_.arc_rank[arc];
                 if (level_of_[q] != target) continue;
-                const int amount = min(min(excess, tokens), capped ? max(bound - s_.load[q], 0) : INT32_MAX);
+                const int amount = min(min(excess, tokens), capped ? max(end.room(q, s_.load[q]), 0) : INT32_MAX);
                 atomicAdd(&s_.x[arc], amount);
                 atomicAdd(&received[q], amount);
                 tokens -= amount;
@@ -199,7 +197,7 @@ private:
             }
             s_.x[entry.arc()] = tokens;
         }
-        load = bound + excess;
+        load = end.full(rank_, excess);
     }
 };
 

@@ -1,6 +1,6 @@
 /*
- * exchange_kernels.h: the private seam of the exchange of counts among ranks, beside kernels.h and under its rules (error numbers,
- * devices, streams). Plain C: Swift fills the structs, exchange.cuh reads them on the device.
+ * exchange_view.h: what the host and the kernels share of an exchange of counts among ranks. Plain C: Swift fills the structs,
+ * exchange.cuh reads them on the device.
  *
  * Protocol. Every rank has a buffer that its peers write: [2 parities][n_ranks sources][n_packets] packets of 16 bytes, a packet being
  * two words epoch << 32 | count. A call stores its packets into every peer's buffer at the parity of its epoch, and polls its own buffer
@@ -10,16 +10,10 @@
  * slow one still waits for, and both wait for ever.) Words left from before E carry another epoch; a new buffer is filled with the epoch
  * before the first, so that this also holds for 0, which comes after 2^32 - 1.
  */
-#ifndef LPLB_EXCHANGE_KERNELS_H
-#define LPLB_EXCHANGE_KERNELS_H
+#ifndef LPLB_EXCHANGE_VIEW_H
+#define LPLB_EXCHANGE_VIEW_H
 
 #include <stdint.h>
-
-#include "kernels.h"
-
-#ifdef __cplusplus
-extern "C" {
-#endif
 
 enum { LPLBK_EXCHANGE_MAX_RANKS = 72, LPLBK_EXCHANGE_HANDLE_BYTES = 64, LPLBK_EXCHANGE_UUID_BYTES = 16 };
 
@@ -28,6 +22,26 @@ enum { LPLBK_EXCHANGE_TRAP = 0, LPLBK_EXCHANGE_REPORT = 1 };
 
 /* Why an exchange ended. */
 enum { LPLBK_EXCHANGE_FINE = 0, LPLBK_EXCHANGE_TIMED_OUT = 1, LPLBK_EXCHANGE_ABORTED = 2, LPLBK_EXCHANGE_DISAGREED = 4 };
+
+/* What a kernel found wrong, in host memory that the device can write. code is written last. */
+typedef struct lplbk_report {
+    int32_t code;   /* LPLBK_EXCHANGE_* */
+    int32_t rank;   /* that found it */
+    int32_t peer;   /* whose counts were missing, or whose digest differs; the first one that was noticed; -1: not known */
+    uint32_t epoch; /* of the exchange's call */
+    uint64_t waited_ns;
+} lplbk_report;
+
+/* A report that the device may be writing: code first, and the rest only once it is there. (Elsewhere than on x86 plain loads may be
+   swapped.) */
+static inline int32_t lplbk_report_code(const lplbk_report *report) { return __atomic_load_n(&report->code, __ATOMIC_ACQUIRE); }
+static inline lplbk_report lplbk_report_read(const lplbk_report *report) {
+    lplbk_report seen = {0, 0, 0, 0, 0};
+    const int32_t code = lplbk_report_code(report);
+    if (code != 0) seen = *report;
+    seen.code = code;
+    return seen;
+}
 
 /* Device memory of one exchange, private to its rank. */
 typedef struct lplbk_exchange_state {
@@ -70,49 +84,4 @@ static inline int64_t lplbk_exchange_buffer_words(int64_t n_ranks, int64_t n_nod
     return 2 * n_ranks * 2 * ((n_nodes * n_counts + 1) / 2);
 }
 
-/* ---- Buffers that peers write ------------------------------------------------------------------------------------------------ */
-
-/* Memory of its own 2 MiB pages, so that exporting it shows the peers nothing else, filled by lplbk_exchange_fill. */
-int32_t lplbk_exchange_alloc(int32_t device, int64_t words, uint32_t first_epoch, void **buffer);
-/* Makes every word one of the epoch before first_epoch; waits until that is done. */
-int32_t lplbk_exchange_fill(int32_t device, void *buffer, int64_t words, uint32_t first_epoch);
-/* Handle for other processes; made by lplbk_exchange_alloc only. */
-int32_t lplbk_exchange_export(int32_t device, void *buffer, uint8_t *handle);
-int32_t lplbk_exchange_import(int32_t device, const uint8_t *handle, void **buffer);
-int32_t lplbk_exchange_unimport(int32_t device, void *buffer);
-
-/* The GPU's UUID, and a number of this boot of this host. */
-int32_t lplbk_exchange_identity(int32_t device, uint8_t *uuid, uint64_t *host);
-/* Whether `device` can write to the GPU `uuid`: reach 1 yes, 0 no, -1 that GPU is hidden from this process, so that only trying can
-   tell. enable: also opens the way, for memory that is not imported (another device of this process). */
-int32_t lplbk_exchange_reach(int32_t device, const uint8_t *uuid, int32_t enable, int32_t *reach);
-
-/* Waits for the device to be idle; a device that has trapped counts as idle. */
-void lplbk_exchange_settle(int32_t device);
-
-/* ---- One exchange ------------------------------------------------------------------------------------------------------------ */
-
-/* Makes the state and the host page and enters both in the view, and the device's capability. host: where the page is for the host. */
-int32_t lplbk_exchange_open(int32_t device, uint32_t first_epoch, lplbk_exchange_view *view, lplbk_exchange_host **host);
-/* Ends them, also after a trap (then the memory goes with the process). */
-int32_t lplbk_exchange_close(int32_t device, lplbk_exchange_view *view, lplbk_exchange_host *host);
-
-/*
- * One call: sends counts [n_nodes][n_counts] and writes gathered [n_nodes][n_ranks][n_counts], both int32 on the device. digest: NULL, or
- * what the last count of every row must be (on the device). blocks: 0 for as many as measured best. Can be captured; allocates nothing.
- */
-int32_t lplbk_exchange_launch(int32_t device, const lplbk_exchange_view *view, const int32_t *counts, int32_t *gathered,
-                              const int32_t *digest, int32_t blocks, void *stream);
-
-/*
- * lplbk_run for the counts of all ranks, exchanged inside: one launch that counts, exchanges, solves and rewrites. The exchange is that of
- * the planner's ranks. LPLBK_UNSUPPORTED where this takes several launches (several nodes, large sizes; nothing is queued then).
- */
-int32_t lplbk_run_exchanging(const lplbk_planner *planner, const lplbk_exchange_view *view, const void *ids, int32_t ids64, int64_t n_ids,
-                             void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream);
-
-#ifdef __cplusplus
-}
-#endif
-
-#endif /* LPLB_EXCHANGE_KERNELS_H */
+#endif /* LPLB_EXCHANGE_VIEW_H */

@@ -11,8 +11,7 @@
 // best of the sets {r : p[r] >= p[q]}, which hold the critical ranks, so it needs no trust in floating point.
 #pragma once
 
-#include "flow_pair.cuh"
-#include "flow_space.cuh"
+#include "space.cuh"
 
 namespace lplb {
 
@@ -52,7 +51,7 @@ public:
     int total;
     int max_load;
 
-    __device__ InteriorPoint(const FlowTables &tables, const FlowSpace &space, const IpmSpace &real, int n_ranks)
+    __device__ InteriorPoint(const Image &tables, const FlowSpace &space, const IpmSpace &real, int n_ranks)
         : t_(tables), f_(space), r_(real), n_(n_ranks), rank_(threadIdx.x), valid_(threadIdx.x < n_ranks) {}
 
     // By the whole block, at least one thread a rank; sums and base are set, a barrier has been. Leaves space.x.
@@ -77,7 +76,7 @@ private:
     static constexpr double kTokensApart = 0.45;
     static constexpr double kStep = 0.995;  // of the way to the boundary
 
-    const FlowTables &t_;
+    const Image &t_;
     const FlowSpace &f_;
     const IpmSpace &r_;
     const int n_;
@@ -434,12 +433,12 @@ private:
             alone = f_.base[rank_] > bound;
             bound = max(bound, f_.base[rank_]);
         }
-        end.bound = (int)highest(bound);
-        const int chosen = n_ - (int)highest(valid_ && bound == end.bound ? n_ - rank_ : 0);
+        end.level = (int)highest(bound);
+        const int chosen = n_ - (int)highest(valid_ && bound == end.level ? n_ - rank_ : 0);
         const bool by_itself = __syncthreads_or(rank_ == chosen && alone) != 0;
         in_witness = valid_ && (by_itself ? rank_ == chosen : r_.p[rank_] >= r_.p[chosen]);
         end.witness_size = __syncthreads_count(in_witness);
-        end.certified = max_load == end.bound;
+        end.certified = max_load == end.level;
     }
 };
 

@@ -2,7 +2,7 @@
 // the rest; the rule of Sources/LPLBSolver/TokenAssigner.swift.
 #pragma once
 
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace lplb {
 

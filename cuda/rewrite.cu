@@ -1,8 +1,10 @@
 // Rewriting ids by a plan, in launches of many blocks. A block owns a run of ids and takes it tile by tile; within a tile every warp owns
 // consecutive rows of 32 ids.
 #include "ids.cuh"
+#include "backend.cuh"
 #include "launch.cuh"
 #include "multi.cuh"
+#include "solve/tables.cuh"
 
 namespace lplb {
 namespace {
@@ -13,49 +15,26 @@ constexpr int kTile = 4096;  // ids
 constexpr int kRowsOfWarp = kTile / 32 / kWarps;
 constexpr int kOfThread = ceil_div(LPLBK_MAX_LOGICAL, kThreads);  // experts
 
-struct RewriteTables {
-    const int *code;           // [n_logical]
-    const int *n_replicated;   // one word
-    const int *replicated;     // bundle_expert
-    const int4 *expert;        // records
-    const int2 *place;
-    int n_logical, n_physical;
-    int max_replicated;
-};
-
-RewriteTables rewrite_tables(const lplbk_planner &planner) {
-    const int *tables = planner.tables;
-    const lplbk_layout &at = planner.layout;
-    const lplbk_shape &shape = planner.shape;
-    return {tables + at.code,
-            tables + at.n_replicated,
-            tables + at.bundle_expert,
-            reinterpret_cast<const int4 *>(tables + at.expert),
-            reinterpret_cast<const int2 *>(tables + at.place),
-            shape.n_logical,
-            shape.n_physical,
-            max(1, min(shape.n_logical, shape.n_physical - shape.n_logical))};
-}
-
 // Shared memory of a rewriting block.
 struct RewriteSpace {
     int *code;        // [n_logical]
-    int2 *range;      // [max_replicated] first place and one past the last
-    int2 *step;       // [n_physical] by place: tokens up to and with it, slot
+    int2 *range;      // [max_replicated] first step and one past the last
+    int2 *step;       // [n_physical] places: tokens up to and with it, slot
     unsigned *base;   // [max_replicated] occurrences before the tile
     unsigned *counts; // [kWarps][counter_words(max_replicated)]
     int row_words;
 
-    static __host__ __device__ int words_of(int n_logical, int n_physical, int max_replicated) {
-        return round_up(n_logical, 2) + 2 * max_replicated + 2 * n_physical + max_replicated + kWarps * counter_words(max_replicated);
+    static __host__ __device__ int words_of(const lplbk_shape &shape) {
+        const int n = Tables::max_replicated(shape);
+        return round_up(shape.n_logical, 2) + 2 * n + 2 * shape.n_physical + n + kWarps * counter_words(n);
     }
-    __device__ RewriteSpace(int *memory, const RewriteTables &t) {
+    __device__ RewriteSpace(int *memory, const Tables &t) {
         code = memory;
-        range = reinterpret_cast<int2 *>(memory + round_up(t.n_logical, 2));
-        step = range + t.max_replicated;
-        base = reinterpret_cast<unsigned *>(step + t.n_physical);
-        counts = base + t.max_replicated;
-        row_words = counter_words(t.max_replicated);
+        range = reinterpret_cast<int2 *>(memory + round_up(t.shape.n_logical, 2));
+        step = range + t.max_replicated();
+        base = reinterpret_cast<unsigned *>(step + t.shape.n_physical);
+        counts = base + t.max_replicated();
+        row_words = counter_words(t.max_replicated());
     }
 };
 
@@ -63,30 +42,36 @@ struct RewriteSpace {
 struct ByPlan {
     const int32_t *take;  // [n_physical]
 
-    __device__ int2 steps(const RewriteTables &t, int i, int2 *step) const {
-        const int4 record = t.expert[t.replicated[i]];
-        const int first = record.z, n = record.y & 0xffff;
+    __device__ int2 steps(const Tables &t, int i, const Expert &expert, int2 *step) const {
+        if (!expert.bundled()) {
+            step[2 * i] = make_int2(INT32_MAX, expert.slot());
+            return make_int2(2 * i, 2 * i + 1);
+        }
+        const int group = expert.bundle() / t.shape.max_bundles, bundle = expert.bundle() - group * t.shape.max_bundles;
+        const Image image(t.image(group), t.at);
+        const bool pair = t.shape.n_redundant > 0;  // the expert knows its two places
+        const int first = pair ? 0 : image.bundle_start[bundle], n = pair ? 2 : image.bundle_start[bundle + 1] - first;
+        // Arcs and pairs of replicated experts are never more than slots.
+        const int start = pair ? 2 * i : group * t.shape.max_arcs + first;
         int sum = 0;
         for (int j = 0; j < n; ++j) {
-            const int slot = t.place[first + j].x;
+            const int slot = !pair ? image.slot(first + j) : j == 0 ? expert.slot() : expert.copy_slot();
             sum += take[slot];
-            step[first + j] = make_int2(sum, slot);
+            step[start + j] = make_int2(sum, slot);
         }
-        return make_int2(first, first + n);
+        return make_int2(start, start + n);
     }
 };
 struct ByRatio {
     const float *ratios;
     const int32_t *totals;  // [n_logical]
-    const int *expert_class, *expert_copy;
 
-    __device__ int2 steps(const RewriteTables &t, int i, int2 *step) const {
-        const int expert = t.replicated[i];
-        const float ratio = ratios[expert_class[expert]];
+    __device__ int2 steps(const Tables &, int i, const Expert &expert, int2 *step) const {
+        const float ratio = ratios[expert.slot_class()];
         const double share = ratio != ratio ? 1.0 : min(max((double)ratio, 0.0), 1.0);
-        const int kept = (int)floor(__dadd_rn(__dmul_rn(share, (double)totals[expert]), 0.5));
-        step[2 * i] = make_int2(kept, t.expert[expert].w);
-        step[2 * i + 1] = make_int2(INT32_MAX, expert_copy[expert]);
+        const int kept = (int)floor(__dadd_rn(__dmul_rn(share, (double)totals[expert.id()]), 0.5));
+        step[2 * i] = make_int2(kept, expert.slot());
+        step[2 * i + 1] = make_int2(INT32_MAX, expert.copy_slot());
         return make_int2(2 * i, 2 * i + 2);
     }
 };
@@ -100,28 +85,28 @@ struct RewriteRuns {
     int64_t *invalid;
 };
 
-template <class Id, class Rule>
-__global__ void __launch_bounds__(kThreads) rewrite(const Id *ids, Id *out, const __grid_constant__ RewriteTables t,
+template <class Rule>
+__global__ void __launch_bounds__(kThreads) rewrite(const void *ids, int ids64, void *out, const __grid_constant__ Tables t,
                                                     const __grid_constant__ RewriteRuns runs, const __grid_constant__ Rule rule) {
     extern __shared__ int4 memory[];
     RewriteSpace space(reinterpret_cast<int *>(memory), t);
-    const int n_replicated = *t.n_replicated;
-    for (int e = threadIdx.x; e < t.n_logical; e += kThreads) space.code[e] = t.code[e];
+    const int n_replicated = t.n_replicated(), n_logical = t.shape.n_logical;
+    for (int e = threadIdx.x; e < n_logical; e += kThreads) space.code[e] = t.code(e);
     wait_for_stream();
     let_next_start();
     const int bits = bits_for(n_replicated);
-    for (int i = threadIdx.x; i < n_replicated; i += kThreads) space.range[i] = rule.steps(t, i, space.step);
+    for (int i = threadIdx.x; i < n_replicated; i += kThreads) space.range[i] = rule.steps(t, i, t.replicated(i), space.step);
     int bad = 0;
     for (int run = blockIdx.x; run < runs.n; run += gridDim.x) {
         __syncthreads();
         // Occurrences before this run: one warp an expert.
         for (int i = warp_id(); i < n_replicated; i += kWarps) {
-            const int32_t *column = runs.rows + t.replicated[i];
+            const int32_t *column = runs.rows + t.replicated(i).id();
             int before = 0;
             if (runs.rows_are_sums) {
-                before = run > 0 ? column[(int64_t)(run - 1) * t.n_logical] : 0;
+                before = run > 0 ? column[(int64_t)(run - 1) * n_logical] : 0;
             } else {
-                for (int r = lane_id(); r < run; r += 32) before += column[(int64_t)r * t.n_logical];
+                for (int r = lane_id(); r < run; r += 32) before += column[(int64_t)r * n_logical];
                 before = warp_sum(before);
             }
             if (lane_id() == 0) space.base[i] = before;
@@ -132,11 +117,13 @@ __global__ void __launch_bounds__(kThreads) rewrite(const Id *ids, Id *out, cons
             __syncthreads();
             unsigned id[kRowsOfWarp];
             const int64_t first = tile + warp_id() * (kRowsOfWarp * 32) + lane_id();
+            with_ids(ids, ids64, [&](auto *ids) {
 #pragma unroll
-            for (int r = 0; r < kRowsOfWarp; ++r) {
-                id[r] = kNoExpert;
-                if (first + 32 * r < run_end) id[r] = packed_id(ids[first + 32 * r], t.n_logical);
-            }
+                for (int r = 0; r < kRowsOfWarp; ++r) {
+                    id[r] = kNoExpert;
+                    if (first + 32 * r < run_end) id[r] = packed_id(ids[first + 32 * r], n_logical);
+                }
+            });
             unsigned *const mine = space.counts + warp_id() * space.row_words;
             int code[kRowsOfWarp];
 #pragma unroll
@@ -183,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) rewrite(const Id *ids, Id *out, cons
                         }
                     }
                 }
-                if (first + 32 * r < run_end) out[first + 32 * r] = (Id)slot;
+                if (first + 32 * r < run_end) store_id(out, ids64, first + 32 * r, slot);
             }
             __syncthreads();
 #pragma unroll
@@ -195,13 +182,12 @@ __global__ void __launch_bounds__(kThreads) rewrite(const Id *ids, Id *out, cons
     bad = warp_sum(bad);
     if (lane_id() == 0 && bad != 0) atomicAdd(reinterpret_cast<unsigned long long *>(runs.invalid), (unsigned long long)bad);
     if (runs.cleared != nullptr && blockIdx.x == 0) {
-        for (int e = threadIdx.x; e < t.n_logical; e += kThreads) runs.cleared[e] = 0;
+        for (int e = threadIdx.x; e < n_logical; e += kThreads) runs.cleared[e] = 0;
     }
 }
 
-template <class Id>
-__global__ void __launch_bounds__(kThreads) rewrite_slots(const Id *ids, Id *out, int64_t n_ids, const int *code, int n_logical,
-                                                          int64_t *invalid, void *counter, int counter64, int n_groups) {
+__global__ void __launch_bounds__(kThreads) rewrite_slots(const void *ids, int ids64, void *out, int64_t n_ids, const int *code,
+                                                          int n_logical, int64_t *invalid, void *counter, int counter64, int n_groups) {
     extern __shared__ int slots[];
     for (int e = threadIdx.x; e < n_logical; e += kThreads) slots[e] = code[e];
     wait_for_stream();
@@ -209,12 +195,15 @@ __global__ void __launch_bounds__(kThreads) rewrite_slots(const Id *ids, Id *out
     __syncthreads();
     int bad = 0;
     const int64_t stride = (int64_t)gridDim.x * kThreads;
+    with_ids(ids, ids64, [&](auto *ids) {
+        using Id = std::remove_const_t<std::remove_pointer_t<decltype(ids)>>;
 #pragma unroll 4
-    for (int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x; i < n_ids; i += stride) {
-        const unsigned id = packed_id(ids[i], n_logical);
-        bad += id == kBadId;
-        out[i] = (Id)(id < kBadId ? slots[id] : -1);
-    }
+        for (int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x; i < n_ids; i += stride) {
+            const unsigned id = packed_id(ids[i], n_logical);
+            bad += id == kBadId;
+            static_cast<Id *>(out)[i] = (Id)(id < kBadId ? slots[id] : -1);
+        }
+    });
     bad = warp_sum(bad);
     if (lane_id() == 0 && bad != 0) atomicAdd(reinterpret_cast<unsigned long long *>(invalid), (unsigned long long)bad);
     if (counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
@@ -226,19 +215,13 @@ __global__ void __launch_bounds__(kThreads) rewrite_slots(const Id *ids, Id *out
     }
 }
 
-int shared_bytes(const RewriteTables &t) { return 4 * RewriteSpace::words_of(t.n_logical, t.n_physical, t.max_replicated); }
+int shared_bytes(const lplbk_planner &planner) { return 4 * RewriteSpace::words_of(planner.shape); }
 
 template <class Rule>
 cudaError_t launch_rewrite(const lplbk_planner &planner, const void *ids, int32_t ids64, void *out, const RewriteRuns &runs,
                            const Rule &rule, cudaStream_t stream) {
-    const RewriteTables tables = rewrite_tables(planner);
-    const int blocks = min(runs.n, 4 * planner.info.n_sms);
-    if (ids64) {
-        return launch(planner.info, rewrite<int64_t, Rule>, blocks, kThreads, shared_bytes(tables), 0, stream,
-                      static_cast<const int64_t *>(ids), static_cast<int64_t *>(out), tables, runs, rule);
-    }
-    return launch(planner.info, rewrite<int32_t, Rule>, blocks, kThreads, shared_bytes(tables), 0, stream,
-                  static_cast<const int32_t *>(ids), static_cast<int32_t *>(out), tables, runs, rule);
+    return launch(planner.info, rewrite<Rule>, min(runs.n, 4 * planner.info.n_sms), kThreads, shared_bytes(planner), 0, stream,
+                  ids, ids64, out, Tables(planner), runs, rule);
 }
 
 }  // namespace
@@ -259,26 +242,13 @@ cudaError_t rewrite_plainly(const lplbk_planner &planner, const void *ids, int32
     const int n_logical = planner.shape.n_logical;
     const int *code = planner.tables + planner.layout.code;
     int64_t *invalid = planner.counters + LPLBK_COUNTER_INVALID;
-    if (ids64) {
-        return launch(planner.info, rewrite_slots<int64_t>, (int)blocks, kThreads, 4 * n_logical, 0, stream,
-                      static_cast<const int64_t *>(ids), static_cast<int64_t *>(out), n_ids, code, n_logical, invalid, counter, counter64,
-                      planner.shape.n_groups);
-    }
-    return launch(planner.info, rewrite_slots<int32_t>, (int)blocks, kThreads, 4 * n_logical, 0, stream, static_cast<const int32_t *>(ids),
-                  static_cast<int32_t *>(out), n_ids, code, n_logical, invalid, counter, counter64, planner.shape.n_groups);
+    return launch(planner.info, rewrite_slots, (int)blocks, kThreads, 4 * n_logical, 0, stream, ids, ids64, out, n_ids, code,
+                  n_logical, invalid, counter, counter64, planner.shape.n_groups);
 }
 
 int32_t prepare_rewrite(const lplbk_planner &planner) {
-    const int bytes = shared_bytes(rewrite_tables(planner));
-    int32_t error = 0;
-    const auto allow = [&](auto kernel) {
-        if (error == 0) error = allow_shared(planner.info, kernel, bytes);
-    };
-    allow(rewrite<int64_t, ByPlan>);
-    allow(rewrite<int32_t, ByPlan>);
-    allow(rewrite<int64_t, ByRatio>);
-    allow(rewrite<int32_t, ByRatio>);
-    return error;
+    const int32_t error = allow_shared(planner.info, rewrite<ByPlan>, shared_bytes(planner));
+    return error != 0 ? error : allow_shared(planner.info, rewrite<ByRatio>, shared_bytes(planner));
 }
 
 }  // namespace lplb
@@ -302,10 +272,8 @@ extern "C" int32_t lplbk_redirect_by_ratio(const lplbk_planner *planner, const v
     if (n_ids == 0) return 0;
     OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return taken(on.error());
-    const int *tables = planner->tables;
     const int64_t length = ceil_div64(ceil_div64(n_ids, n_chunks), 1024) * 1024;
     const RewriteRuns runs{n_ids, length, (int)n_chunks, cumulative, true, nullptr, planner->counters + LPLBK_COUNTER_INVALID};
-    const ByRatio rule{ratios, cumulative + (n_chunks - 1) * planner->shape.n_logical, tables + planner->layout.expert_class,
-                       tables + planner->layout.expert_copy};
+    const ByRatio rule{ratios, cumulative + (n_chunks - 1) * planner->shape.n_logical};
     return taken(launch_rewrite(*planner, ids, ids64, out, runs, rule, static_cast<cudaStream_t>(stream)));
 }

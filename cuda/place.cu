@@ -1,0 +1,92 @@
+// A planner's memory on the device, and the placement that it plans for.
+#include "backend.cuh"
+#include "launch.cuh"
+#include "multi.cuh"
+
+namespace lplb {
+namespace {
+
+constexpr int kThreads = 512;
+
+// Takes over staged tables; what was planned before is void. The counters stay.
+__global__ void __launch_bounds__(kThreads) adopt(const __grid_constant__ lplbk_planner planner) {
+    wait_for_stream();
+    const int first = blockIdx.x * kThreads + threadIdx.x, stride = gridDim.x * kThreads;
+    for (int i = first; i < planner.layout.words; i += stride) planner.tables[i] = planner.staged[i];
+    const int words = lplbk_plan_words(&planner.shape);
+    for (int i = lplbk_plan_info() + first; i < words; i += stride) planner.plan[i] = 0;
+}
+
+int32_t prepare(lplbk_planner &planner) {
+    OnDevice on(planner.device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    int32_t error = prepare_solve(planner);
+    if (error == 0) error = prepare_rewrite(planner);
+    return error != 0 ? error : prepare_run(planner);
+}
+
+// All in one piece of memory: [plan][tables][staged][scratch], each at 16 bytes.
+int32_t allocate(lplbk_planner &planner) {
+    int32_t end = 0;
+    const int32_t plan = lplbk_section(&end, lplbk_plan_words(&planner.shape));
+    const int32_t tables = lplbk_section(&end, planner.layout.words), staged = lplbk_section(&end, planner.layout.words);
+    const int32_t scratch = lplbk_section(&end, multi_scratch_words(planner.shape));
+    void *memory = nullptr;
+    const int32_t error = lplbk_alloc(planner.device, 4ll * end, &memory);
+    if (error != 0) return error;
+    int32_t *const words = static_cast<int32_t *>(memory);
+    planner.plan = words + plan;
+    planner.counters = reinterpret_cast<int64_t *>(planner.plan);
+    planner.group_info = planner.plan + lplbk_plan_info();
+    planner.quota = planner.plan + lplbk_plan_quota(&planner.shape);
+    planner.take = planner.plan + lplbk_plan_take(&planner.shape);
+    planner.tables = words + tables;
+    planner.staged = words + staged;
+    planner.scratch = words + scratch;
+    return 0;
+}
+
+}  // namespace
+}  // namespace lplb
+
+extern "C" {
+
+int32_t lplbk_open(lplbk_planner *planner) {
+    planner->layout = lplbk_layout_of(&planner->shape);
+    const int32_t error = lplb::prepare(*planner);
+    return error != 0 ? error : lplb::allocate(*planner);
+}
+
+void lplbk_close(lplbk_planner *planner) {
+    lplbk_free(planner->device, planner->plan);
+    planner->plan = nullptr;
+}
+
+int32_t lplbk_place(const lplbk_planner *planner, const int32_t *tables, void *stream) {
+    using namespace lplb;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    const auto queue = static_cast<cudaStream_t>(stream);
+    cudaError_t error = cudaMemcpyAsync(planner->staged, tables, 4ull * planner->layout.words, cudaMemcpyHostToDevice, queue);
+    if (error != cudaSuccess) return taken(error);
+    const int blocks = max(1, min(ceil_div(planner->layout.words, kThreads), planner->info.n_sms));
+    error = launch(planner->info, adopt, blocks, kThreads, 0, 0, queue, *planner);
+    return taken(error != cudaSuccess ? error : cudaStreamSynchronize(queue));
+}
+
+int32_t lplbk_set_digest(const lplbk_planner *planner, int32_t digest) {
+    using namespace lplb;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    const NotRecorded aside;
+    const cudaError_t error = cudaDeviceSynchronize();
+    if (error != cudaSuccess) return taken(error);
+    int32_t *const to = planner->tables + planner->layout.digest;
+    return taken(on_own_stream(
+        [&](cudaStream_t stream) { return cudaMemcpyAsync(to, &digest, sizeof digest, cudaMemcpyHostToDevice, stream); }));
+}
+
+int32_t lplbk_read(const lplbk_planner *planner, int32_t *plan, void *stream) {
+    return lplbk_download(planner->device, plan, planner->plan, 4ll * lplbk_plan_words(&planner->shape), stream);
+}
+}

@@ -1,0 +1,8 @@
+// The solve kernel by the interior point method.
+#include "solve_groups.cuh"
+
+namespace lplb {
+
+SolveKernel interior_kernel() { return solve_groups<kInterior, false>; }
+
+}  // namespace lplb
