@@ -19,7 +19,8 @@ func cudaFailure(_ error: Int32, _ doing: String) -> Failure {
     case LPLBK_KIND_NO_CUDA:
         return Failure(LPLB_ERROR_NO_CUDA, "\(doing): CUDA cannot be used here (\(name)); LPLB_DEVICE_CPU (-1) plans on the host")
     case LPLBK_KIND_OUT_OF_MEMORY: return Failure(LPLB_ERROR_OUT_OF_MEMORY, "\(doing): \(name)")
-    case LPLBK_KIND_UNSUPPORTED: return Failure(LPLB_ERROR_UNSUPPORTED, "\(doing): must be within what the kernels can do on this device, got \(name)")
+    case LPLBK_KIND_UNSUPPORTED:
+        return Failure(LPLB_ERROR_UNSUPPORTED, "\(doing): must be within what the kernels can do on this device, got \(name)")
     default: return Failure(LPLB_ERROR_CUDA, "\(doing): \(name)")
     }
 }

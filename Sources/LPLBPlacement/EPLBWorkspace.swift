@@ -1,4 +1,5 @@
-// EPLBWorkspace: the three steps of EPLB for one layer (sum and pack the groups, replicate, pack the slots), on memory that is allocated once.
+// EPLBWorkspace: the three steps of EPLB for one layer (sum and pack the groups, replicate, pack the slots), on memory that is allocated
+// once.
 //
 // All arithmetic is float32 and in the order of the public PyTorch program, so that the results agree even where rounding decides.
 // Loads are non-negative, and such floats compare like their bit patterns read as integers. So a load and an index fit into one 64-bit
@@ -242,8 +243,8 @@ struct EPLBWorkspace: ~Copyable {
 }
 
 /// The float32 sum in the order in which PyTorch sums a contiguous row on x86-64: 4 vectors of 8 lanes, and 4 single lanes for rows
-/// shorter than 8 (observed with 2.11, the same for AVX-512, AVX2 and neither; rows of 512 and more are cut differently there). Whole numbers that
-/// sum to less than 2^24 are exact in any order.
+/// shorter than 8 (observed with 2.11, the same for AVX-512, AVX2 and neither; rows of 512 and more are cut differently there). Whole
+/// numbers that sum to less than 2^24 are exact in any order.
 func sumInLanes(_ x: UnsafePointer<Float>, _ n: Int) -> Float {
     if n < 8 {
         var lanes = SIMD4<Float>(repeating: 0)

@@ -18,32 +18,32 @@
 //          - Search for distances: 0 for the ranks with room. A rank without distance gets k + 1 if one of its arcs has x > 0 and the
 //            bundle has another arc on a rank of distance k. Stop when every rank that is over has a distance, or no rank gets one.
 //          - If a rank that is over has none: the tokens of the ranks without distance, S, cannot leave S. T = raise(S, load(S)), witness
-//            S; next pass (a Newton step on the cuts). From pass 33 on only if no rank that is over has a distance.
+//            S; next round (a Newton step on the cuts). From round 33 on only if no rank that is over has a distance.
 //          - Else a wave, from the farthest rank that is over to distance 1: in parallel, each rank r of distance k with
 //            excess = load[r] - cap(r) > 0 takes its arcs with x > 0 ascending and, for each, the bundle's other arcs on ranks of distance
 //            k - 1 ascending, and moves min(excess, x). For k = 1 the receiver takes at most its room at the beginning of this step,
 //            from each arc on its own: several may overfill it. Tokens received in a step travel on in the next.
-//          - From pass 33 on the wave then spills over the ranks of distance 0. Givers are the ranks of distance 1 that are over, takers
+//          - From round 33 on the wave then spills over the ranks of distance 0. Givers are the ranks of distance 1 that are over, takers
 //            those of distance 0. In steps, until there are no givers: in parallel, each giver goes twice over its arcs with x > 0
 //            ascending and, for each, the bundle's other arcs on takers ascending, and moves min(excess, x), the first time at most the
 //            taker's room at the beginning of this step (nothing if it is over). Takers that are now over are the givers of the next step
 //            and takers no more.
 //
-// Why it ends. Let d[r] be the distance that r would have if the search never stopped early, infinite if none. Tokens go only from distance
-// k to k - 1, or to ranks of distance 0, so a residual arc from r to q that is new has d[r] <= d[q] + 1 too; no rank that is over gets
-// room. So with T fixed no d ever falls, and after a wave every rank over that had a distance has a larger one: at k >= 2 it used up its arcs to
-// k - 1, at 1 its receivers are full (or its arcs to them empty), at 0 it has no room any more. A rank's d, at most n - 1 or infinite,
-// rises at most n times: at most n^2 + 1 waves, n being the number of ranks, until no rank that is over has a distance. When T is raised
-// from there (from pass 33 on always), S holds exactly the excess of all ranks, so it has the most tokens above its caps of all sets; then
-// the next such S is smaller: at most n raises. So there are at most 32 + (n + 1)(n^2 + 2) passes, T never passes the optimum, and the last
-// T is reached: every result is certified.
+// Why it ends. Let d[r] be the distance that r would have if the search never stopped early, infinite if none. Tokens go only from
+// distance k to k - 1, or to ranks of distance 0, so a residual arc from r to q that is new has d[r] <= d[q] + 1 too; no rank that is over
+// gets room. So with T fixed no d ever falls, and after a wave every rank that is over and had a distance has a larger one: at k >= 2 it
+// used up its arcs to k - 1, at 1 its receivers are full (or its arcs to them empty), at 0 it has no room any more. A rank's d, at most n
+// - 1 or infinite, rises at most n times: at most n^2 + 1 waves, n being the number of ranks, until no rank that is over has a distance.
+// When T is raised from there (from round 33 on always), S holds exactly the excess of all ranks, so it has the most tokens above its caps
+// of all sets; then the next such S is smaller: at most n raises. So there are at most 32 + (n + 1)(n^2 + 2) rounds, T never passes the
+// optimum, and the last T is reached: every result is certified.
 //
-// How many passes there are. Where experts are replicated as in training: about 1 to 10, the slowest hundredth of torus and EPLB placements
-// 10 to 30 (up to 128 ranks). Spilling is for excess that has a long way to go through ranks that each lack little, in chains above all;
-// without it such a chain takes a pass for every few of its ranks. The most that a search over loads found on chains, rings, ladders,
-// combs, trees, stars and bands of ranks, keeping what takes longer: 44 passes with 32 ranks, 53 with 64, 97 with 128 (without spilling 159, 447
-// and 3301). These are measured, no bound. A search over a chain of n ranks has n distances however few the passes are, and on a GPU each
-// costs barriers: there the slowest with 128 ranks takes 640 us, where usual loads take 4.
+// How many rounds there are. Where experts are replicated as in training: about 1 to 10, the slowest hundredth of torus and EPLB
+// placements 10 to 30 (up to 128 ranks). Spilling is for excess that has a long way to go through ranks that each lack little, in chains
+// above all; without it such a chain takes a round for every few of its ranks. The most that a search over loads found on chains, rings,
+// ladders, combs, trees, stars and bands of ranks, keeping what takes longer: 44 rounds with 32 ranks, 53 with 64, 97 with 128 (without
+// spilling 159, 447 and 3301). These are measured, no bound. A search over a chain of n ranks has n distances however few the rounds are,
+// and on a GPU each costs barriers: there the slowest with 128 ranks takes 640 us, where usual loads take 4.
 //
 // What an arc can carry in a wave is known before the wave: tokens never come in through an arc that leads on to the next distance, since
 // their giver would then have been that near itself. So only the excess travels from step to step, and the arcs of a rank share it by a
@@ -61,7 +61,7 @@ public struct GroupResult: Sendable, Equatable, BitwiseCopyable {
     public var total: Int64 = 0
     /// Tokens that do not go to the first place of their expert.
     public var moved: Int64 = 0
-    /// Passes of the loop.
+    /// Rounds of the loop.
     public var rounds: Int64 = 0
     /// Ranks in the witness.
     public var witnessSize: Int = 0
@@ -122,9 +122,9 @@ public final class FlowSolver {
             }
         }
         if group.size <= Group.maskRanks {
-            MaskSearch(group).balance(&state)
+            group.balanceByMasks(&state)
         } else {
-            ListSearch(group).balance(&state)
+            group.balanceByLists(&state)
         }
     }
 }

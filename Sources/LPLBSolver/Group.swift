@@ -11,7 +11,7 @@ struct GroupState {
 struct Group {
     /// Groups up to this size use one 64-bit mask as a set of ranks.
     static let maskRanks = 64
-    /// Passes without spilling, in which one rank above its cap without level is enough to raise T; later on, none of them may have one.
+    /// Rounds without spilling, in which one rank above its cap without level is enough to raise T; later on, none of them may have one.
     static let plainRounds = 32
 
     let memory: SolverMemory
@@ -22,14 +22,23 @@ struct Group {
     let sweeps: Bool
     let load: UnsafeMutablePointer<Int64>
     let base: UnsafeMutablePointer<Int64>
-    let demand: UnsafeMutablePointer<Int64>
-    let x: UnsafeMutablePointer<Int64>
-    let bundleStart: UnsafePointer<Int32>
-    let arcRank: UnsafePointer<Int32>
-    let arcBundle: UnsafePointer<Int32>
     let rankStart: UnsafePointer<Int32>
-    let rankArc: UnsafePointer<Int32>
     let witness: RankSet
+
+    var demand: UnsafeMutablePointer<Int64> { memory.demand }
+    var x: UnsafeMutablePointer<Int64> { memory.x }
+    var incoming: UnsafeMutablePointer<Int64> { memory.incoming }
+    var bundleStart: UnsafePointer<Int32> { memory.bundleStart }
+    var arcRank: UnsafePointer<Int32> { memory.arcRank }
+    var arcBundle: UnsafePointer<Int32> { memory.arcBundle }
+    var arcMask: UnsafePointer<UInt64> { memory.arcMask }
+    var rankArc: UnsafePointer<Int32> { memory.rankArc }
+    var adjacent: UnsafeMutablePointer<UInt64> { memory.adjacent }
+    var distance: UnsafeMutablePointer<Int32> { memory.distance }
+    var bundleDistance: UnsafeMutablePointer<Int32> { memory.bundleDistance }
+    var queue: UnsafeMutablePointer<Int32> { memory.queue }
+    var distanceStart: UnsafeMutablePointer<Int32> { memory.distanceStart }
+    var receivers: UnsafeMutablePointer<Int32> { memory.receivers }
 
     @inline(__always)
     init(_ memory: SolverMemory, _ index: Int) {
@@ -41,17 +50,11 @@ struct Group {
         sweeps = memory.groupColourStart[index] < memory.groupColourStart[index &+ 1]
         load = memory.load + firstRank
         base = memory.base + firstRank
-        demand = memory.demand
-        x = memory.x
-        bundleStart = memory.bundleStart
-        arcRank = memory.arcRank
-        arcBundle = memory.arcBundle
         rankStart = memory.rankStart + firstRank
-        rankArc = memory.rankArc
         witness = RankSet(words: memory.witness + index &* FlowSolver.witnessWords, size: size)
     }
 
-    /// Passes of the loop after which it gives up, a guard that is never met.
+    /// Rounds of the loop after which it gives up, a guard that is never met.
     var maxRounds: Int { Group.plainRounds &+ (size &+ 1) &* (size &* size &+ 2) }
 
     /// Some rank has more than it may hold.

@@ -1,47 +1,12 @@
 // ListSearch: the solver's loop for groups of any size, with queues of ranks. O(ranks + arcs) a search.
 
-struct ListSearch {
-    private let group: Group
-    private let load: UnsafeMutablePointer<Int64>
-    private let x: UnsafeMutablePointer<Int64>
-    private let arcRank: UnsafePointer<Int32>
-    private let arcBundle: UnsafePointer<Int32>
-    private let bundleStart: UnsafePointer<Int32>
-    private let rankStart: UnsafePointer<Int32>
-    private let rankArc: UnsafePointer<Int32>
-    /// [size] distance of a rank, -1: none.
-    private let distance: UnsafeMutablePointer<Int32>
-    /// Ranks in the order of their ranksAt; distance k is `queue[distanceStart[k] ..< distanceStart[k + 1]]`.
-    private let queue: UnsafeMutablePointer<Int32>
-    private let distanceStart: UnsafeMutablePointer<Int32>
-    /// The smallest distance of a bundle's ranks, -1: none.
-    private let bundleDistance: UnsafeMutablePointer<Int32>
-    private let incoming: UnsafeMutablePointer<Int64>
-    /// Ranks that received in a step of spilling.
-    private let receivers: UnsafeMutablePointer<Int32>
-
-    init(_ group: Group) {
-        self.group = group
-        load = group.load
-        x = group.x
-        arcRank = group.arcRank
-        arcBundle = group.arcBundle
-        bundleStart = group.bundleStart
-        rankStart = group.rankStart
-        rankArc = group.rankArc
-        distance = group.memory.distance
-        queue = group.memory.queue
-        distanceStart = group.memory.distanceStart
-        bundleDistance = group.memory.bundleDistance
-        incoming = group.memory.incoming
-        receivers = group.memory.receivers
-    }
-
-    func balance(_ state: inout GroupState) {
-        let maxRounds = group.maxRounds
+extension Group {
+    /// The loop. Ranks are queued in the order of their distances: those of distance k are
+    /// `queue[distanceStart[k] ..< distanceStart[k + 1]]`. A distance of -1 stands for none.
+    func balanceByLists(_ state: inout GroupState) {
         while state.rounds < maxRounds {
             var over = 0, found = 0
-            for r in 0..<group.size {
+            for r in 0..<size {
                 let tokens = load[r], cap = state.capacity.cap(r)
                 distance[r] = -1
                 if tokens > cap {
@@ -54,7 +19,7 @@ struct ListSearch {
             }
             if over == 0 { return }
             state.rounds &+= 1
-            for u in group.firstBundle..<group.endBundle { bundleDistance[u] = -1 }
+            for u in firstBundle..<endBundle { bundleDistance[u] = -1 }
             var wanted = over
             var k = search(&wanted, found, state.capacity)
             if wanted == over || wanted > 0 && state.rounds <= Group.plainRounds {
@@ -106,12 +71,12 @@ struct ListSearch {
     /// Raises T for the ranks without distance, whose tokens cannot leave them; they become the witness.
     private func raise(_ capacity: inout Capacity) {
         var tokens: Int64 = 0
-        group.witness.removeAll()
-        for r in 0..<group.size where distance[r] < 0 {
+        witness.removeAll()
+        for r in 0..<size where distance[r] < 0 {
             tokens &+= load[r]
-            group.witness.insert(r)
+            witness.insert(r)
         }
-        capacity.raise(group.witness, holding: tokens)
+        capacity.raise(witness, holding: tokens)
     }
 
     /// One step of the wave: the ranks of distance k that are above their caps give to those of distance k - 1.

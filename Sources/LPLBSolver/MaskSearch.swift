@@ -1,37 +1,9 @@
 // MaskSearch: the solver's loop for groups of at most 64 ranks, with sets of ranks as bits of one word.
 
-struct MaskSearch {
-    private let group: Group
-    private let load: UnsafeMutablePointer<Int64>
-    private let x: UnsafeMutablePointer<Int64>
-    private let arcRank: UnsafePointer<Int32>
-    private let arcBundle: UnsafePointer<Int32>
-    private let bundleStart: UnsafePointer<Int32>
-    private let rankStart: UnsafePointer<Int32>
-    private let rankArc: UnsafePointer<Int32>
-    /// Ranks of a bundle's other arcs.
-    private let arcMask: UnsafePointer<UInt64>
-    /// Ranks that a rank can push to: those of the other arcs of its bundles in which it has tokens.
-    private let adjacent: UnsafeMutablePointer<UInt64>
-    private let incoming: UnsafeMutablePointer<Int64>
-
-    @inline(__always)
-    init(_ group: Group) {
-        self.group = group
-        load = group.load
-        x = group.x
-        arcRank = group.arcRank
-        arcBundle = group.arcBundle
-        bundleStart = group.bundleStart
-        rankStart = group.rankStart
-        rankArc = group.rankArc
-        arcMask = group.memory.arcMask
-        adjacent = group.memory.adjacent
-        incoming = group.memory.incoming
-    }
-
-    func balance(_ state: inout GroupState) {
-        let size = group.size, maxRounds = group.maxRounds
+extension Group {
+    /// The loop. `memory.adjacent` holds the ranks that a rank can push to: those of the other arcs of its bundles in which it has tokens.
+    func balanceByMasks(_ state: inout GroupState) {
+        let maxRounds = maxRounds
         let everyone: UInt64 = size == 64 ? ~0 : 1 &<< UInt64(size) &- 1
         for r in 0..<size { adjacent[r] = adjacency(r) }
         withUnsafeTemporaryAllocation(of: UInt64.self, capacity: 65) { ranksAt in
@@ -107,7 +79,7 @@ struct MaskSearch {
                 let r = givers.trailingZeroBitCount
                 givers &= givers &- 1
                 touched |= 1 &<< UInt64(r)
-                received |= distance == 1 ? fill(r, targets, capacity, capped: true) : pass(r, targets, capacity)
+                received |= distance == 1 ? fill(r, targets, capacity, capped: true) : give(r, targets, capacity)
             }
             touched |= received
             if distance == 1 {
@@ -185,7 +157,7 @@ struct MaskSearch {
     private func compare(_ capacity: Capacity) -> (below: UInt64, above: UInt64) {
         var below: UInt64 = 0, above: UInt64 = 0
         var r = 0
-        while r < group.size {
+        while r < size {
             let cap = capacity.cap(r)
             below |= (load[r] < cap ? 1 : 0) &<< UInt64(r)
             above |= (load[r] > cap ? 1 : 0) &<< UInt64(r)
@@ -202,14 +174,14 @@ struct MaskSearch {
             tokens &+= load[rest.trailingZeroBitCount]
             rest &= rest &- 1
         }
-        group.witness.words[0] = UInt32(truncatingIfNeeded: closed)
-        group.witness.words[1] = UInt32(truncatingIfNeeded: closed >> 32)
-        capacity.raise(group.witness, holding: tokens)
+        witness.words[0] = UInt32(truncatingIfNeeded: closed)
+        witness.words[1] = UInt32(truncatingIfNeeded: closed >> 32)
+        capacity.raise(witness, holding: tokens)
     }
 
-    /// Rank r passes its excess to ranks of the nearer distance, which will pass it on. Returns the receivers.
+    /// Rank r gives its excess to ranks of the nearer distance, which will pass it on. Returns the receivers.
     @inline(__always)
-    private func pass(_ r: Int, _ targets: UInt64, _ capacity: Capacity) -> UInt64 {
+    private func give(_ r: Int, _ targets: UInt64, _ capacity: Capacity) -> UInt64 {
         let cap = capacity.cap(r)
         var excess = load[r] &- cap
         var received: UInt64 = 0

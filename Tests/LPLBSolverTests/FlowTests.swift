@@ -176,7 +176,7 @@ private func expectSound(_ placement: Placement, _ seed: UInt64, rounds: Int = 1
                 let group = Group(other.memory, 0)
                 var state = group.start()
                 if group.sweeps { continue }
-                ListSearch(group).balance(&state)
+                group.balanceByLists(&state)
                 #expect(group.result(state) == solver.results[0])
                 #expect((0..<solver.network.nArcs).allSatisfy { other.split[$0] == solver.split[$0] })
             }

@@ -102,7 +102,7 @@ private func byList(_ network: Network, _ loads: [Int64]) -> (GroupResult, [Int6
         group.sweep(state.capacity)
         sweeps += 1
     }
-    if group.exceeds(state.capacity) { ListSearch(group).balance(&state) }
+    if group.exceeds(state.capacity) { group.balanceByLists(&state) }
     return (group.result(state), (0..<network.nArcs).map { solver.split[$0] })
 }
 

@@ -74,7 +74,8 @@ private func checkTables(_ p: Placement) {
 }
 
 @Test func originalFirstOnTheRing() throws {
-    let p = try Placement(shape: sizes(8, 8, 8, 16), topology: RedundancyTopology(r2o: [1, 2, 3, 4, 5, 6, 7, 0], groupSize: 8, nRedundant: 1), order: (0..<8).map { $0 })
+    let ring = try RedundancyTopology(r2o: [1, 2, 3, 4, 5, 6, 7, 0], groupSize: 8, nRedundant: 1)
+    let p = try Placement(shape: sizes(8, 8, 8, 16), topology: ring, order: (0..<8).map { $0 })
     #expect(p.log2phy(width: 2) == [0, 15, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13])
 }
 
