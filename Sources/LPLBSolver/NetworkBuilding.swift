@@ -44,10 +44,11 @@ extension Network {
         let columns = placement.topology?.nRedundant ?? shape.nLocal
         var experts: [Int32] = []
         experts.reserveCapacity(shape.nPhysical - shape.nLogical)
+        let phy2log = placement.phy2log, expertStart = expertStart, placeSlot = placeSlot, nLocal = shape.nLocal
         for rank in 0..<shape.epSize {
             if rank % shape.groupSize == 0 { groupBundleStart.append(Int32(experts.count)) }
-            for slot in rank * shape.nLocal..<rank * shape.nLocal + columns {
-                let expert = Int(placement.phy2log[slot])
+            for slot in rank * nLocal..<rank * nLocal + columns {
+                let expert = Int(phy2log[slot])
                 let first = Int(expertStart[expert])
                 if Int(expertStart[expert + 1]) - first > 1 && Int(placeSlot[first]) == slot { experts.append(Int32(expert)) }
             }
@@ -97,6 +98,7 @@ extension Network {
 
     private mutating func addBundles(_ placement: Placement, first experts: [Int32]) {
         let combined = max(placement.combined, 1), nBundles = experts.count
+        let phy2log = placement.phy2log, expertStart = expertStart, placeSlot = placeSlot, placeRank = placeRank
         // All experts of a bundle have its places, those in no bundle one each.
         let nArcs = (nPlaces - shape.nLogical + nBundles * combined) / combined
         var bundleOf = [Int32](repeating: 0, count: shape.nLogical)
@@ -106,9 +108,10 @@ extension Network {
         var ranks = [Int32](repeating: 0, count: nArcs), bundles = ranks
         var arc = 0
         for bundle in 0..<nBundles {
-            let places = places(of: Int(experts[bundle]))
+            let first = Int(experts[bundle])
+            let places = Int(expertStart[first])..<Int(expertStart[first + 1])
             for j in 0..<combined {
-                let expert = placement.phy2log[Int(placeSlot[places.lowerBound]) + j * nRedundant]
+                let expert = phy2log[Int(placeSlot[places.lowerBound]) + j * nRedundant]
                 members[bundle * combined + j] = expert
                 bundleOf[Int(expert)] = Int32(truncatingIfNeeded: bundle)
             }
@@ -131,10 +134,11 @@ extension Network {
         for rank in 0..<shape.epSize { ends[rank + 1] += ends[rank] }
         // Filling from the back turns the ends into starts and keeps the arcs of a rank ascending.
         var arcs = arcRank
-        for arc in stride(from: nArcs - 1, through: 0, by: -1) {
-            let rank = Int(arcRank[arc])
-            ends[rank] -= 1
-            arcs[Int(ends[rank])] = Int32(arc)
+        let ranks = arcRank
+        for arc in ranks.indices.reversed() {
+            let rank = Int(ranks[arc]), entry = ends[rank] - 1
+            ends[rank] = entry
+            arcs[Int(entry)] = Int32(truncatingIfNeeded: arc)
         }
         (rankStart, rankArc) = (ends, arcs)
     }

@@ -130,7 +130,7 @@ public struct Placement: Sendable {
     }
 
     /// m, the experts of a rank that share one column of the topology, with the rules that tie the two together.
-    public static func combined(shape: ExpertShape, topology: RedundancyTopology) throws(RuleViolation) -> Int {
+    private static func combined(shape: ExpertShape, topology: RedundancyTopology) throws(RuleViolation) -> Int {
         if topology.groupSize != shape.groupSize {
             throw RuleViolation("r2o", "must have group_size \(shape.groupSize) rows", value: topology.groupSize)
         }

@@ -5,16 +5,14 @@
 public struct RedundancyTopology: Sendable, Equatable {
     /// Ranks of a group, 1 ... `Limits.maxRanks`.
     public let groupSize: Int
-    /// Columns, 0 ... `Limits.maxLogical`. With 0 there are no copies.
+    /// Columns: 0 or more, as long as the copies of a group are at most `Limits.maxPhysical`. With 0 there are no copies.
     public let nRedundant: Int
     /// Row-major [groupSize][nRedundant]: the rank that a redundant slot copies from.
     public let r2o: [Int32]
 
     /// Checks a table. O(groupSize * nRedundant). Any integers may be given.
     public init(r2o: [Int32], groupSize: Int, nRedundant: Int) throws(RuleViolation) {
-        try check("group_size", groupSize, atLeast: 1, atMost: Limits.maxRanks)
-        try check("n_redundant", nRedundant, atLeast: 0, atMost: Limits.maxLogical)
-        let size = groupSize * nRedundant
+        let size = try Self.size(groupSize: groupSize, nRedundant: nRedundant)
         if r2o.count != size {
             throw RuleViolation("r2o", "must have group_size * n_redundant = \(size) entries", value: r2o.count)
         }
@@ -37,5 +35,12 @@ public struct RedundancyTopology: Sendable, Equatable {
         self.groupSize = groupSize
         self.nRedundant = nRedundant
         self.r2o = r2o
+    }
+
+    /// The entries of a table, for callers that hold a bare pointer. Any integers may be given.
+    public static func size(groupSize: Int, nRedundant: Int) throws(RuleViolation) -> Int {
+        try check("group_size", groupSize, atLeast: 1, atMost: Limits.maxRanks)
+        try check("n_redundant", nRedundant, atLeast: 0, atMost: Limits.maxPhysical / groupSize)
+        return groupSize * nRedundant
     }
 }
