@@ -98,18 +98,16 @@ struct DeviceImage {
 
     // MARK: Lanes
 
-    /// The arcs of slot class d of rank u are those of u * n_redundant + d.
+    /// A topology's bundles go by their slot class.
     private mutating func lanes(_ group: Int) {
-        let nLocal = shape.n_physical / shape.ep_size, nRedundant = shape.n_redundant
+        let firstClass = Int32(group) * shape.group_size * shape.n_redundant
         let section = layout.lanes + Int32(group) * shape.pair_slots * 32
-        lanes(section, nColours: Int(shape.pair_slots), group) { [network, shape] bundle in
-            let expert = Int(network.bundleExpert[Int(network.bundleExpertStart[bundle])])
-            let slot = network.placeSlot[Int(network.expertStart[expert])]
-            return slot / nLocal % shape.group_size * nRedundant + slot % nLocal
+        lanes(section, nColours: Int(shape.pair_slots), group) { [network] bundle in
+            network.expertClass[Int(network.bundleExpert[Int(network.bundleExpertStart[bundle])])] - firstClass
         }
     }
 
-    /// The same inside the image of a group that is all pairs, bundles in place of slot classes.
+    /// The same inside the image of a group that is all pairs, for planners without lanes by slot class. Bundles go by their number.
     private mutating func pairLanes(_ group: Int, _ image: Int32) {
         let first = network.groupBundleStart[group]
         lanes(image + layout.pair_lanes, nColours: Int(LPLBK_MAX_COLOURS), group) { Int32($0) - first }

@@ -76,8 +76,6 @@ public final class FlowSolver {
     public static let witnessWords = Limits.maxRanks / 32
 
     public let network: Network
-    /// [nArcs]: tokens on each arc, of the latest solve.
-    public let split: UnsafePointer<Int64>
     /// [nPlaces]: tokens of each place, of the latest solve.
     public let quotas: UnsafePointer<Int64>
     /// [nGroups]
@@ -89,7 +87,6 @@ public final class FlowSolver {
     public init(_ network: Network) {
         self.network = network
         memory = SolverMemory(network, arena)
-        split = UnsafePointer(memory.x)
         quotas = UnsafePointer(memory.quota)
         results = UnsafePointer(memory.results)
     }

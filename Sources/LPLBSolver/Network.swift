@@ -55,7 +55,6 @@ public struct Network: Sendable {
     public var nPlaces: Int { placeSlot.count }
     public var nBundles: Int { bundleStart.count - 1 }
     public var nArcs: Int { arcRank.count }
-    public var nColours: Int { colourEnd.count }
 
     public func places(of expert: Int) -> Range<Int> { Int(expertStart[expert])..<Int(expertStart[expert + 1]) }
     public func arcs(of bundle: Int) -> Range<Int> { Int(bundleStart[bundle])..<Int(bundleStart[bundle + 1]) }

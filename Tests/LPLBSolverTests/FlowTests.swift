@@ -127,7 +127,7 @@ private func expectSound(_ placement: Placement, _ seed: UInt64, rounds: Int = 1
                 topology, groups: 1 + random.below(2), ownExperts: columns * combined + random.below(3), combined: combined,
                 shuffled: random)
             expectSound(placement, UInt64(seed), bruteForce: ranks < 9)
-            sweeping.insert(Network(placement).nColours > 0)
+            sweeping.insert(Network(placement).colourEnd.count > 0)
         }
         #expect(sweeping.count == 2)
     }
@@ -178,7 +178,7 @@ private func expectSound(_ placement: Placement, _ seed: UInt64, rounds: Int = 1
                 if group.sweeps { continue }
                 group.balanceByLists(&state)
                 #expect(group.result(state) == solver.results[0])
-                #expect((0..<solver.network.nArcs).allSatisfy { other.split[$0] == solver.split[$0] })
+                #expect((0..<solver.network.nArcs).allSatisfy { other.memory.x[$0] == solver.memory.x[$0] })
             }
         }
     }

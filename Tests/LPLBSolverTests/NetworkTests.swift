@@ -14,7 +14,7 @@ import Testing
         #expect(network.placeSlot == [7, 6, 4, 5, 3, 2, 1, 9, 0, 8])
         #expect(network.placeRank == [1, 1, 0, 1, 0, 0, 0, 1, 0, 1])
         #expect(network.expertBundle == [-2, 1, 1, -1, 0, 0])
-        #expect(network.nBundles == 2 && network.nArcs == 4 && network.nColours == 2)
+        #expect(network.nBundles == 2 && network.nArcs == 4 && network.colourEnd.count == 2)
         #expect(network.bundleExpertStart == [0, 2, 4])
         #expect(network.bundleExpert == [5, 4, 2, 1])
         #expect(network.bundleStart == [0, 2, 4])
@@ -43,7 +43,7 @@ import Testing
         #expect(network.placeSlot == [1, 3, 6, 0, 4])
         // Expert 1 has the smaller original slot, so its bundle comes first. Three places: no colours.
         #expect(network.bundleExpert == [1, 0])
-        #expect(network.nColours == 0)
+        #expect(network.colourEnd.count == 0)
     }
 
     /// The structure does not depend on which experts stand where, only on the topology.

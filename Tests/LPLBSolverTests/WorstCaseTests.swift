@@ -103,7 +103,7 @@ private func byList(_ network: Network, _ loads: [Int64]) -> (GroupResult, [Int6
         sweeps += 1
     }
     if group.exceeds(state.capacity) { group.balanceByLists(&state) }
-    return (group.result(state), (0..<network.nArcs).map { solver.split[$0] })
+    return (group.result(state), (0..<network.nArcs).map { solver.memory.x[$0] })
 }
 
 @Suite struct WorstCaseTests {
@@ -152,7 +152,7 @@ private func byList(_ network: Network, _ loads: [Int64]) -> (GroupResult, [Int6
                 #expect(most <= ranks / 2 + 32, "\(net.name)")
                 let (result, split) = byList(solver.network, worst)
                 #expect(result == solved.results[0])
-                #expect((0..<split.count).allSatisfy { split[$0] == solver.split[$0] })
+                #expect((0..<split.count).allSatisfy { split[$0] == solver.memory.x[$0] })
                 if ranks == 32 || most > 64 { #expect(solved == oracle.solve(worst), "\(net.name)") }
             }
         }
