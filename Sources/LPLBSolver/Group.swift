@@ -11,7 +11,7 @@ struct GroupState {
 struct Group {
     /// Groups up to this size use one 64-bit mask as a set of ranks.
     static let maskRanks = 64
-    /// Rounds without spilling, in which one rank above its cap without level is enough to raise T; later on, none of them may have one.
+    /// Rounds without spilling, in which one rank above its cap without distance is enough to raise T; later on, none of them may have one.
     static let plainRounds = 32
 
     let memory: SolverMemory
