@@ -14,7 +14,7 @@ let package = Package(
             name: "CLPLBKernels", path: "cuda", sources: ["stub.c", "exchange_stub.c"], publicHeadersPath: ".",
             cSettings: cudaObjects.isEmpty ? [] : [.define("LPLB_WITH_CUDA")],
             linkerSettings: cudaObjects.isEmpty ? [] : [.unsafeFlags(cudaObjects), .linkedLibrary("stdc++"), .linkedLibrary("rt")]),
-        .target(name: "LPLBTopology"),
+        .target(name: "LPLBTopology", dependencies: ["CLPLB"]),
         .target(name: "LPLBPlacement", dependencies: ["LPLBTopology"]),
         .target(name: "LPLBSolver", dependencies: ["LPLBTopology"]),
         .target(name: "LPLB", dependencies: ["LPLBTopology", "LPLBPlacement", "LPLBSolver", "CLPLB", "CLPLBKernels"]),

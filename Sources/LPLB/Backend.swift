@@ -54,9 +54,10 @@ struct CountBuffer {
 /// Totals of the latest plan beside the per-group results.
 struct PlanTotals {
     var invalidIds: Int64 = 0
-    var ownRank: Int64 = 0
-    var ownNode: Int64 = 0
-    var otherNodes: Int64 = 0
+    /// Tokens of the planner's rank by where they go; zero for a planner of the whole batch.
+    var onOwnRank: Int64 = 0
+    var onOwnNode: Int64 = 0
+    var onOtherNodes: Int64 = 0
     var overflow: Int64 = 0
 }
 
@@ -67,8 +68,8 @@ protocol PlannerBackend: AnyObject {
     /// placement (zeros until the first replay).
     var replaysGraphs: Bool { get }
 
-    /// Takes over a new placement. What was planned before is void. `tables` stay alive and unchanged while they are loaded.
-    func load(_ tables: SolverTables, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure)
+    /// Takes over a new placement. What was planned before is void.
+    func load(_ network: Network, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure)
 
     /// Another digest for the placement that is loaded. Waits for the device.
     func setDigest(_ digest: Int32) throws(Failure)

@@ -28,9 +28,9 @@ final class CpuBackend: PlannerBackend {
         counts.deallocate()
     }
 
-    func load(_ tables: SolverTables, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        solver = FlowSolver(tables)
-        assigner = TokenAssigner(tables, source: rank)
+    func load(_ network: Network, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        solver = FlowSolver(network)
+        assigner = TokenAssigner(network, source: rank)
         self.digest = digest
     }
 
@@ -83,7 +83,7 @@ final class CpuBackend: PlannerBackend {
 
     func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure) {
         let (solver, assigner) = try loaded()
-        invalidIds &+= rewrite(ids, to: out, solver.tables, assigner)
+        invalidIds &+= rewrite(ids, to: out, solver.network, assigner)
     }
 
     func redirect(
@@ -95,9 +95,9 @@ final class CpuBackend: PlannerBackend {
         let totals = cumulative + (chunks - 1) * shape.nLogical
         switch ids.type {
         case .int32:
-            invalidIds &+= mapper.redirect(ids.as32, ids.count, to: out.as32, tables: solver.tables, ratios: ratios, totals: totals)
+            invalidIds &+= mapper.redirect(ids.as32, ids.count, to: out.as32, network: solver.network, ratios: ratios, totals: totals)
         case .int64:
-            invalidIds &+= mapper.redirect(ids.as64, ids.count, to: out.as64, tables: solver.tables, ratios: ratios, totals: totals)
+            invalidIds &+= mapper.redirect(ids.as64, ids.count, to: out.as64, network: solver.network, ratios: ratios, totals: totals)
         }
     }
 
@@ -114,7 +114,7 @@ final class CpuBackend: PlannerBackend {
                 try plan(CountBuffer(base: counts, type: .int32, sources: 1), "ids", solver, assigner)
             }
         }
-        invalidIds &+= rewrite(ids, to: out, solver.tables, assigner)
+        invalidIds &+= rewrite(ids, to: out, solver.network, assigner)
         add(shape.nGroups, to: counter)
     }
 
@@ -161,11 +161,11 @@ final class CpuBackend: PlannerBackend {
         return Failure(LPLB_ERROR_INTERNAL, "\(argument): refused without a reason")
     }
 
-    private func rewrite(_ ids: IdBuffer, to out: IdOutput, _ tables: SolverTables, _ assigner: TokenAssigner) -> Int64 {
+    private func rewrite(_ ids: IdBuffer, to out: IdOutput, _ network: Network, _ assigner: TokenAssigner) -> Int64 {
         guard ids.count > 0 else { return 0 }
         switch ids.type {
-        case .int32: return mapper.redirect(ids.as32, ids.count, to: out.as32, tables: tables, take: assigner.take)
-        case .int64: return mapper.redirect(ids.as64, ids.count, to: out.as64, tables: tables, take: assigner.take)
+        case .int32: return mapper.redirect(ids.as32, ids.count, to: out.as32, network: network, take: assigner.take)
+        case .int64: return mapper.redirect(ids.as64, ids.count, to: out.as64, network: network, take: assigner.take)
         }
     }
 
@@ -185,17 +185,17 @@ final class CpuBackend: PlannerBackend {
             for group in 0..<shape.nGroups { groups[group] = lplb_group_info(solver, group: group) }
         }
         return PlanTotals(
-            invalidIds: invalidIds, ownRank: assigner.ownRank, ownNode: assigner.ownNode, otherNodes: assigner.otherNodes, overflow: 0)
+            invalidIds: invalidIds, onOwnRank: assigner.onOwnRank, onOwnNode: assigner.onOwnNode, onOtherNodes: assigner.onOtherNodes)
     }
 
     func readSplit(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
         let (solver, _) = try loaded()
-        solver.tables.scatter(solver.quotas, to: tokens)
+        solver.network.scatter(solver.quotas, to: tokens)
     }
 
     func readAssignment(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
         let (solver, assigner) = try loaded()
-        solver.tables.scatter(assigner.take, to: tokens)
+        solver.network.scatter(assigner.take, to: tokens)
     }
 }
 
@@ -215,7 +215,7 @@ extension IdOutput {
     fileprivate var as64: UnsafeMutablePointer<Int64> { base!.assumingMemoryBound(to: Int64.self) }
 }
 
-extension SolverTables {
+extension Network {
     /// Tokens per place -> tokens per slot; slots that are no place get none.
     func scatter(_ tokens: UnsafePointer<Int64>, to slots: UnsafeMutablePointer<Int64>) {
         slots.update(repeating: 0, count: shape.nPhysical)

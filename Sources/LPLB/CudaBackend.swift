@@ -19,7 +19,8 @@ func cudaFailure(_ error: Int32, _ doing: String) -> Failure {
     case LPLBK_KIND_NO_CUDA:
         return Failure(LPLB_ERROR_NO_CUDA, "\(doing): CUDA cannot be used here (\(name)); LPLB_DEVICE_CPU (-1) plans on the host")
     case LPLBK_KIND_OUT_OF_MEMORY: return Failure(LPLB_ERROR_OUT_OF_MEMORY, "\(doing): \(name)")
-    case LPLBK_KIND_UNSUPPORTED: return Failure(LPLB_ERROR_UNSUPPORTED, "\(doing): must be within what the kernels can do on this device, got \(name)")
+    case LPLBK_KIND_UNSUPPORTED:
+        return Failure(LPLB_ERROR_UNSUPPORTED, "\(doing): must be within what the kernels can do on this device, got \(name)")
     default: return Failure(LPLB_ERROR_CUDA, "\(doing): \(name)")
     }
 }
@@ -99,11 +100,11 @@ final class CudaBackend: PlannerBackend {
     // MARK: Placing
 
     /// All or nothing: a failure leaves the placement and the plan that were there, or a planner that has none.
-    func load(_ tables: SolverTables, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
+    func load(_ network: Network, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
         var planner = state.pointee
         if report == nil { try openReport(&planner) }
-        let blocks = memory.isEmpty ? try allocate(&planner, tables) : []
-        let words = CudaTables(shape: planner.shape, layout: planner.layout, tables: tables).blob(digest: digest)
+        let blocks = memory.isEmpty ? try allocate(&planner, network) : []
+        let words = DeviceImage(shape: planner.shape, layout: planner.layout, network: network).words(digest: digest)
         let error = words.withUnsafeBufferPointer { lplbk_place(&planner, $0.baseAddress, stream) }
         if error != 0 {
             for block in blocks { _ = lplbk_free(device, block) }
@@ -141,8 +142,8 @@ final class CudaBackend: PlannerBackend {
 
     /// Sizes and memory of a planner that is placed for the first time. The colours of a topology are the same for every placement, so the
     /// layout settled here stays. Returns the memory, which is the caller's to free.
-    private func allocate(_ planner: inout lplbk_planner, _ tables: SolverTables) throws(Failure) -> [UnsafeMutableRawPointer] {
-        planner.shape.pair_slots = CudaBackend.pairSlots(tables, shape)
+    private func allocate(_ planner: inout lplbk_planner, _ network: Network) throws(Failure) -> [UnsafeMutableRawPointer] {
+        planner.shape.pair_slots = CudaBackend.pairSlots(network)
         planner.layout = withUnsafePointer(to: &planner.shape) { lplbk_layout_of($0) }
         let error = lplbk_prepare(&planner)
         if error == Int32(LPLBK_UNSUPPORTED) {
@@ -177,12 +178,12 @@ final class CudaBackend: PlannerBackend {
     }
 
     /// Groups of at most 32 ranks that sweep are solved in registers, with a register for each colour: 2, 4 or 8. 0: not so.
-    private static func pairSlots(_ tables: SolverTables, _ shape: ExpertShape) -> Int32 {
-        guard tables.nRedundant > 0, shape.groupSize <= 32 else { return 0 }
-        var most: Int32 = 0
-        for group in 0..<shape.nGroups {
-            let colours = tables.groupColourStart[group + 1] - tables.groupColourStart[group]
-            if colours == 0 && tables.groupBundleStart[group + 1] > tables.groupBundleStart[group] { return 0 }
+    private static func pairSlots(_ network: Network) -> Int32 {
+        guard network.nRedundant > 0, network.shape.groupSize <= 32 else { return 0 }
+        var most = 0
+        for group in 0..<network.shape.nGroups {
+            let colours = network.colours(of: group).count
+            if colours == 0 && !network.bundles(of: group).isEmpty { return 0 }
             most = max(most, colours)
         }
         return most <= 2 ? 2 : most <= 4 ? 4 : 8
@@ -281,9 +282,9 @@ final class CudaBackend: PlannerBackend {
         for group in 0..<shape.nGroups {
             let info = words[group * LPLBK_INFO_WORDS..<(group + 1) * LPLBK_INFO_WORDS].map { $0 }
             if state.pointee.shape.rank >= 0 {
-                totals.ownRank += Int64(info[LPLBK_INFO_OWN_RANK])
-                totals.ownNode += Int64(info[LPLBK_INFO_OWN_NODE])
-                totals.otherNodes += Int64(info[LPLBK_INFO_OTHER_NODES])
+                totals.onOwnRank += Int64(info[LPLBK_INFO_OWN_RANK])
+                totals.onOwnNode += Int64(info[LPLBK_INFO_OWN_NODE])
+                totals.onOtherNodes += Int64(info[LPLBK_INFO_OTHER_NODES])
             }
             if let groups { groups[group] = lplb_group_info(device: info) }
         }

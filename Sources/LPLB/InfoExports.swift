@@ -19,9 +19,9 @@ public func lplb_planner_info(
         if let plan {
             plan.pointee.n_groups = Int64(planner.shape.nGroups)
             plan.pointee.invalid_ids = totals.invalidIds
-            plan.pointee.own_rank = totals.ownRank
-            plan.pointee.own_node = totals.ownNode
-            plan.pointee.other_nodes = totals.otherNodes
+            plan.pointee.own_rank = totals.onOwnRank
+            plan.pointee.own_node = totals.onOwnNode
+            plan.pointee.other_nodes = totals.onOtherNodes
             plan.pointee.overflow = totals.overflow
         }
     }

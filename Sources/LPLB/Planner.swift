@@ -24,7 +24,6 @@ final class Planner {
     var attached: Int64 = 0
 
     private(set) var placement: Placement?
-    private(set) var tables: SolverTables?
     /// The latest solve or run left a plan, made under the placement that is in force.
     private(set) var hasPlan = false
     /// There was a plan under some placement.
@@ -103,10 +102,8 @@ final class Planner {
 
     /// Hands the placement to the backend first, so that a refusal leaves the planner as it was.
     private func adopt(_ placement: Placement, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        let tables = SolverTables(placement)
-        try backend.load(tables, digest: digest(of: placement, attached: attached), stream: stream)
+        try backend.load(Network(placement), digest: digest(of: placement, attached: attached), stream: stream)
         self.placement = placement
-        self.tables = tables
         hasPlan = false
     }
 

@@ -65,6 +65,10 @@ public func lplb_planner_set_placement(
     }
 }
 
+private func copy(_ table: [Int32], to out: UnsafeMutablePointer<Int32>) {
+    for (index, word) in table.enumerated() { out[index] = word }
+}
+
 @_cdecl("lplb_planner_max_replicas") @implementation
 public func lplb_planner_max_replicas(_ handle: OpaquePointer?, _ max_replicas: UnsafeMutablePointer<Int64>?) -> lplb_status {
     withPlanner(handle) { (planner) throws(Failure) in
@@ -80,8 +84,7 @@ public func lplb_planner_phy2log(
     withPlanner(handle) { (planner) throws(Failure) in
         let out = try Check.pointer(phy2log, "phy2log")
         try Check.size(n_physical, "n_physical", is: planner.shape.nPhysical, "the planner's physical experts")
-        let placement = try planner.placed()
-        for slot in placement.phy2log.indices { out[slot] = placement.phy2log[slot] }
+        copy(try planner.placed().phy2log, to: out)
     }
 }
 
@@ -94,12 +97,7 @@ public func lplb_planner_log2phy(
         try Check.size(n_logical, "n_logical", is: planner.shape.nLogical, "the planner's logical experts")
         let placement = try planner.placed()
         let width = try Check.range(max_replicas, "max_replicas", Int64(placement.maxReplicas)...Int64(LPLB_MAX_PHYSICAL))
-        for expert in 0..<planner.shape.nLogical {
-            let row = out + expert * width
-            let first = Int(placement.replicaStart[expert])
-            let count = Int(placement.replicaStart[expert + 1]) - first
-            for replica in 0..<width { row[replica] = replica < count ? placement.replicaSlot[first + replica] : -1 }
-        }
+        copy(placement.log2phy(width: width), to: out)
     }
 }
 
@@ -108,9 +106,6 @@ public func lplb_planner_logcnt(_ handle: OpaquePointer?, _ logcnt: UnsafeMutabl
     withPlanner(handle) { (planner) throws(Failure) in
         let out = try Check.pointer(logcnt, "logcnt")
         try Check.size(n_logical, "n_logical", is: planner.shape.nLogical, "the planner's logical experts")
-        let placement = try planner.placed()
-        for expert in 0..<planner.shape.nLogical {
-            out[expert] = placement.replicaStart[expert + 1] - placement.replicaStart[expert]
-        }
+        copy(try planner.placed().logcnt, to: out)
     }
 }

@@ -48,13 +48,9 @@ struct PlannerSettings {
             return nil
         }
         try Check.aligned(r2o, "r2o", to: 4)
-        let columns = try Check.range(config.n_redundant, "n_redundant", 0...Int64(LPLB_MAX_PHYSICAL))
-        let (size, overflow) = shape.groupSize.multipliedReportingOverflow(by: columns)
-        guard !overflow, size <= Int(LPLB_MAX_PHYSICAL) else {
-            throw Failure("n_redundant", "must keep group_size * n_redundant within LPLB_MAX_PHYSICAL", value: columns)
-        }
         return try translating { () throws(RuleViolation) in
-            try RedundancyTopology(
+            let columns = Int(config.n_redundant), size = try RedundancyTopology.size(groupSize: shape.groupSize, nRedundant: columns)
+            return try RedundancyTopology(
                 r2o: Array(UnsafeBufferPointer(start: r2o, count: size)), groupSize: shape.groupSize, nRedundant: columns)
         }
     }

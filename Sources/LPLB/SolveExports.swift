@@ -24,9 +24,9 @@ public func lplb_solve(
         let placement = try translating { () throws(RuleViolation) in
             try Placement(shape: shape, phy2log: Array(UnsafeBufferPointer(start: phy2log, count: shape.nPhysical)))
         }
-        let solver = FlowSolver(SolverTables(placement))
+        let solver = FlowSolver(Network(placement))
         solver.solve(loads: loads)
-        if let tokens { solver.tables.scatter(solver.quotas, to: tokens) }
+        if let tokens { solver.network.scatter(solver.quotas, to: tokens) }
         info?.pointee = lplb_group_info(solver, group: 0)
     }
 }

@@ -27,12 +27,12 @@ public func rebalance(
     try checkWeights(weights, nLayers: nLayers, nLogical: nLogical)
 
     let hierarchical = nGroups % nNodes == 0
-    let workspace = Workspace(
+    let workspace = EPLBWorkspace(
         EPLBSizes(
             nLogical: nLogical, nPhysical: nPhysical, nGroups: hierarchical ? nGroups : 1, nNodes: hierarchical ? nNodes : 1,
             nRanks: nRanks))
     for layer in 0..<nLayers {
-        workspace.place(weights + layer &* nLogical)
+        workspace.balance(weights + layer &* nLogical)
         widen(workspace.slotExpert, phy2log, layer, nPhysical)
         widen(workspace.slotReplica, replica, layer, nPhysical)
         widen(workspace.count, logcnt, layer, nLogical)

@@ -21,14 +21,14 @@ public func reorderByHistory(_ history: [Double], shape: ExpertShape) throws(Rul
     }
 
     let hierarchical = shape.nGroups % shape.nNodes == 0
-    let workspace = Workspace(
+    let workspace = EPLBWorkspace(
         EPLBSizes(
             nLogical: nLogical, nPhysical: nLogical, nGroups: hierarchical ? shape.nGroups : 1, nNodes: hierarchical ? shape.nNodes : 1,
             nRanks: shape.epSize))
     let weight = UnsafeMutablePointer<Float>.allocate(capacity: nLogical)
     defer { weight.deallocate() }
     for expert in 0..<nLogical { weight[expert] = Float(history[expert]) }
-    workspace.place(weight)
+    workspace.balance(weight)
 
     var order = [Int32](UnsafeBufferPointer(start: workspace.slotExpert, count: nLogical))
     let nLocal = nLogical / shape.epSize

@@ -4,44 +4,48 @@
 // change there. Everything below is per group; "parallel" means that the order does not matter. x[a] are the tokens on arc a, load[r] those
 // of rank r.
 //
+// T is a level, cap(r) the tokens that rank r may hold at it, and raise(S, n) the least level at which the ranks of a set S may hold n
+// tokens together. Capacity.swift says what they are, and nothing else does: today cap(r) = T and raise(S, n) = ceil(n / |S|). A rank with
+// load > cap is over, one with load < cap has room.
+//
 // Start    b[r] = tokens of the experts whose only place is on r. C[u] = tokens of the bundle's experts, split evenly: arc j gets
-//          C / degree, the first C % degree arcs one more. T = max(ceil(total / ranks), max b) is a lower bound of every split's maximum;
-//          its witness is the set of all ranks, or the first rank with the largest b. Done if max load <= T.
+//          C / degree, the first C % degree arcs one more. T = max(raise(all ranks, total), max raise({r}, b[r])) is a lower bound of
+//          every split's level; its witness is the set of all ranks, or the first rank with the largest raise. Done if no rank is over.
 // Sweeps   Only in groups that have colours (every bundle has two places, at most 8 colours). Twice: for each colour, in parallel for its
-//          bundles with ranks r, s: move (load[r] - load[s]) / 2, rounded toward zero, from r to s as far as x allows. Done if, after a
-//          whole sweep, max load <= T.
-// Loop     Until no rank is above T:
-//          - Search: level 0 are the ranks below T. A rank without level gets level k + 1 if one of its arcs has x > 0 and the bundle has
-//            another arc on a rank of level k. Stop when every rank above T has a level, or no rank gets one.
-//          - If a rank above T has none: the tokens of the ranks without level, S, cannot leave S. T = ceil(load(S) / |S|), witness S; next
-//            pass (a Newton step on the cuts). From pass 33 on only if no rank above T has a level.
-//          - Else a wave, level by level from the farthest rank above T to level 1: in parallel, each rank r of level k with
-//            excess = load[r] - T > 0 takes its arcs with x > 0 ascending and, for each, the bundle's other arcs on ranks of level k - 1
-//            ascending, and moves min(excess, x). For k = 1 the receiver takes at most what it lacks to T at the beginning of this step,
+//          bundles with ranks r, s: move what brings both to one level, today (load[r] - load[s]) / 2 rounded toward zero, from r to s
+//          as far as x allows. Done if, after a whole sweep, no rank is over.
+// Loop     Until no rank is over:
+//          - Search for distances: 0 for the ranks with room. A rank without distance gets k + 1 if one of its arcs has x > 0 and the
+//            bundle has another arc on a rank of distance k. Stop when every rank that is over has a distance, or no rank gets one.
+//          - If a rank that is over has none: the tokens of the ranks without distance, S, cannot leave S. T = raise(S, load(S)), witness
+//            S; next round (a Newton step on the cuts). From round 33 on only if no rank that is over has a distance.
+//          - Else a wave, from the farthest rank that is over to distance 1: in parallel, each rank r of distance k with
+//            excess = load[r] - cap(r) > 0 takes its arcs with x > 0 ascending and, for each, the bundle's other arcs on ranks of distance
+//            k - 1 ascending, and moves min(excess, x). For k = 1 the receiver takes at most its room at the beginning of this step,
 //            from each arc on its own: several may overfill it. Tokens received in a step travel on in the next.
-//          - From pass 33 on the wave then spills over the ranks of level 0. Givers are the ranks of level 1 above T, takers those of level
-//            0. In steps, until there are no givers: in parallel, each giver goes twice over its arcs with x > 0 ascending and, for each,
-//            the bundle's other arcs on takers ascending, and moves min(excess, x), the first time at most what the taker lacks to T at
-//            the beginning of this step (nothing if it is above T). Takers that are now above T are the givers of the next step and
-//            takers no more.
+//          - From round 33 on the wave then spills over the ranks of distance 0. Givers are the ranks of distance 1 that are over, takers
+//            those of distance 0. In steps, until there are no givers: in parallel, each giver goes twice over its arcs with x > 0
+//            ascending and, for each, the bundle's other arcs on takers ascending, and moves min(excess, x), the first time at most the
+//            taker's room at the beginning of this step (nothing if it is over). Takers that are now over are the givers of the next step
+//            and takers no more.
 //
-// Why it ends. Let d[r] be the level that r would have if the search never stopped early, infinite if none. Tokens go only from level k to
-// k - 1, or to ranks of level 0, so a residual arc from r to q that is new has d[r] <= d[q] + 1 too; no rank above T falls below it. So with
-// T fixed no d ever falls, and after a wave every rank above T that had a level has a larger one: at level k >= 2 it used up its arcs to
-// level k - 1, at level 1 its receivers are full (or its arcs to them empty), at level 0 it has no room any more. A rank's d, at most n - 1
-// or infinite, rises at most n times: at most n^2 + 1 waves, n being the number of ranks, until no rank above T has a level. When T is
-// raised from there (from pass 33 on always), S holds exactly the excess of all ranks, so it has the most tokens above T |S| of all sets;
-// then the next such S is smaller: at most n raises. So there are at most 32 + (n + 1)(n^2 + 2) passes, T never passes the optimum, and the
-// last T is reached: every result is certified.
+// Why it ends. Let d[r] be the distance that r would have if the search never stopped early, infinite if none. Tokens go only from
+// distance k to k - 1, or to ranks of distance 0, so a residual arc from r to q that is new has d[r] <= d[q] + 1 too; no rank that is over
+// gets room. So with T fixed no d ever falls, and after a wave every rank that is over and had a distance has a larger one: at k >= 2 it
+// used up its arcs to k - 1, at 1 its receivers are full (or its arcs to them empty), at 0 it has no room any more. A rank's d, at most n
+// - 1 or infinite, rises at most n times: at most n^2 + 1 waves, n being the number of ranks, until no rank that is over has a distance.
+// When T is raised from there (from round 33 on always), S holds exactly the excess of all ranks, so it has the most tokens above its caps
+// of all sets; then the next such S is smaller: at most n raises. So there are at most 32 + (n + 1)(n^2 + 2) rounds, T never passes the
+// optimum, and the last T is reached: every result is certified.
 //
-// How many passes there are. Where experts are replicated as in training: about 1 to 10, the slowest hundredth of torus and EPLB placements
-// 10 to 30 (up to 128 ranks). Spilling is for excess that has a long way to go through ranks that each lack little, in chains above all;
-// without it such a chain takes a pass for every few of its ranks. The most that a search over loads found on chains, rings, ladders, combs,
-// trees, stars and bands of ranks, keeping what takes longer: 44 passes with 32 ranks, 53 with 64, 97 with 128 (without spilling 159, 447
-// and 3301). These are measured, no bound. A search over a chain of n ranks has n levels however few the passes are, and on a GPU each level
-// costs barriers: there the slowest with 128 ranks takes 640 us, where usual loads take 4.
+// How many rounds there are. Where experts are replicated as in training: about 1 to 10, the slowest hundredth of torus and EPLB
+// placements 10 to 30 (up to 128 ranks). Spilling is for excess that has a long way to go through ranks that each lack little, in chains
+// above all; without it such a chain takes a round for every few of its ranks. The most that a search over loads found on chains, rings,
+// ladders, combs, trees, stars and bands of ranks, keeping what takes longer: 44 rounds with 32 ranks, 53 with 64, 97 with 128 (without
+// spilling 159, 447 and 3301). These are measured, no bound. A search over a chain of n ranks has n distances however few the rounds are,
+// and on a GPU each costs barriers: there the slowest with 128 ranks takes 640 us, where usual loads take 4.
 //
-// What an arc can carry in a wave is known before the wave: tokens never come in through an arc that leads on to the next level, since
+// What an arc can carry in a wave is known before the wave: tokens never come in through an arc that leads on to the next distance, since
 // their giver would then have been that near itself. So only the excess travels from step to step, and the arcs of a rank share it by a
 // prefix sum.
 
@@ -49,7 +53,7 @@ import LPLBTopology
 
 /// The outcome of one group.
 public struct GroupResult: Sendable, Equatable, BitwiseCopyable {
-    /// Tokens of the busiest rank.
+    /// The level of the busiest rank, today its tokens.
     public var maxLoad: Int64 = 0
     /// T: no split has a smaller maximum.
     public var bound: Int64 = 0
@@ -57,7 +61,7 @@ public struct GroupResult: Sendable, Equatable, BitwiseCopyable {
     public var total: Int64 = 0
     /// Tokens that do not go to the first place of their expert.
     public var moved: Int64 = 0
-    /// Passes of the loop.
+    /// Rounds of the loop.
     public var rounds: Int64 = 0
     /// Ranks in the witness.
     public var witnessSize: Int = 0
@@ -71,75 +75,53 @@ public final class FlowSolver {
     /// Words of one group's witness.
     public static let witnessWords = Limits.maxRanks / 32
 
-    public let tables: SolverTables
-    /// [nArcs]: tokens on each arc, of the latest solve.
-    public let split: UnsafePointer<Int64>
+    public let network: Network
     /// [nPlaces]: tokens of each place, of the latest solve.
     public let quotas: UnsafePointer<Int64>
     /// [nGroups]
     public let results: UnsafePointer<GroupResult>
 
-    let work: Workspace
+    let memory: SolverMemory
+    private let arena = Arena()
 
-    public init(_ tables: SolverTables) {
-        self.tables = tables
-        work = Workspace(tables)
-        split = UnsafePointer(work.x)
-        quotas = UnsafePointer(work.quota)
-        results = UnsafePointer(work.results)
-    }
-
-    deinit {
-        work.deallocate()
+    public init(_ network: Network) {
+        self.network = network
+        memory = SolverMemory(network, arena)
+        quotas = UnsafePointer(memory.quota)
+        results = UnsafePointer(memory.results)
     }
 
     /// Bit r of the words: rank r of the group is in the witness. `witnessWords` words.
     public func witness(ofGroup group: Int) -> UnsafePointer<UInt32> {
-        UnsafePointer(work.witness + group * FlowSolver.witnessWords)
+        UnsafePointer(memory.witness + group * FlowSolver.witnessWords)
     }
 
     /// Solves every group.
     /// - Parameter loads: [nLogical], each 0 ... 2^40.
     public func solve(loads: UnsafePointer<Int64>) {
-        work.place(loads)
-        for index in 0..<tables.shape.nGroups {
-            let group = Group(work, index)
+        let memory = memory
+        memory.read(loads)
+        for index in 0..<network.shape.nGroups {
+            let group = Group(memory, index)
             var state = group.start()
-            if group.max() > state.bound { group.balance(&state) }
-            work.results[index] = group.result(state)
+            if group.exceeds(state.capacity) { balance(group, &state) }
+            memory.results[index] = group.result(state)
         }
-        work.writeQuotas(loads)
+        memory.writeQuotas(loads)
     }
-}
 
-extension Group {
-    /// From the start to the end of the algorithm, for a group whose maximum is above T.
-    func balance(_ state: inout GroupState) {
-        if firstColour < endColour {
+    /// The sweeps and the loop, for a group with a rank that has more than it may hold.
+    private func balance(_ group: Group, _ state: inout GroupState) {
+        if group.sweeps {
             for _ in 0..<2 {
-                sweep()
-                if max() <= state.bound { return }
+                group.sweep(state.capacity)
+                if !group.exceeds(state.capacity) { return }
             }
         }
-        if size <= Group.maskRanks {
-            MaskSearch(self).run(&state)
+        if group.size <= Group.maskRanks {
+            group.balanceByMasks(&state)
         } else {
-            ListSearch(self).run(&state)
+            group.balanceByLists(&state)
         }
-    }
-
-    func result(_ state: GroupState) -> GroupResult {
-        var result = GroupResult()
-        result.maxLoad = max()
-        result.bound = state.bound
-        result.total = state.total
-        result.rounds = Int64(state.rounds)
-        var size = 0
-        for i in 0..<FlowSolver.witnessWords { size &+= witness[i].nonzeroBitCount }
-        result.witnessSize = size
-        var moved: Int64 = 0
-        for u in firstBundle..<endBundle { moved &+= demand[u] &- x[Int(bundleStart[u])] }
-        result.moved = moved
-        return result
     }
 }

@@ -1,75 +1,48 @@
 // MaskSearch: the solver's loop for groups of at most 64 ranks, with sets of ranks as bits of one word.
 
-struct MaskSearch {
-    private let group: Group
-    private let load: UnsafeMutablePointer<Int64>
-    private let x: UnsafeMutablePointer<Int64>
-    private let arcRank: UnsafePointer<Int32>
-    private let arcBundle: UnsafePointer<Int32>
-    private let bundleStart: UnsafePointer<Int32>
-    private let rankStart: UnsafePointer<Int32>
-    private let rankArc: UnsafePointer<Int32>
-    /// Ranks of a bundle's other arcs.
-    private let arcMask: UnsafePointer<UInt64>
-    /// Ranks that a rank can push to: those of the other arcs of its bundles in which it has tokens.
-    private let adjacent: UnsafeMutablePointer<UInt64>
-    private let incoming: UnsafeMutablePointer<Int64>
-
-    @inline(__always)
-    init(_ group: Group) {
-        self.group = group
-        load = group.load
-        x = group.x
-        arcRank = group.arcRank
-        arcBundle = group.arcBundle
-        bundleStart = group.bundleStart
-        rankStart = group.rankStart
-        rankArc = group.rankArc
-        arcMask = UnsafePointer(group.work.arcMask)
-        adjacent = group.work.adjacent
-        incoming = group.work.incoming
-    }
-
-    func run(_ state: inout GroupState) {
-        let size = group.size, maxRounds = group.work.tables.maxRounds
+extension Group {
+    /// The loop. `memory.adjacent` holds the ranks that a rank can push to: those of the other arcs of its bundles in which it has tokens.
+    func balanceByMasks(_ state: inout GroupState) {
+        let maxRounds = maxRounds
         let everyone: UInt64 = size == 64 ? ~0 : 1 &<< UInt64(size) &- 1
         for r in 0..<size { adjacent[r] = adjacency(r) }
-        withUnsafeTemporaryAllocation(of: UInt64.self, capacity: 65) { levels in
-            guard let levels = levels.baseAddress else { return }
-            var bound = state.bound
-            var (below, above) = compare(bound)
+        withUnsafeTemporaryAllocation(of: UInt64.self, capacity: 65) { ranksAt in
+            guard let ranksAt = ranksAt.baseAddress else { return }
+            var capacity = state.capacity
+            var (below, above) = compare(capacity)
             while above != 0 && state.rounds < maxRounds {
                 state.rounds &+= 1
-                let (farthest, reached) = search(below, above, everyone, levels)
+                let (farthest, reached) = search(below, above, everyone, ranksAt)
                 if above & ~reached != 0 && (above & reached == 0 || state.rounds <= Group.plainRounds) {
-                    bound = raise(everyone & ~reached)
-                    (below, above) = compare(bound)
+                    raise(&capacity, everyone & ~reached)
+                    (below, above) = compare(capacity)
                     continue
                 }
-                var touched = wave(farthest, above, levels, bound)
-                if state.rounds > Group.plainRounds { touched |= spill(levels, touched, bound) }
+                var touched = wave(farthest, above, ranksAt, capacity)
+                if state.rounds > Group.plainRounds { touched |= spill(ranksAt, touched, capacity) }
                 while touched != 0 {
                     let r = touched.trailingZeroBitCount
                     let bit = touched & (0 &- touched)
                     touched &= touched &- 1
                     adjacent[r] = adjacency(r)
-                    below = load[r] < bound ? below | bit : below & ~bit
-                    above = load[r] > bound ? above | bit : above & ~bit
+                    let cap = capacity.cap(r)
+                    below = load[r] < cap ? below | bit : below & ~bit
+                    above = load[r] > cap ? above | bit : above & ~bit
                 }
             }
-            state.bound = bound
+            state.capacity = capacity
         }
     }
 
-    /// Backward from the ranks with room, until every rank above the bound has a level or no rank gets one. Returns the last level that has a
-    /// rank above the bound, and the ranks that have a level.
+    /// Backward from the ranks with room, until every rank above its cap has a distance or no rank gets one. Returns the last distance
+    /// that has a rank above its cap, and the ranks that have a distance.
     @inline(__always)
     private func search(
-        _ below: UInt64, _ above: UInt64, _ everyone: UInt64, _ levels: UnsafeMutablePointer<UInt64>
+        _ below: UInt64, _ above: UInt64, _ everyone: UInt64, _ ranksAt: UnsafeMutablePointer<UInt64>
     ) -> (farthest: Int, reached: UInt64) {
         var reached = below, nearest = below, wanted = above
-        var level = 0, farthest = 0
-        levels[0] = below
+        var distance = 0, farthest = 0
+        ranksAt[0] = below
         while true {
             var next: UInt64 = 0
             var rest = everyone & ~reached
@@ -80,49 +53,49 @@ struct MaskSearch {
                 next |= adjacent[r] & nearest != 0 ? bit : 0
             }
             if next == 0 { break }
-            level &+= 1
-            levels[level] = next
+            distance &+= 1
+            ranksAt[distance] = next
             reached |= next
             nearest = next
             if wanted & next != 0 {
                 wanted &= ~next
-                farthest = level
+                farthest = distance
                 if wanted == 0 { break }
             }
         }
         return (farthest, reached)
     }
 
-    /// The wave from the given level on. Returns the ranks whose load changed.
+    /// The wave from the given distance on. Returns the ranks whose load changed.
     @inline(__always)
-    private func wave(_ farthest: Int, _ above: UInt64, _ levels: UnsafeMutablePointer<UInt64>, _ bound: Int64) -> UInt64 {
+    private func wave(_ farthest: Int, _ above: UInt64, _ ranksAt: UnsafeMutablePointer<UInt64>, _ capacity: Capacity) -> UInt64 {
         var active = above, touched: UInt64 = 0
-        var level = farthest
-        while level >= 1 {
-            var givers = levels[level] & active
-            let targets = levels[level &- 1]
+        var distance = farthest
+        while distance >= 1 {
+            var givers = ranksAt[distance] & active
+            let targets = ranksAt[distance &- 1]
             var received: UInt64 = 0
             while givers != 0 {
                 let r = givers.trailingZeroBitCount
                 givers &= givers &- 1
                 touched |= 1 &<< UInt64(r)
-                received |= level == 1 ? fill(r, targets, bound, capped: true) : pass(r, targets, bound)
+                received |= distance == 1 ? fill(r, targets, capacity, capped: true) : give(r, targets, capacity)
             }
             touched |= received
-            if level == 1 {
+            if distance == 1 {
                 receive(received)
             } else {
-                active |= overfull(received, bound)
+                active |= overfull(received, capacity)
             }
-            level &-= 1
+            distance &-= 1
         }
         return touched
     }
 
-    /// After the wave, which changed the ranks in `changed`: what ranks of level 1 have above the bound flows on through the ranks of level 0,
-    /// step by step, each of which keeps what it lacks. Returns the ranks whose load changed here.
-    private func spill(_ levels: UnsafeMutablePointer<UInt64>, _ changed: UInt64, _ bound: Int64) -> UInt64 {
-        var givers = overfull(changed & levels[1], bound), takers = levels[0]
+    /// After the wave, which changed the ranks in `changed`: what ranks of distance 1 have above their caps flows on through the ranks of
+    /// distance 0, step by step, each of which keeps what it has room for. Returns the ranks whose load changed here.
+    private func spill(_ ranksAt: UnsafeMutablePointer<UInt64>, _ changed: UInt64, _ capacity: Capacity) -> UInt64 {
+        var givers = overfull(changed & ranksAt[1], capacity), takers = ranksAt[0]
         var suspects = changed & takers, touched: UInt64 = 0
         repeat {
             var received: UInt64 = 0
@@ -130,12 +103,12 @@ struct MaskSearch {
                 let r = givers.trailingZeroBitCount
                 givers &= givers &- 1
                 touched |= 1 &<< UInt64(r)
-                received |= fill(r, takers, bound, capped: true)
-                if load[r] > bound { received |= fill(r, takers, bound, capped: false) }
+                received |= fill(r, takers, capacity, capped: true)
+                if load[r] > capacity.cap(r) { received |= fill(r, takers, capacity, capped: false) }
             }
             receive(received)
             touched |= received
-            givers = overfull(suspects | received, bound)
+            givers = overfull(suspects | received, capacity)
             suspects = 0
             takers &= ~givers
         } while givers != 0
@@ -154,14 +127,14 @@ struct MaskSearch {
         }
     }
 
-    /// The ranks of a set that are above the bound.
+    /// The ranks of a set that are above their caps.
     @inline(__always)
-    private func overfull(_ ranks: UInt64, _ bound: Int64) -> UInt64 {
+    private func overfull(_ ranks: UInt64, _ capacity: Capacity) -> UInt64 {
         var rest = ranks, above: UInt64 = 0
         while rest != 0 {
             let q = rest.trailingZeroBitCount
             rest &= rest &- 1
-            if load[q] > bound { above |= 1 &<< UInt64(q) }
+            if load[q] > capacity.cap(q) { above |= 1 &<< UInt64(q) }
         }
         return above
     }
@@ -179,36 +152,38 @@ struct MaskSearch {
         return mask
     }
 
-    /// Ranks below and above the bound.
+    /// Ranks with room, and ranks above their caps.
     @inline(__always)
-    private func compare(_ bound: Int64) -> (below: UInt64, above: UInt64) {
+    private func compare(_ capacity: Capacity) -> (below: UInt64, above: UInt64) {
         var below: UInt64 = 0, above: UInt64 = 0
         var r = 0
-        while r < group.size {
-            below |= (load[r] < bound ? 1 : 0) &<< UInt64(r)
-            above |= (load[r] > bound ? 1 : 0) &<< UInt64(r)
+        while r < size {
+            let cap = capacity.cap(r)
+            below |= (load[r] < cap ? 1 : 0) &<< UInt64(r)
+            above |= (load[r] > cap ? 1 : 0) &<< UInt64(r)
             r &+= 1
         }
         return (below, above)
     }
 
-    /// The bound from a set of ranks whose tokens cannot leave it; the set becomes the witness.
-    private func raise(_ closed: UInt64) -> Int64 {
-        var sum: Int64 = 0
+    /// Raises T for a set of ranks whose tokens cannot leave it; the set becomes the witness.
+    private func raise(_ capacity: inout Capacity, _ closed: UInt64) {
+        var tokens: Int64 = 0
         var rest = closed
         while rest != 0 {
-            sum &+= load[rest.trailingZeroBitCount]
+            tokens &+= load[rest.trailingZeroBitCount]
             rest &= rest &- 1
         }
-        group.witness[0] = UInt32(truncatingIfNeeded: closed)
-        group.witness[1] = UInt32(truncatingIfNeeded: closed >> 32)
-        return ceiling(sum, closed.nonzeroBitCount)
+        witness.words[0] = UInt32(truncatingIfNeeded: closed)
+        witness.words[1] = UInt32(truncatingIfNeeded: closed >> 32)
+        capacity.raise(witness, holding: tokens)
     }
 
-    /// Rank r passes its excess to ranks of the nearer level, which will pass it on. Returns the receivers.
+    /// Rank r gives its excess to ranks of the nearer distance, which will pass it on. Returns the receivers.
     @inline(__always)
-    private func pass(_ r: Int, _ targets: UInt64, _ bound: Int64) -> UInt64 {
-        var excess = load[r] &- bound
+    private func give(_ r: Int, _ targets: UInt64, _ capacity: Capacity) -> UInt64 {
+        let cap = capacity.cap(r)
+        var excess = load[r] &- cap
         var received: UInt64 = 0
         var i = Int(rankStart[r])
         let end = Int(rankStart[r &+ 1])
@@ -220,22 +195,23 @@ struct MaskSearch {
             var other = Int(bundleStart[Int(arcBundle[arc])])
             while other == arc || targets &>> UInt64(arcRank[other]) & 1 == 0 { other &+= 1 }
             let q = Int(arcRank[other])
-            let tokens = Swift.min(excess, x[arc])
+            let tokens = min(excess, x[arc])
             x[arc] &-= tokens
             x[other] &+= tokens
             load[q] &+= tokens
             received |= 1 &<< UInt64(q)
             excess &-= tokens
         }
-        load[r] = bound &+ excess
+        load[r] = cap &+ excess
         return received
     }
 
-    /// Rank r gives what it has above the bound to ranks in `targets`; capped: no more than they lack, from each arc on its own. Their loads
-    /// change at the end of the step, from `incoming`. Returns the receivers.
+    /// Rank r gives what it has above its cap to ranks in `targets`; capped: no more than they have room for, from each arc on its own.
+    /// Their loads change at the end of the step, from `incoming`. Returns the receivers.
     @inline(__always)
-    private func fill(_ r: Int, _ targets: UInt64, _ bound: Int64, capped: Bool) -> UInt64 {
-        var excess = load[r] &- bound
+    private func fill(_ r: Int, _ targets: UInt64, _ capacity: Capacity, capped: Bool) -> UInt64 {
+        let cap = capacity.cap(r)
+        var excess = load[r] &- cap
         var received: UInt64 = 0
         var i = Int(rankStart[r])
         let end = Int(rankStart[r &+ 1])
@@ -250,8 +226,8 @@ struct MaskSearch {
                 let q = Int(arcRank[other])
                 if other != arc && targets &>> UInt64(q) & 1 != 0 {
                     // The load is that from before this step.
-                    let most = Swift.min(excess, x[arc])
-                    let tokens = capped ? Swift.min(most, Swift.max(0, bound &- load[q])) : most
+                    let most = min(excess, x[arc])
+                    let tokens = capped ? min(most, max(0, capacity.cap(q) &- load[q])) : most
                     x[arc] &-= tokens
                     x[other] &+= tokens
                     incoming[q] &+= tokens
@@ -262,7 +238,7 @@ struct MaskSearch {
                 other &+= 1
             }
         }
-        load[r] = bound &+ excess
+        load[r] = cap &+ excess
         return received
     }
 }

@@ -12,7 +12,6 @@ import LPLBTopology
 ///
 /// Not for use by two threads at once. Nothing allocates after `init`.
 public final class TokenAssigner {
-    public let tables: SolverTables
     /// The rank whose tokens are assigned; nil: all tokens of the batch.
     public let source: Int?
     /// [nLogical]: sums over the sources of the latest `sum`.
@@ -20,9 +19,15 @@ public final class TokenAssigner {
     /// [nPlaces]: tokens of the source for each place, of the latest `assign`.
     public let take: UnsafePointer<Int64>
     /// Tokens of the source that stay on its rank, go to another rank of its node, and go to other nodes. Zero if `source` is nil.
-    public private(set) var ownRank: Int64 = 0
-    public private(set) var ownNode: Int64 = 0
-    public private(set) var otherNodes: Int64 = 0
+    public private(set) var onOwnRank: Int64 = 0
+    public private(set) var onOwnNode: Int64 = 0
+    public private(set) var onOtherNodes: Int64 = 0
+
+    private let nLogical: Int
+    private let nPlaces: Int
+    private let ranksPerNode: Int
+    private let expertStart: UnsafePointer<Int32>
+    private let placeRank: UnsafePointer<Int32>
 
     /// Words from one source's counts to the next one's, of the latest `sum`.
     private var width: Int
@@ -37,35 +42,27 @@ public final class TokenAssigner {
     private let nodeKept: UnsafeMutablePointer<Int64>
     private let nodeMatched: UnsafeMutablePointer<Int64>
 
+    private let arena = Arena()
+
     /// - Parameter source: 0 ..< epSize, or nil.
-    public init(_ tables: SolverTables, source: Int?) {
-        func zeros(_ count: Int) -> UnsafeMutablePointer<Int64> {
-            let memory = UnsafeMutablePointer<Int64>.allocate(capacity: max(count, 1))
-            memory.initialize(repeating: 0, count: max(count, 1))
-            return memory
-        }
-        self.tables = tables
+    public init(_ network: Network, source: Int?) {
+        let shape = network.shape
         self.source = source
-        width = tables.shape.nLogical
-        sums = zeros(tables.shape.nLogical)
-        taken = zeros(tables.nPlaces)
-        beforeNode = zeros(tables.shape.nLogical)
-        beforeSource = zeros(tables.shape.nLogical)
-        nodeQuota = zeros(tables.shape.nNodes)
-        nodeKept = zeros(tables.shape.nNodes)
-        nodeMatched = zeros(tables.shape.nNodes)
+        nLogical = shape.nLogical
+        nPlaces = network.nPlaces
+        ranksPerNode = shape.ranksPerNode
+        expertStart = arena.copy(network.expertStart)
+        placeRank = arena.copy(network.placeRank)
+        width = nLogical
+        sums = arena.filled(nLogical, 0)
+        taken = arena.filled(nPlaces, 0)
+        beforeNode = arena.filled(nLogical, 0)
+        beforeSource = arena.filled(nLogical, 0)
+        nodeQuota = arena.filled(shape.nNodes, 0)
+        nodeKept = arena.filled(shape.nNodes, 0)
+        nodeMatched = arena.filled(shape.nNodes, 0)
         loads = UnsafePointer(sums)
         take = UnsafePointer(taken)
-    }
-
-    deinit {
-        sums.deallocate()
-        taken.deallocate()
-        beforeNode.deallocate()
-        beforeSource.deallocate()
-        nodeQuota.deallocate()
-        nodeKept.deallocate()
-        nodeMatched.deallocate()
     }
 
     /// The largest load of an expert, LPLB_MAX_LOAD.
@@ -82,15 +79,15 @@ public final class TokenAssigner {
     /// - Parameters:
     ///   - counts: what was given to the latest `sum`.
     ///   - quotas: [nPlaces], the quotas of `loads`.
-    public func assign(_ counts: UnsafePointer<Int32>, sources: Int, quotas: UnsafePointer<Int64>) { share(counts, sources, quotas) }
-    public func assign(_ counts: UnsafePointer<Int64>, sources: Int, quotas: UnsafePointer<Int64>) { share(counts, sources, quotas) }
+    public func assign(_ counts: UnsafePointer<Int32>, sources: Int, quotas: UnsafePointer<Int64>) { distribute(counts, sources, quotas) }
+    public func assign(_ counts: UnsafePointer<Int64>, sources: Int, quotas: UnsafePointer<Int64>) { distribute(counts, sources, quotas) }
 
     @inline(__always)
     private func add<T: FixedWidthInteger>(_ counts: UnsafePointer<T>, _ sources: Int, _ width: Int?) -> Bool {
-        let count = tables.shape.nLogical, sums = sums
+        let count = nLogical, sums = sums
         let width = width ?? count
         self.width = width
-        let perNode = tables.shape.ranksPerNode
+        let perNode = ranksPerNode
         // The or of all values shows a negative one and, with 41 bits, keeps the sums of 8192 rows far from overflow.
         var bits: Int64 = 0
         sums.update(repeating: 0, count: count)
@@ -113,36 +110,35 @@ public final class TokenAssigner {
     }
 
     @inline(__always)
-    private func share<T: FixedWidthInteger>(_ counts: UnsafePointer<T>, _ sources: Int, _ quotas: UnsafePointer<Int64>) {
+    private func distribute<T: FixedWidthInteger>(_ counts: UnsafePointer<T>, _ sources: Int, _ quotas: UnsafePointer<Int64>) {
         if let source, sources > 1 {
-            let start = tables.expertStart
             let row = counts + source &* width
-            for expert in 0..<tables.shape.nLogical {
-                let first = Int(start[expert]), end = Int(start[expert &+ 1])
+            for expert in 0..<nLogical {
+                let first = Int(expertStart[expert]), end = Int(expertStart[expert &+ 1])
                 let tokens = Int64(truncatingIfNeeded: row[expert])
                 if end &- first == 1 {
                     taken[first] = tokens
                 } else {
-                    shareExpert(counts, expert, first, end, tokens, quotas, source)
+                    distributeExpert(counts, expert, first, end, tokens, quotas, source)
                 }
             }
         } else {
-            taken.update(from: quotas, count: tables.nPlaces)
+            taken.update(from: quotas, count: nPlaces)
         }
         measure()
     }
 
     /// One expert with several places `first ..< end`, `tokens` of it on the source.
     @inline(__always)
-    private func shareExpert<T: FixedWidthInteger>(
+    private func distributeExpert<T: FixedWidthInteger>(
         _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ quotas: UnsafePointer<Int64>, _ source: Int
     ) {
-        let rankOf = tables.placeRank, width = width, perNode = tables.shape.ranksPerNode
+        let rankOf = placeRank, width = width, perNode = ranksPerNode
         for place in first..<end { taken[place] = 0 }
         if tokens == 0 { return }
 
         // Step 1. Positions of the source among the supplies of step 2 and 3 shrink by what ranks before it keep.
-        let home = source / perNode, homeStart = home &* perNode
+        let ownNode = source / perNode, ownNodeStart = ownNode &* perNode
         var left = tokens, position = beforeSource[expert] &- beforeNode[expert], positionOfNode = beforeNode[expert]
         for place in first..<end {
             let rank = Int(rankOf[place]), node = rank / perNode
@@ -153,14 +149,14 @@ public final class TokenAssigner {
                 taken[place] = kept
                 left &-= kept
             } else if rank < source {
-                if rank >= homeStart { position &-= kept } else { positionOfNode &-= kept }
+                if rank >= ownNodeStart { position &-= kept } else { positionOfNode &-= kept }
             }
         }
         if left > 0 {
             // Step 2: the places of this node, laid end to end, against [position, position + left).
             var offset: Int64 = 0
             var remaining = left
-            for place in first..<end where Int(rankOf[place]) / perNode == home {
+            for place in first..<end where Int(rankOf[place]) / perNode == ownNode {
                 let rank = Int(rankOf[place])
                 let quota = quotas[place] &- min(Int64(truncatingIfNeeded: counts[rank &* width &+ expert]), quotas[place])
                 let part = overlap(position, left, offset, quota)
@@ -170,7 +166,7 @@ public final class TokenAssigner {
             }
             if remaining > 0 {
                 let before = max(0, position &- offset)
-                shareRest(counts, expert, first, end, remaining, positionOfNode &+ before, quotas, home)
+                distributeAbroad(counts, expert, first, end, remaining, positionOfNode &+ before, quotas, ownNode)
             }
         }
         for place in first..<end {
@@ -184,16 +180,16 @@ public final class TokenAssigner {
     /// Step 3 for a source with tokens left, hence with no quota left on its node. `position` counts the tokens of step 3 on ranks before
     /// the source, except that those which nodes before it placed in step 2 are still to be taken off.
     @inline(__always)
-    private func shareRest<T: FixedWidthInteger>(
+    private func distributeAbroad<T: FixedWidthInteger>(
         _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ position: Int64,
-        _ quotas: UnsafePointer<Int64>, _ home: Int
+        _ quotas: UnsafePointer<Int64>, _ ownNode: Int
     ) {
-        let rankOf = tables.placeRank, width = width, perNode = tables.shape.ranksPerNode
+        let rankOf = placeRank, width = width, perNode = ranksPerNode
         var position = position
         for place in first..<end {
             let node = Int(rankOf[place]) / perNode
             // The first place of each other node with quota left counts the node's supply; a node is done when its quota is set to 0.
-            if node == home || nodeQuota[node] == 0 { continue }
+            if node == ownNode || nodeQuota[node] == 0 { continue }
             var supply = 0 &- nodeKept[node]
             for rank in (node &* perNode)..<((node &+ 1) &* perNode) {
                 supply &+= Int64(truncatingIfNeeded: counts[rank &* width &+ expert])
@@ -201,12 +197,12 @@ public final class TokenAssigner {
             let matched = min(supply, nodeQuota[node])
             nodeMatched[node] = matched
             nodeQuota[node] = 0
-            if node < home { position &-= matched }
+            if node < ownNode { position &-= matched }
         }
         var offset: Int64 = 0
         for place in first..<end {
             let rank = Int(rankOf[place]), node = rank / perNode
-            if node == home { continue }
+            if node == ownNode { continue }
             var quota = quotas[place] &- min(Int64(truncatingIfNeeded: counts[rank &* width &+ expert]), quotas[place])
             let used = min(quota, nodeMatched[node])
             nodeMatched[node] &-= used
@@ -223,21 +219,17 @@ public final class TokenAssigner {
     }
 
     private func measure() {
-        ownRank = 0
-        ownNode = 0
-        otherNodes = 0
+        (onOwnRank, onOwnNode, onOtherNodes) = (0, 0, 0)
         guard let source else { return }
-        let rankOf = tables.placeRank, perNode = tables.shape.ranksPerNode
+        let rankOf = placeRank, perNode = ranksPerNode
         let first = source &- source % perNode
         var rank: Int64 = 0, node: Int64 = 0, all: Int64 = 0
-        for place in 0..<tables.nPlaces {
+        for place in 0..<nPlaces {
             let r = Int(rankOf[place])
             all &+= taken[place]
             if r == source { rank &+= taken[place] }
             if r >= first && r < first &+ perNode { node &+= taken[place] }
         }
-        ownRank = rank
-        ownNode = node &- rank
-        otherNodes = all &- node
+        (onOwnRank, onOwnNode, onOtherNodes) = (rank, node &- rank, all &- node)
     }
 }

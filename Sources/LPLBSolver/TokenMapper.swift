@@ -8,31 +8,23 @@ import LPLBTopology
 public final class TokenMapper {
     public let nLogical: Int
 
-    /// All tables below have an entry for -1, one for each expert, and one for all invalid ids, in this order.
+    /// All arrays below have an entry for -1, one for each expert, and one for all invalid ids, in this order.
     private let entries: Int
-    /// [entries][lanes]: interleaved histograms, so that runs of equal ids do not wait for their own last increment.
+    /// [entries][histograms]: interleaved histograms, so that runs of equal ids do not wait for their own last increment.
     private let histogram: UnsafeMutablePointer<Int32>
-    private static let lanes = 4
+    private static let histograms = 4
     /// [entries]: the slot to write (upper half) and how many more tokens it takes (lower half).
     private let state: UnsafeMutablePointer<UInt64>
     /// [nLogical]: the place after the one that `state` is at.
     private let next: UnsafeMutablePointer<Int32>
+    private let arena = Arena()
 
     public init(nLogical: Int) {
         self.nLogical = nLogical
         entries = nLogical + 2
-        histogram = .allocate(capacity: entries * TokenMapper.lanes)
-        state = .allocate(capacity: entries)
-        next = .allocate(capacity: nLogical)
-        histogram.initialize(repeating: 0, count: entries * TokenMapper.lanes)
-        state.initialize(repeating: 0, count: entries)
-        next.initialize(repeating: 0, count: nLogical)
-    }
-
-    deinit {
-        histogram.deallocate()
-        state.deallocate()
-        next.deallocate()
+        histogram = arena.filled(entries * TokenMapper.histograms, 0)
+        state = arena.filled(entries, 0)
+        next = arena.filled(nLogical, 0)
     }
 
     // MARK: Counting
@@ -40,7 +32,7 @@ public final class TokenMapper {
     /// Tokens per logical expert. Returns the number of invalid ids.
     /// - Parameters:
     ///   - counts: [nLogical], overwritten.
-    ///   - cumulative: nil, or [chunks][nLogical]: row i counts the runs 0 ... i of `TokenMapper.chunkLength` ids each.
+    ///   - cumulative: nil, or [chunks][nLogical]: row i counts the chunks 0 ... i, of `TokenMapper.chunkLength` ids each.
     ///   - chunks: at least 1 if `cumulative` is given.
     public func count(
         _ ids: UnsafePointer<Int32>, _ nIds: Int, counts: UnsafeMutablePointer<Int32>, cumulative: UnsafeMutablePointer<Int32>? = nil,
@@ -51,7 +43,7 @@ public final class TokenMapper {
         chunks: Int = 1
     ) -> Int64 { histogram(ids, nIds, counts, cumulative, chunks) }
 
-    /// Ids of one run when `nIds` are cut into `chunks` runs.
+    /// Ids of one chunk when `nIds` are cut into `chunks` of them.
     public static func chunkLength(_ nIds: Int, chunks: Int) -> Int {
         let length = nIds / chunks &+ (nIds % chunks == 0 ? 0 : 1)
         return (length &+ 1023) / 1024 &* 1024
@@ -62,8 +54,8 @@ public final class TokenMapper {
         _ ids: UnsafePointer<T>, _ nIds: Int, _ counts: UnsafeMutablePointer<Int32>, _ cumulative: UnsafeMutablePointer<Int32>?,
         _ chunks: Int
     ) -> Int64 {
-        let lanes = TokenMapper.lanes
-        histogram.update(repeating: 0, count: entries &* lanes)
+        let histograms = TokenMapper.histograms
+        histogram.update(repeating: 0, count: entries &* histograms)
         if let cumulative {
             let length = TokenMapper.chunkLength(nIds, chunks: chunks)
             var from = 0
@@ -79,7 +71,7 @@ public final class TokenMapper {
             collect(counts)
         }
         var invalid: Int64 = 0
-        for lane in 0..<lanes { invalid &+= Int64(UInt32(bitPattern: histogram[(entries &- 1) &* lanes &+ lane])) }
+        for i in 0..<histograms { invalid &+= Int64(UInt32(bitPattern: histogram[(entries &- 1) &* histograms &+ i])) }
         return invalid
     }
 
@@ -102,12 +94,12 @@ public final class TokenMapper {
 
     private func collect(_ counts: UnsafeMutablePointer<Int32>) {
         for e in 0..<nLogical {
-            let lanes = histogram + (e &+ 1) &* 4
-            counts[e] = lanes[0] &+ lanes[1] &+ lanes[2] &+ lanes[3]
+            let of = histogram + (e &+ 1) &* 4
+            counts[e] = of[0] &+ of[1] &+ of[2] &+ of[3]
         }
     }
 
-    /// Where an id stands in the tables.
+    /// Where an id stands in the arrays.
     @inline(__always)
     private func entry<T: FixedWidthInteger>(_ id: T, _ last: UInt) -> Int {
         Int(bitPattern: min(UInt(bitPattern: Int(truncatingIfNeeded: id) &+ 1), last))
@@ -119,11 +111,11 @@ public final class TokenMapper {
     /// occurrences beyond all to the first place. Returns the number of invalid ids.
     /// - Parameter take: [nPlaces], or nil: everything to the first places.
     public func redirect(
-        _ ids: UnsafePointer<Int32>, _ nIds: Int, to out: UnsafeMutablePointer<Int32>, tables: SolverTables, take: UnsafePointer<Int64>?
-    ) -> Int64 { rewrite(ids, nIds, out, tables, take) }
+        _ ids: UnsafePointer<Int32>, _ nIds: Int, to out: UnsafeMutablePointer<Int32>, network: Network, take: UnsafePointer<Int64>?
+    ) -> Int64 { rewrite(ids, nIds, out, network, take) }
     public func redirect(
-        _ ids: UnsafePointer<Int64>, _ nIds: Int, to out: UnsafeMutablePointer<Int64>, tables: SolverTables, take: UnsafePointer<Int64>?
-    ) -> Int64 { rewrite(ids, nIds, out, tables, take) }
+        _ ids: UnsafePointer<Int64>, _ nIds: Int, to out: UnsafeMutablePointer<Int64>, network: Network, take: UnsafePointer<Int64>?
+    ) -> Int64 { rewrite(ids, nIds, out, network, take) }
 
     /// Rewrites by ratios: of the c occurrences of an expert with a slot class, the first floor(ratio * c + 0.5) go to the original, the
     /// others to the copy. Ratios are clamped to 0 ... 1, NaN counts as 1. Returns the number of invalid ids.
@@ -131,13 +123,13 @@ public final class TokenMapper {
     ///   - ratios: [n_group][group_size][nRedundant]
     ///   - totals: [nLogical]: c.
     public func redirect(
-        _ ids: UnsafePointer<Int32>, _ nIds: Int, to out: UnsafeMutablePointer<Int32>, tables: SolverTables, ratios: UnsafePointer<Float>,
+        _ ids: UnsafePointer<Int32>, _ nIds: Int, to out: UnsafeMutablePointer<Int32>, network: Network, ratios: UnsafePointer<Float>,
         totals: UnsafePointer<Int32>
-    ) -> Int64 { rewrite(ids, nIds, out, tables, ratios, totals) }
+    ) -> Int64 { rewrite(ids, nIds, out, network, ratios, totals) }
     public func redirect(
-        _ ids: UnsafePointer<Int64>, _ nIds: Int, to out: UnsafeMutablePointer<Int64>, tables: SolverTables, ratios: UnsafePointer<Float>,
+        _ ids: UnsafePointer<Int64>, _ nIds: Int, to out: UnsafeMutablePointer<Int64>, network: Network, ratios: UnsafePointer<Float>,
         totals: UnsafePointer<Int32>
-    ) -> Int64 { rewrite(ids, nIds, out, tables, ratios, totals) }
+    ) -> Int64 { rewrite(ids, nIds, out, network, ratios, totals) }
 
     /// More tokens than a call can have.
     private static let endless = UInt64(UInt32.max)
@@ -149,9 +141,9 @@ public final class TokenMapper {
 
     @inline(__always)
     private func rewrite<T: FixedWidthInteger>(
-        _ ids: UnsafePointer<T>, _ nIds: Int, _ out: UnsafeMutablePointer<T>, _ tables: SolverTables, _ take: UnsafePointer<Int64>?
+        _ ids: UnsafePointer<T>, _ nIds: Int, _ out: UnsafeMutablePointer<T>, _ network: Network, _ take: UnsafePointer<Int64>?
     ) -> Int64 {
-        let start = tables.expertStart, slots = tables.placeSlot
+        let start = network.expertStart, slots = network.placeSlot
         let state = state + 1, next = next
         for expert in 0..<nLogical {
             let first = Int(start[expert]), end = Int(start[expert &+ 1])
@@ -160,7 +152,7 @@ public final class TokenMapper {
                 advance(expert, first, first, end, slots, take)
             }
         }
-        return run(ids, nIds, out) { expert in
+        return rewriteEach(ids, nIds, out) { expert in
             let place = Int(next[expert])
             guard let take else { return }
             advance(expert, place, Int(start[expert]), Int(start[expert &+ 1]), slots, take)
@@ -169,7 +161,7 @@ public final class TokenMapper {
 
     /// Goes on to the first place of `place ..< end` that takes tokens, or for good to the expert's first place.
     private func advance(
-        _ expert: Int, _ place: Int, _ first: Int, _ end: Int, _ slots: UnsafePointer<Int32>, _ take: UnsafePointer<Int64>
+        _ expert: Int, _ place: Int, _ first: Int, _ end: Int, _ slots: [Int32], _ take: UnsafePointer<Int64>
     ) {
         var place = place
         while place < end && take[place] <= 0 { place &+= 1 }
@@ -183,10 +175,10 @@ public final class TokenMapper {
 
     @inline(__always)
     private func rewrite<T: FixedWidthInteger>(
-        _ ids: UnsafePointer<T>, _ nIds: Int, _ out: UnsafeMutablePointer<T>, _ tables: SolverTables, _ ratios: UnsafePointer<Float>,
+        _ ids: UnsafePointer<T>, _ nIds: Int, _ out: UnsafeMutablePointer<T>, _ network: Network, _ ratios: UnsafePointer<Float>,
         _ totals: UnsafePointer<Int32>
     ) -> Int64 {
-        let start = tables.expertStart, slots = tables.placeSlot, classes = tables.expertClass, copies = tables.expertCopy
+        let start = network.expertStart, slots = network.placeSlot, classes = network.expertClass, copies = network.expertCopy
         let state = state + 1
         for expert in 0..<nLogical {
             let original = slots[Int(start[expert])]
@@ -199,12 +191,12 @@ public final class TokenMapper {
             let kept = UInt64(Double(max(0, ratio)) * Double(total) + 0.5)
             state[expert] = kept == 0 ? pack(copies[expert], TokenMapper.endless) : pack(original, kept)
         }
-        return run(ids, nIds, out) { expert in state[expert] = pack(copies[expert], TokenMapper.endless) }
+        return rewriteEach(ids, nIds, out) { expert in state[expert] = pack(copies[expert], TokenMapper.endless) }
     }
 
     /// The pass itself. `exhausted(expert)`: the expert's slot has got all its tokens.
     @inline(__always)
-    private func run<T: FixedWidthInteger>(
+    private func rewriteEach<T: FixedWidthInteger>(
         _ ids: UnsafePointer<T>, _ nIds: Int, _ out: UnsafeMutablePointer<T>, exhausted: (Int) -> Void
     ) -> Int64 {
         let state = state, last = UInt(entries &- 1)

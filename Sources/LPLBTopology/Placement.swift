@@ -86,13 +86,13 @@ public struct Placement: Sendable {
         // Until the starts are summed up, start[e + 1] is the number of replicas of e, 0 meaning "not seen yet".
         var start = [Int32](repeating: 0, count: nLogical + 1)
         var offset = 0
-        for place in 0..<nLogical {
-            let expert = Int(order[place])
+        for position in 0..<nLogical {
+            let expert = Int(order[position])
             if expert < 0 || expert >= nLogical {
-                throw RuleViolation("order[\(place)]", "must be a logical expert, 0 .. \(nLogical - 1)", value: expert)
+                throw RuleViolation("order[\(position)]", "must be a logical expert, 0 .. \(nLogical - 1)", value: expert)
             }
             if start[expert + 1] != 0 {
-                throw RuleViolation("order[\(place)]", "must be a permutation of 0 .. \(nLogical - 1)", value: "\(expert) again")
+                throw RuleViolation("order[\(position)]", "must be a permutation of 0 .. \(nLogical - 1)", value: "\(expert) again")
             }
             start[expert + 1] = offset < nCopies ? 2 : 1
             offset = offset + 1 == nOwn ? 0 : offset + 1
@@ -130,7 +130,7 @@ public struct Placement: Sendable {
     }
 
     /// m, the experts of a rank that share one column of the topology, with the rules that tie the two together.
-    public static func combined(shape: ExpertShape, topology: RedundancyTopology) throws(RuleViolation) -> Int {
+    private static func combined(shape: ExpertShape, topology: RedundancyTopology) throws(RuleViolation) -> Int {
         if topology.groupSize != shape.groupSize {
             throw RuleViolation("r2o", "must have group_size \(shape.groupSize) rows", value: topology.groupSize)
         }

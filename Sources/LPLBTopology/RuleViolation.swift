@@ -1,5 +1,7 @@
 // RuleViolation: why an argument was refused, in words for the person who passed it. Limits: the sizes this library is built for.
 
+import CLPLB
+
 /// An argument that breaks a rule. The words name the argument as the C header spells it, the rule, and the value that broke it.
 public struct RuleViolation: Error, Equatable, Sendable, CustomStringConvertible {
     public enum Kind: Sendable {
@@ -27,16 +29,16 @@ public struct RuleViolation: Error, Equatable, Sendable, CustomStringConvertible
     public var description: String { message }
 }
 
-/// The limits of one planner: the numbers of lplb.h, which this module does not import.
+/// The limits of one planner: those of lplb.h.
 public enum Limits {
-    /// LPLB_MAX_RANKS: ranks of one group.
-    public static let maxRanks = 1024
-    /// LPLB_MAX_EP_SIZE: ranks in all.
-    public static let maxEPSize = 8192
-    /// LPLB_MAX_LOGICAL: logical experts.
-    public static let maxLogical = 4096
-    /// LPLB_MAX_PHYSICAL: physical experts.
-    public static let maxPhysical = 8192
+    /// Ranks of one group.
+    public static let maxRanks = Int(LPLB_MAX_RANKS)
+    /// Ranks in all.
+    public static let maxEPSize = Int(LPLB_MAX_EP_SIZE)
+    /// Logical experts.
+    public static let maxLogical = Int(LPLB_MAX_LOGICAL)
+    /// Physical experts.
+    public static let maxPhysical = Int(LPLB_MAX_PHYSICAL)
 }
 
 /// Refuses a value below `minimum` as invalid and one above `maximum` as unsupported.

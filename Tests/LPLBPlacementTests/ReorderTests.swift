@@ -52,7 +52,8 @@ func historiesThatDifferOnlyInDouble(n: Int) throws {
     let shape = try ExpertShape(epSize: 8, nNodes: 1, groupSize: 8, nLogical: 32, nPhysical: 48)
     var random = Random(seed: 3)
     let history = (0..<32).map { _ in Double(random.below(1000)) }
-    let p = try Placement(shape: shape, topology: .cube8x2, order: reorderByHistory(history, shape: shape))
+    let cube = try RedundancyTopology(r2o: [3, 6, 0, 7, 1, 4, 2, 5, 7, 0, 4, 1, 5, 2, 6, 3], groupSize: 8, nRedundant: 2)
+    let p = try Placement(shape: shape, topology: cube, order: reorderByHistory(history, shape: shape))
     for rank in 0..<8 {
         let own = p.phy2log[rank * 6..<rank * 6 + 4].map { history[Int($0)] }
         #expect(own == own.sorted(by: >))

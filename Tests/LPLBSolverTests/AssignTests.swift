@@ -4,11 +4,11 @@ import Testing
 @testable import LPLBSolver
 
 /// The rule of TokenAssigner for all sources at once, step by step on whole matrices. [source][place]
-private func plainAssign(_ tables: SolverTables, _ counts: [[Int64]], _ quotas: [Int64]) -> [[Int64]] {
-    let shape = tables.shape
-    var take = [[Int64]](repeating: [Int64](repeating: 0, count: tables.nPlaces), count: shape.epSize)
+private func plainAssign(_ network: Network, _ counts: [[Int64]], _ quotas: [Int64]) -> [[Int64]] {
+    let shape = network.shape
+    var take = [[Int64]](repeating: [Int64](repeating: 0, count: network.nPlaces), count: shape.epSize)
     for expert in 0..<shape.nLogical {
-        let places = Array(Int(tables.expertStart[expert])..<Int(tables.expertStart[expert + 1]))
+        let places = Array(Int(network.expertStart[expert])..<Int(network.expertStart[expert + 1]))
         var supply = counts.map { $0[expert] }
         var quota = quotas
         func give(_ s: Int, _ place: Int, _ tokens: Int64) {
@@ -20,12 +20,12 @@ private func plainAssign(_ tables: SolverTables, _ counts: [[Int64]], _ quotas: 
             for s in ranks { for place in places { give(s, place, min(supply[s], quota[place])) } }
         }
         for place in places {
-            let rank = Int(tables.placeRank[place])
+            let rank = Int(network.placeRank[place])
             give(rank, place, min(supply[rank], quota[place]))
         }
         for node in 0..<shape.nNodes {
             let ranks = Array(node * shape.ranksPerNode..<(node + 1) * shape.ranksPerNode)
-            match(ranks, places.filter { ranks.contains(Int(tables.placeRank[$0])) })
+            match(ranks, places.filter { ranks.contains(Int(network.placeRank[$0])) })
         }
         match(Array(0..<shape.epSize), places)
     }
@@ -33,13 +33,13 @@ private func plainAssign(_ tables: SolverTables, _ counts: [[Int64]], _ quotas: 
 }
 
 private func check(_ placement: Placement, _ random: inout Random) {
-    let tables = SolverTables(placement), shape = placement.shape
-    let solver = FlowSolver(tables)
-    let assigners = (0..<shape.epSize).map { TokenAssigner(tables, source: $0) }
+    let network = Network(placement), shape = placement.shape
+    let solver = FlowSolver(network)
+    let assigners = (0..<shape.epSize).map { TokenAssigner(network, source: $0) }
     for family in LoadFamily.allCases where family != .huge {
         let rows = (0..<shape.epSize).map { _ in family.loads(placement, &random) }
         let wide = rows.flatMap { $0 }, narrow = wide.map { Int32($0) }
-        var sums = [Int64](repeating: 0, count: tables.nPlaces)
+        var sums = [Int64](repeating: 0, count: network.nPlaces)
         var expected: [[Int64]] = []
         for (s, assigner) in assigners.enumerated() {
             let fits = assigner.sum(wide, sources: shape.epSize)
@@ -48,34 +48,34 @@ private func check(_ placement: Placement, _ random: inout Random) {
             #expect(loads == (0..<shape.nLogical).map { e in rows.reduce(0) { $0 + $1[e] } })
             if s == 0 {
                 solver.solve(loads: loads)
-                expected = plainAssign(tables, rows, (0..<tables.nPlaces).map { solver.quotas[$0] })
+                expected = plainAssign(network, rows, (0..<network.nPlaces).map { solver.quotas[$0] })
             }
             assigner.assign(wide, sources: shape.epSize, quotas: solver.quotas)
-            let take = (0..<tables.nPlaces).map { assigner.take[$0] }
+            let take = (0..<network.nPlaces).map { assigner.take[$0] }
             #expect(take == expected[s])
-            for place in 0..<tables.nPlaces { sums[place] += take[place] }
+            for place in 0..<network.nPlaces { sums[place] += take[place] }
 
             for expert in 0..<shape.nLogical {
-                let places = Int(tables.expertStart[expert])..<Int(tables.expertStart[expert + 1])
+                let places = Int(network.expertStart[expert])..<Int(network.expertStart[expert + 1])
                 #expect(places.reduce(0) { $0 + take[$1] } == rows[s][expert])
                 // No source could keep more on its own rank.
-                for place in places where Int(tables.placeRank[place]) == s {
+                for place in places where Int(network.placeRank[place]) == s {
                     #expect(take[place] == min(rows[s][expert], solver.quotas[place]))
                 }
             }
-            let own = (0..<tables.nPlaces).filter { Int(tables.placeRank[$0]) == s }.reduce(0) { $0 + take[$1] }
-            let node = (0..<tables.nPlaces).filter { Int(tables.placeRank[$0]) / shape.ranksPerNode == s / shape.ranksPerNode }
+            let own = (0..<network.nPlaces).filter { Int(network.placeRank[$0]) == s }.reduce(0) { $0 + take[$1] }
+            let node = (0..<network.nPlaces).filter { Int(network.placeRank[$0]) / shape.ranksPerNode == s / shape.ranksPerNode }
                 .reduce(0) { $0 + take[$1] }
-            #expect(assigner.ownRank == own)
-            #expect(assigner.ownNode == node - own)
-            #expect(assigner.otherNodes == rows[s].reduce(0, +) - node)
+            #expect(assigner.onOwnRank == own)
+            #expect(assigner.onOwnNode == node - own)
+            #expect(assigner.onOtherNodes == rows[s].reduce(0, +) - node)
 
             let again = assigner.sum(narrow, sources: shape.epSize)
             #expect(again)
             assigner.assign(narrow, sources: shape.epSize, quotas: solver.quotas)
-            #expect((0..<tables.nPlaces).allSatisfy { assigner.take[$0] == take[$0] })
+            #expect((0..<network.nPlaces).allSatisfy { assigner.take[$0] == take[$0] })
         }
-        #expect(sums == (0..<tables.nPlaces).map { solver.quotas[$0] })
+        #expect(sums == (0..<network.nPlaces).map { solver.quotas[$0] })
     }
 }
 
@@ -98,43 +98,43 @@ private func check(_ placement: Placement, _ random: inout Random) {
     /// One expert with a replica on every rank and all tokens on one source: they must spread over own rank, own node, other nodes.
     @Test func localityByHand() throws {
         let shape = try ExpertShape(epSize: 4, nNodes: 2, groupSize: 0, nLogical: 1, nPhysical: 4)
-        let tables = SolverTables(try Placement(shape: shape, phy2log: [0, 0, 0, 0]))
-        let solver = FlowSolver(tables), assigner = TokenAssigner(tables, source: 1)
+        let network = Network(try Placement(shape: shape, phy2log: [0, 0, 0, 0]))
+        let solver = FlowSolver(network), assigner = TokenAssigner(network, source: 1)
         let counts: [Int32] = [0, 40, 0, 0]
         #expect(assigner.sum(counts, sources: 4))
         solver.solve(loads: assigner.loads)
         assigner.assign(counts, sources: 4, quotas: solver.quotas)
         #expect((0..<4).map { assigner.take[$0] } == [10, 10, 10, 10])
-        #expect([assigner.ownRank, assigner.ownNode, assigner.otherNodes] == [10, 10, 20])
+        #expect([assigner.onOwnRank, assigner.onOwnNode, assigner.onOtherNodes] == [10, 10, 20])
     }
 
     @Test func oneSourceTakesEverything() throws {
         var random = Random(3)
         let placement = try randomPlacement(ranks: 8, localSlots: 3, maxReplicas: 4, nodes: 2, &random)
-        let tables = SolverTables(placement), solver = FlowSolver(tables)
+        let network = Network(placement), solver = FlowSolver(network)
         let counts = LoadFamily.normal.loads(placement, &random)
         for source in [nil, 5] as [Int?] {
-            let assigner = TokenAssigner(tables, source: source)
+            let assigner = TokenAssigner(network, source: source)
             #expect(assigner.sum(counts, sources: 1))
             solver.solve(loads: assigner.loads)
             assigner.assign(counts, sources: 1, quotas: solver.quotas)
-            #expect((0..<tables.nPlaces).allSatisfy { assigner.take[$0] == solver.quotas[$0] })
+            #expect((0..<network.nPlaces).allSatisfy { assigner.take[$0] == solver.quotas[$0] })
             let total = counts.reduce(0, +)
-            #expect(assigner.ownRank + assigner.ownNode + assigner.otherNodes == (source == nil ? 0 : total))
+            #expect(assigner.onOwnRank + assigner.onOwnNode + assigner.onOtherNodes == (source == nil ? 0 : total))
         }
         // All sources, but a planner for the whole batch.
-        let assigner = TokenAssigner(tables, source: nil)
+        let assigner = TokenAssigner(network, source: nil)
         let rows = (0..<8).flatMap { _ in counts }
         #expect(assigner.sum(rows, sources: 8))
         solver.solve(loads: assigner.loads)
         assigner.assign(rows, sources: 8, quotas: solver.quotas)
-        #expect((0..<tables.nPlaces).allSatisfy { assigner.take[$0] == solver.quotas[$0] })
-        #expect(assigner.ownRank == 0 && assigner.ownNode == 0 && assigner.otherNodes == 0)
+        #expect((0..<network.nPlaces).allSatisfy { assigner.take[$0] == solver.quotas[$0] })
+        #expect(assigner.onOwnRank == 0 && assigner.onOwnNode == 0 && assigner.onOtherNodes == 0)
     }
 
     @Test func refusesBadCounts() throws {
-        let tables = SolverTables(try topologyPlacement(.ring8, ownExperts: 1))
-        let assigner = TokenAssigner(tables, source: 2)
+        let network = Network(try topologyPlacement(.ring8, ownExperts: 1))
+        let assigner = TokenAssigner(network, source: 2)
         var counts = [Int64](repeating: 1, count: 64)
         #expect(assigner.sum(counts, sources: 8))
         for (value, good) in [

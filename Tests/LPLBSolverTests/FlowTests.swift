@@ -56,7 +56,7 @@ func expectSound(_ placement: Placement, _ loads: [Int64], _ solver: FlowSolver,
 
 private func expectSound(_ placement: Placement, _ seed: UInt64, rounds: Int = 1, plain: Bool = true, bruteForce: Bool = false) {
     var random = Random(seed)
-    let solver = FlowSolver(SolverTables(placement))
+    let solver = FlowSolver(Network(placement))
     let oracle = PlainFlow(placement)
     for _ in 0..<rounds {
         for family in LoadFamily.allCases {
@@ -102,13 +102,13 @@ private func expectSound(_ placement: Placement, _ seed: UInt64, rounds: Int = 1
     }
 
     @Test func tori() throws {
-        expectSound(try topologyPlacement(try .torus(8, 4), ownExperts: 4), 8, rounds: 2)
-        expectSound(try topologyPlacement(try .torus(8, 8), ownExperts: 2, shuffled: Random(14)), 9)
-        expectSound(try topologyPlacement(try .torus(3, 3), ownExperts: 3, combined: 1), 10, rounds: 2, bruteForce: true)
+        expectSound(try topologyPlacement(.torus(8, 4), ownExperts: 4), 8, rounds: 2)
+        expectSound(try topologyPlacement(.torus(8, 8), ownExperts: 2, shuffled: Random(14)), 9)
+        expectSound(try topologyPlacement(.torus(3, 3), ownExperts: 3, combined: 1), 10, rounds: 2, bruteForce: true)
         // Sides of length 1 and 2: self copies, and two bundles on the same pair of ranks.
-        expectSound(try topologyPlacement(try .torus(1, 6), ownExperts: 3), 11, rounds: 3, bruteForce: true)
-        expectSound(try topologyPlacement(try .torus(2, 2), ownExperts: 3), 12, rounds: 3, bruteForce: true)
-        expectSound(try topologyPlacement(try .torus(1, 1), ownExperts: 3), 13)
+        expectSound(try topologyPlacement(.torus(1, 6), ownExperts: 3), 11, rounds: 3, bruteForce: true)
+        expectSound(try topologyPlacement(.torus(2, 2), ownExperts: 3), 12, rounds: 3, bruteForce: true)
+        expectSound(try topologyPlacement(.torus(1, 1), ownExperts: 3), 13)
     }
 
     /// Columns drawn at random, self copies included. With many columns the colours run out and the group does not sweep.
@@ -127,13 +127,13 @@ private func expectSound(_ placement: Placement, _ seed: UInt64, rounds: Int = 1
                 topology, groups: 1 + random.below(2), ownExperts: columns * combined + random.below(3), combined: combined,
                 shuffled: random)
             expectSound(placement, UInt64(seed), bruteForce: ranks < 9)
-            sweeping.insert(SolverTables(placement).nColours > 0)
+            sweeping.insert(Network(placement).colourEnd.count > 0)
         }
         #expect(sweeping.count == 2)
     }
 
     @Test func topologyAbove64Ranks() throws {
-        expectSound(try topologyPlacement(try .torus(10, 7), ownExperts: 3, shuffled: Random(15)), 14)
+        expectSound(try topologyPlacement(.torus(10, 7), ownExperts: 3, shuffled: Random(15)), 14)
     }
 
     @Test func smallGeneralPlacements() throws {
@@ -168,17 +168,17 @@ private func expectSound(_ placement: Placement, _ seed: UInt64, rounds: Int = 1
         var random = Random(400)
         for ranks in [8, 40, 64] {
             let placement = try randomPlacement(ranks: ranks, localSlots: 4, maxReplicas: 8, &random)
-            let solver = FlowSolver(SolverTables(placement)), other = FlowSolver(solver.tables)
+            let solver = FlowSolver(Network(placement)), other = FlowSolver(solver.network)
             for family in LoadFamily.allCases {
                 let loads = family.loads(placement, &random)
                 solver.solve(loads: loads)
-                other.work.place(loads)
-                let group = Group(other.work, 0)
+                other.memory.read(loads)
+                let group = Group(other.memory, 0)
                 var state = group.start()
-                if group.firstColour < group.endColour { continue }
-                ListSearch(group).run(&state)
+                if group.sweeps { continue }
+                group.balanceByLists(&state)
                 #expect(group.result(state) == solver.results[0])
-                #expect((0..<solver.tables.nArcs).allSatisfy { other.split[$0] == solver.split[$0] })
+                #expect((0..<solver.network.nArcs).allSatisfy { other.memory.x[$0] == solver.memory.x[$0] })
             }
         }
     }
@@ -199,7 +199,7 @@ private func expectSound(_ placement: Placement, _ seed: UInt64, rounds: Int = 1
             // Rank r holds expert r and expert r - 1 (rank 0 holds expert 0 twice).
             let phy2log = (0..<2 * ranks).map { Int32(max(0, $0 / 2 - $0 % 2)) }
             let placement = try Placement(shape: shape, phy2log: phy2log)
-            let solver = FlowSolver(SolverTables(placement)), oracle = PlainFlow(placement)
+            let solver = FlowSolver(Network(placement)), oracle = PlainFlow(placement)
             let profiles: [(Int) -> Int] = [
                 { $0 < ranks / 2 ? 100 : 0 }, { $0 }, { $0 == ranks - 1 ? 1 << 40 : 0 }, { $0 * 37 % 11 },
             ]
@@ -215,7 +215,7 @@ private func expectSound(_ placement: Placement, _ seed: UInt64, rounds: Int = 1
     @Test func equalInputsGiveEqualBits() throws {
         var random = Random(500)
         let placement = try randomPlacement(ranks: 32, localSlots: 5, maxReplicas: 6, &random)
-        let a = FlowSolver(SolverTables(placement)), b = FlowSolver(SolverTables(placement))
+        let a = FlowSolver(Network(placement)), b = FlowSolver(Network(placement))
         let first = LoadFamily.normal.loads(placement, &random), second = LoadFamily.sparse.loads(placement, &random)
         let before = a.run(first)
         _ = a.run(second)
@@ -226,10 +226,10 @@ private func expectSound(_ placement: Placement, _ seed: UInt64, rounds: Int = 1
     @Test func limits() throws {
         var random = Random(600)
         let general = try randomPlacement(ranks: 1024, localSlots: 8, maxReplicas: 8, replicated: 0.75, nodes: 128, &random)
-        let torus = try topologyPlacement(try .torus(32, 32), ownExperts: 4, combined: 1)
+        let torus = try topologyPlacement(.torus(32, 32), ownExperts: 4, combined: 1)
         #expect(general.shape.nLogical <= Limits.maxLogical && torus.shape.nLogical == Limits.maxLogical)
         for placement in [general, torus] {
-            let solver = FlowSolver(SolverTables(placement))
+            let solver = FlowSolver(Network(placement))
             for family in [LoadFamily.normal, .huge, .heavyTail, .oneHot] {
                 let loads = family.loads(placement, &random)
                 expectSound(placement, loads, solver, solver.run(loads))

@@ -54,6 +54,33 @@ enum LoadFamily: CaseIterable {
     }
 }
 
+extension RedundancyTopology {
+    /// Each of 8 ranks copies from the next one.
+    static let ring8 = of([[1, 2, 3, 4, 5, 6, 7, 0]])
+
+    /// 4 ranks, the next and the opposite one.
+    static let square4x2 = of([[1, 2, 3, 0], [2, 3, 0, 1]])
+
+    /// 8 ranks as two rings of 4 with links between them.
+    static let cube8x2 = of([[3, 0, 1, 2, 7, 4, 5, 6], [6, 7, 4, 5, 0, 1, 2, 3]])
+
+    /// 16 ranks as four rings of 4 in a ring.
+    static let hypercube16x2 = of([
+        [3, 0, 1, 2, 7, 4, 5, 6, 11, 8, 9, 10, 15, 12, 13, 14], [12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+    ])
+
+    /// m x n ranks: rank (i, j) = i * n + j copies from (i + 1 mod m, j) and from (i, j + 1 mod n). A side of length 1 gives self copies.
+    static func torus(_ m: Int, _ n: Int) -> RedundancyTopology {
+        of([(0..<m * n).map { ($0 / n + 1) % m * n + $0 % n }, (0..<m * n).map { $0 / n * n + ($0 + 1) % n }])
+    }
+
+    private static func of(_ columns: [[Int]]) -> RedundancyTopology {
+        let ranks = columns[0].count
+        return try! RedundancyTopology(
+            r2o: (0..<ranks).flatMap { rank in columns.map { Int32($0[rank]) } }, groupSize: ranks, nRedundant: columns.count)
+    }
+}
+
 /// The cases that a topology test runs over: shape and placement, with the experts in a random order.
 func topologyPlacement(
     _ topology: RedundancyTopology, groups: Int = 1, ownExperts: Int, combined: Int = 1, shuffled: Random? = nil
@@ -103,14 +130,14 @@ extension FlowSolver {
     func run(_ loads: [Int64]) -> Solved {
         solve(loads: loads)
         var solved = Solved()
-        let shape = tables.shape
+        let shape = network.shape
         for group in 0..<shape.nGroups {
             solved.results.append(results[group])
             let words = witness(ofGroup: group)
             solved.witnesses.append(Set((0..<Limits.maxRanks).filter { words[$0 >> 5] >> UInt32($0 & 31) & 1 != 0 }))
         }
         solved.tokens = [Int64](repeating: 0, count: shape.nPhysical)
-        for place in 0..<tables.nPlaces { solved.tokens[Int(tables.placeSlot[place])] = quotas[place] }
+        for place in 0..<network.nPlaces { solved.tokens[Int(network.placeSlot[place])] = quotas[place] }
         return solved
     }
 }

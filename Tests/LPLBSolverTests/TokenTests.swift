@@ -82,8 +82,8 @@ private func invalidCount(_ ids: [Int64], _ nLogical: Int) -> Int64 { Int64(ids.
         var random = Random(3)
         for _ in 0..<12 {
             let placement = try randomPlacement(ranks: 8, localSlots: 3, maxReplicas: 6, replicated: 0.7, nodes: 2, &random)
-            let tables = SolverTables(placement), n = placement.shape.nLogical
-            let solver = FlowSolver(tables), mapper = TokenMapper(nLogical: n), assigner = TokenAssigner(tables, source: nil)
+            let network = Network(placement), n = placement.shape.nLogical
+            let solver = FlowSolver(network), mapper = TokenMapper(nLogical: n), assigner = TokenAssigner(network, source: nil)
             let ids = randomIds(3000, n, &random)
             var counts = [Int32](repeating: 0, count: n)
             _ = mapper.count(ids, ids.count, counts: &counts)
@@ -93,42 +93,42 @@ private func invalidCount(_ ids: [Int64], _ nLogical: Int) -> Int64 { Int64(ids.
 
             func slot(_ e: Int, _ k: Int) -> Int32 {
                 var upTo: Int64 = 0
-                for place in Int(tables.expertStart[e])..<Int(tables.expertStart[e + 1]) {
+                for place in Int(network.expertStart[e])..<Int(network.expertStart[e + 1]) {
                     upTo += assigner.take[place]
-                    if upTo > k { return tables.placeSlot[place] }
+                    if upTo > k { return network.placeSlot[place] }
                 }
-                return tables.placeSlot[Int(tables.expertStart[e])]
+                return network.placeSlot[Int(network.expertStart[e])]
             }
             let expected = plainRedirect(ids, n, slot)
             var out = [Int64](repeating: 7, count: ids.count)
-            #expect(mapper.redirect(ids, ids.count, to: &out, tables: tables, take: assigner.take) == invalidCount(ids, n))
+            #expect(mapper.redirect(ids, ids.count, to: &out, network: network, take: assigner.take) == invalidCount(ids, n))
             #expect(out == expected)
             // The tokens on each slot are the plan's.
             let ofSlot = plainCount(out, placement.shape.nPhysical)
-            #expect((0..<tables.nPlaces).allSatisfy { Int64(ofSlot[Int(tables.placeSlot[$0])]) == solver.quotas[$0] })
+            #expect((0..<network.nPlaces).allSatisfy { Int64(ofSlot[Int(network.placeSlot[$0])]) == solver.quotas[$0] })
 
             var inPlace = ids.map { Int32($0) }
             inPlace.withUnsafeMutableBufferPointer {
-                _ = mapper.redirect($0.baseAddress!, $0.count, to: $0.baseAddress!, tables: tables, take: assigner.take)
+                _ = mapper.redirect($0.baseAddress!, $0.count, to: $0.baseAddress!, network: network, take: assigner.take)
             }
             #expect(inPlace.map { Int64($0) } == expected)
 
             // More ids than were counted: the surplus goes to the originals.
             let twice = ids + ids
             out = [Int64](repeating: 7, count: twice.count)
-            _ = mapper.redirect(twice, twice.count, to: &out, tables: tables, take: assigner.take)
+            _ = mapper.redirect(twice, twice.count, to: &out, network: network, take: assigner.take)
             #expect(out == plainRedirect(twice, n, slot))
-            _ = mapper.redirect(twice, twice.count, to: &out, tables: tables, take: nil)
-            #expect(out == plainRedirect(twice, n) { e, _ in tables.placeSlot[Int(tables.expertStart[e])] })
+            _ = mapper.redirect(twice, twice.count, to: &out, network: network, take: nil)
+            #expect(out == plainRedirect(twice, n) { e, _ in network.placeSlot[Int(network.expertStart[e])] })
         }
     }
 
     @Test func redirectByRatio() throws {
         var random = Random(4)
         let special: [Float] = [0, 1, -3, 7, .nan, .infinity, -.infinity, 0.5, .leastNonzeroMagnitude, Float(1).nextDown]
-        for topology in [RedundancyTopology.cube8x2, try .torus(1, 8)] {
+        for topology in [RedundancyTopology.cube8x2, .torus(1, 8)] {
             let placement = try topologyPlacement(topology, ownExperts: 4, combined: 2, shuffled: Random(5))
-            let tables = SolverTables(placement), n = placement.shape.nLogical
+            let network = Network(placement), n = placement.shape.nLogical
             let mapper = TokenMapper(nLogical: n)
             for _ in 0..<10 {
                 let ids = randomIds(2000, n, &random)
@@ -144,12 +144,12 @@ private func invalidCount(_ ids: [Int64], _ nLogical: Int) -> Int64 { Int64(ids.
                     return Double(k) < (Double(ratio) * Double(totals[e])).rounded(.toNearestOrAwayFromZero) ? slots[0] : slots[1]
                 }
                 var out = [Int64](repeating: 7, count: ids.count)
-                let invalid = mapper.redirect(ids, ids.count, to: &out, tables: tables, ratios: ratios, totals: totals)
+                let invalid = mapper.redirect(ids, ids.count, to: &out, network: network, ratios: ratios, totals: totals)
                 #expect(invalid == invalidCount(ids, n))
                 #expect(out == expected)
                 var narrow = ids.map { Int32($0) }
                 narrow.withUnsafeMutableBufferPointer {
-                    _ = mapper.redirect($0.baseAddress!, $0.count, to: $0.baseAddress!, tables: tables, ratios: ratios, totals: totals)
+                    _ = mapper.redirect($0.baseAddress!, $0.count, to: $0.baseAddress!, network: network, ratios: ratios, totals: totals)
                 }
                 #expect(narrow.map { Int64($0) } == expected)
             }
@@ -158,8 +158,8 @@ private func invalidCount(_ ids: [Int64], _ nLogical: Int) -> Int64 { Int64(ids.
 
     @Test func ratiosAndScaledLoads() throws {
         var random = Random(6)
-        let placement = try topologyPlacement(try .torus(1, 4), groups: 2, ownExperts: 4, combined: 2, shuffled: Random(7))
-        let tables = SolverTables(placement), solver = FlowSolver(tables), shape = placement.shape
+        let placement = try topologyPlacement(.torus(1, 4), groups: 2, ownExperts: 4, combined: 2, shuffled: Random(7))
+        let network = Network(placement), solver = FlowSolver(network), shape = placement.shape
         for family in LoadFamily.allCases {
             let loads = family.loads(placement, &random)
             let solved = solver.run(loads)

@@ -92,18 +92,18 @@ private func changed(_ loads: [Int64], _ random: inout Random) -> [Int64] {
 }
 
 /// The same group by the search for any number of ranks.
-private func byList(_ tables: SolverTables, _ loads: [Int64]) -> (GroupResult, [Int64]) {
-    let solver = FlowSolver(tables)
-    loads.withUnsafeBufferPointer { solver.work.place($0.baseAddress!) }
-    let group = Group(solver.work, 0)
+private func byList(_ network: Network, _ loads: [Int64]) -> (GroupResult, [Int64]) {
+    let solver = FlowSolver(network)
+    loads.withUnsafeBufferPointer { solver.memory.read($0.baseAddress!) }
+    let group = Group(solver.memory, 0)
     var state = group.start()
     var sweeps = 0
-    while sweeps < 2 && group.firstColour < group.endColour && group.max() > state.bound {
-        group.sweep()
+    while sweeps < 2 && group.sweeps && group.exceeds(state.capacity) {
+        group.sweep(state.capacity)
         sweeps += 1
     }
-    if group.max() > state.bound { ListSearch(group).run(&state) }
-    return (group.result(state), (0..<tables.nArcs).map { solver.split[$0] })
+    if group.exceeds(state.capacity) { group.balanceByLists(&state) }
+    return (group.result(state), (0..<network.nArcs).map { solver.memory.x[$0] })
 }
 
 @Suite struct WorstCaseTests {
@@ -111,7 +111,7 @@ private func byList(_ tables: SolverTables, _ loads: [Int64]) -> (GroupResult, [
     @Test(arguments: [64, 128]) func staircases(ranks: Int) throws {
         for net in Net.all(ranks) {
             let placement = try net.placement()
-            let solver = FlowSolver(SolverTables(placement))
+            let solver = FlowSolver(Network(placement))
             for (index, loads) in net.staircases().enumerated() {
                 let solved = solver.run(loads)
                 expectSound(placement, loads, solver, solved)
@@ -123,7 +123,7 @@ private func byList(_ tables: SolverTables, _ loads: [Int64]) -> (GroupResult, [
     @Test func longChains() throws {
         for net in Net.all(1024).prefix(2) {
             let placement = try net.placement()
-            let solver = FlowSolver(SolverTables(placement))
+            let solver = FlowSolver(Network(placement))
             for (index, loads) in net.staircases().enumerated() {
                 let solved = solver.run(loads)
                 expectSound(placement, loads, solver, solved)
@@ -139,7 +139,7 @@ private func byList(_ tables: SolverTables, _ loads: [Int64]) -> (GroupResult, [
         var random = Random(UInt64(ranks))
         for net in Net.all(ranks) {
             let placement = try net.placement()
-            let solver = FlowSolver(SolverTables(placement)), oracle = PlainFlow(placement)
+            let solver = FlowSolver(Network(placement)), oracle = PlainFlow(placement)
             for start in net.staircases().prefix(3) {
                 var worst = start, most: Int64 = -1
                 for _ in 0..<200 {
@@ -150,9 +150,9 @@ private func byList(_ tables: SolverTables, _ loads: [Int64]) -> (GroupResult, [
                 let solved = solver.run(worst)
                 expectSound(placement, worst, solver, solved)
                 #expect(most <= ranks / 2 + 32, "\(net.name)")
-                let (result, split) = byList(solver.tables, worst)
+                let (result, split) = byList(solver.network, worst)
                 #expect(result == solved.results[0])
-                #expect((0..<split.count).allSatisfy { split[$0] == solver.split[$0] })
+                #expect((0..<split.count).allSatisfy { split[$0] == solver.memory.x[$0] })
                 if ranks == 32 || most > 64 { #expect(solved == oracle.solve(worst), "\(net.name)") }
             }
         }

@@ -74,7 +74,8 @@ private func checkTables(_ p: Placement) {
 }
 
 @Test func originalFirstOnTheRing() throws {
-    let p = try Placement(shape: sizes(8, 8, 8, 16), topology: .ring8, order: (0..<8).map { $0 })
+    let ring = try RedundancyTopology(r2o: [1, 2, 3, 4, 5, 6, 7, 0], groupSize: 8, nRedundant: 1)
+    let p = try Placement(shape: sizes(8, 8, 8, 16), topology: ring, order: (0..<8).map { $0 })
     #expect(p.log2phy(width: 2) == [0, 15, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13])
 }
 
@@ -132,7 +133,7 @@ private func checkTables(_ p: Placement) {
 }
 
 @Test func refusedTopologyPlacements() throws {
-    let cube = RedundancyTopology.cube8x2
+    let cube = try RedundancyTopology(r2o: [3, 6, 0, 7, 1, 4, 2, 5, 7, 0, 4, 1, 5, 2, 6, 3], groupSize: 8, nRedundant: 2)
     let order = (0..<Int32(32)).map { $0 }
     func message(_ group: Int, _ logical: Int, _ physical: Int, _ order: [Int32], ep: Int = 8) -> String? {
         violation { try Placement(shape: sizes(ep, group, logical, physical), topology: cube, order: order) }?.message

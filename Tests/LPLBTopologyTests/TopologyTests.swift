@@ -1,4 +1,4 @@
-// RedundancyTopology: the named tables against their geometry, the inverse, and what is refused.
+// RedundancyTopology: what is accepted and what is refused.
 
 import LPLBTopology
 import Testing
@@ -8,58 +8,14 @@ private func violation(_ r2o: [Int32], _ groupSize: Int, _ nRedundant: Int) -> R
     return nil
 }
 
-/// Rank of (plane, position on a ring of 4) in the cube and the hypercube.
-private func ringOfFour(_ plane: Int, _ position: Int) -> Int { plane * 4 + (position % 4 + 4) % 4 }
-
-@Test func namedTables() throws {
-    #expect(RedundancyTopology.ring8.r2o == (0..<8).map { Int32(($0 + 1) % 8) })
-
-    let square = RedundancyTopology.square4x2
-    for rank in 0..<4 { #expect([square.r2o[2 * rank], square.r2o[2 * rank + 1]] == [Int32((rank + 1) % 4), Int32((rank + 2) % 4)]) }
-
-    let cube = RedundancyTopology.cube8x2
-    #expect(cube.r2o == [3, 6, 0, 7, 1, 4, 2, 5, 7, 0, 4, 1, 5, 2, 6, 3])
-
-    let hyper = RedundancyTopology.hypercube16x2
-    #expect(hyper.groupSize == 16 && hyper.nRedundant == 2)
-    for plane in 0..<4 {
-        for position in 0..<4 {
-            let rank = ringOfFour(plane, position)
-            #expect(Int(hyper.r2o[2 * rank]) == ringOfFour(plane, position - 1))
-            #expect(Int(hyper.r2o[2 * rank + 1]) == ringOfFour((plane + 3) % 4, position))
-        }
-    }
-}
-
-@Test(arguments: [(8, 4), (4, 8), (3, 5), (1, 6), (6, 1), (1, 1), (32, 32), (2, 2)])
-func torus(m: Int, n: Int) throws {
-    let t = try RedundancyTopology.torus(m, n)
-    #expect(t.groupSize == m * n && t.nRedundant == 2)
-    for i in 0..<m {
-        for j in 0..<n {
-            #expect(Int(t.r2o[2 * (i * n + j)]) == (i + 1) % m * n + j)
-            #expect(Int(t.r2o[2 * (i * n + j) + 1]) == i * n + (j + 1) % n)
-        }
-    }
-    #expect(try RedundancyTopology(r2o: t.r2o, groupSize: m * n, nRedundant: 2) == t)
-}
-
-@Test func torusBeyondTheLimits() {
-    for (m, n) in [(0, 4), (4, -1), (33, 32), (.max, .max), (.min, 2), (1024, 1024)] {
-        #expect(throws: RuleViolation.self) { try RedundancyTopology.torus(m, n) }
-    }
-}
-
-@Test func inverseOfRandomTables() throws {
+@Test func randomTables() throws {
     var random = Random(seed: 7)
     for _ in 0..<300 {
         let ranks = 1 + random.below(40), columns = random.below(6)
         let permutations = (0..<columns).map { _ in random.permutation(ranks) }
         let table = (0..<ranks).flatMap { rank in permutations.map { $0[rank] } }
         let t = try RedundancyTopology(r2o: table, groupSize: ranks, nRedundant: columns)
-        for rank in 0..<ranks {
-            for d in 0..<columns { #expect(t.o2r[Int(t.r2o[rank * columns + d]) * columns + d] == Int32(rank)) }
-        }
+        #expect(t.r2o == table && t.groupSize == ranks && t.nRedundant == columns)
         // Any single entry changed is no permutation any more.
         if ranks > 1 && columns > 0 {
             var broken = table

@@ -1,4 +1,5 @@
-// Workspace: the three steps of EPLB for one layer (sum and pack the groups, replicate, pack the slots), on memory that is allocated once.
+// EPLBWorkspace: the three steps of EPLB for one layer (sum and pack the groups, replicate, pack the slots), on memory that is allocated
+// once.
 //
 // All arithmetic is float32 and in the order of the public PyTorch program, so that the results agree even where rounding decides.
 // Loads are non-negative, and such floats compare like their bit patterns read as integers. So a load and an index fit into one 64-bit
@@ -11,8 +12,8 @@ struct EPLBSizes {
     let nLogical: Int, nPhysical: Int, nGroups: Int, nNodes: Int, nRanks: Int
 }
 
-/// Scratch memory and, after `place`, the result for one layer.
-struct Workspace: ~Copyable {
+/// Scratch memory and, after `balance`, the result for one layer.
+struct EPLBWorkspace: ~Copyable {
     let sizes: EPLBSizes
     /// [nPhysical]: the expert of each slot, and which of its replicas the slot is.
     let slotExpert: UnsafeMutablePointer<Int32>
@@ -27,7 +28,7 @@ struct Workspace: ~Copyable {
     private let filled: UnsafeMutablePointer<Int32>  // [max(nRanks / nNodes, nNodes)]: items in each pack
     private let replicas: UnsafeMutablePointer<Int32>  // [nLogical / nNodes]: replicas of the experts of a node
     private let load: UnsafeMutablePointer<Float>  // [nLogical / nNodes]: tokens of the experts of a node
-    private let share: UnsafeMutablePointer<Float>  // [max(nLogical / nNodes, nGroups)]: load per replica
+    private let loadPerReplica: UnsafeMutablePointer<Float>  // [max(nLogical / nNodes, nGroups)]: of experts, or load of groups
     private let keys: UnsafeMutablePointer<UInt64>  // [max(nPhysical / nNodes, nGroups)]
     private let otherKeys: UnsafeMutablePointer<UInt64>  // the same, for sorting
     private let tree: UnsafeMutablePointer<UInt64>  // tournament over experts or packs
@@ -49,7 +50,7 @@ struct Workspace: ~Copyable {
         filled = .allocate(capacity: nPacks)
         replicas = .allocate(capacity: nodeLogical)
         load = .allocate(capacity: nodeLogical)
-        share = .allocate(capacity: max(nodeLogical, sizes.nGroups))
+        loadPerReplica = .allocate(capacity: max(nodeLogical, sizes.nGroups))
         keys = .allocate(capacity: nItems)
         otherKeys = .allocate(capacity: nItems)
         tree = .allocate(capacity: 2 * Self.leaves(max(nodeLogical, nPacks)))
@@ -67,15 +68,15 @@ struct Workspace: ~Copyable {
         filled.deallocate()
         replicas.deallocate()
         load.deallocate()
-        share.deallocate()
+        loadPerReplica.deallocate()
         keys.deallocate()
         otherKeys.deallocate()
         tree.deallocate()
         histogram.deallocate()
     }
 
-    /// Places one layer: weight [nLogical], finite (or +infinity) and not negative.
-    func place(_ weight: UnsafePointer<Float>) {
+    /// Balances one layer: weight [nLogical], finite (or +infinity) and not negative.
+    func balance(_ weight: UnsafePointer<Float>) {
         groupsToNodes(weight)
         let nodeLogical = sizes.nLogical / sizes.nNodes, nodeSlots = sizes.nPhysical / sizes.nNodes
         for node in 0..<sizes.nNodes {
@@ -84,14 +85,14 @@ struct Workspace: ~Copyable {
                 load[i] = weight[Int(experts[i])] + 0  // -0 becomes +0, whose bits are in order
             }
             replicate(nodeLogical, nodeSlots)
-            pack(itemCount: nodeSlots, packCount: sizes.nRanks / sizes.nNodes) { self.share[Int(self.item[$0])] }
+            pack(itemCount: nodeSlots, packCount: sizes.nRanks / sizes.nNodes) { self.loadPerReplica[Int(self.item[$0])] }
 
             for i in 0..<nodeLogical { count[Int(experts[i])] = replicas[i] }
-            let slots = slotExpert + node &* nodeSlots, ranks = slotReplica + node &* nodeSlots
+            let expertOf = slotExpert + node &* nodeSlots, replicaOf = slotReplica + node &* nodeSlots
             for s in 0..<nodeSlots {
                 let i = Int(packed[s])
-                slots[s] = experts[Int(item[i])]
-                ranks[s] = itemReplica[i]
+                expertOf[s] = experts[Int(item[i])]
+                replicaOf[s] = itemReplica[i]
             }
         }
     }
@@ -102,33 +103,33 @@ struct Workspace: ~Copyable {
     private func groupsToNodes(_ weight: UnsafePointer<Float>) {
         let groupSize = sizes.nLogical / sizes.nGroups
         if sizes.nGroups > sizes.nNodes {
-            for group in 0..<sizes.nGroups { share[group] = sumInLanes(weight + group &* groupSize, groupSize) }
+            for group in 0..<sizes.nGroups { loadPerReplica[group] = sumInLanes(weight + group &* groupSize, groupSize) }
         }
-        pack(itemCount: sizes.nGroups, packCount: sizes.nNodes) { self.share[$0] }
-        var place = 0
+        pack(itemCount: sizes.nGroups, packCount: sizes.nNodes) { self.loadPerReplica[$0] }
+        var position = 0
         for i in 0..<sizes.nGroups {
             let first = Int(packed[i]) &* groupSize
             for expert in first..<first &+ groupSize {
-                nodeExpert[place] = Int32(truncatingIfNeeded: expert)
-                place &+= 1
+                nodeExpert[position] = Int32(truncatingIfNeeded: expert)
+                position &+= 1
             }
         }
     }
 
     /// Step 2: one replica of each expert, then one more at a time for the expert with the largest load per replica (ties: lowest index).
-    /// Fills `item`, `itemReplica`, `replicas` and `share`.
+    /// Fills `item`, `itemReplica`, `replicas` and `loadPerReplica`.
     private func replicate(_ nExperts: Int, _ nItems: Int) {
         for i in 0..<nExperts {
             item[i] = Int32(truncatingIfNeeded: i)
             itemReplica[i] = 0
             replicas[i] = 1
-            share[i] = load[i]
+            loadPerReplica[i] = load[i]
         }
         if nItems == nExperts { return }
 
-        // Tournament for the largest share: leaf i holds share and inverted index, each inner node the larger of its two.
+        // Tournament for the largest load per replica: leaf i holds it and the inverted index, each inner node the larger of its two.
         let half = Self.leaves(nExperts)
-        for i in 0..<nExperts { tree[half &+ i] = UInt64(share[i].bitPattern) &<< 32 | UInt64(~UInt32(truncatingIfNeeded: i)) }
+        for i in 0..<nExperts { tree[half &+ i] = UInt64(loadPerReplica[i].bitPattern) &<< 32 | UInt64(~UInt32(truncatingIfNeeded: i)) }
         for i in nExperts..<half { tree[half &+ i] = 0 }
         for i in stride(from: half &- 1, to: 0, by: -1) { tree[i] = max(tree[2 &* i], tree[2 &* i &+ 1]) }
         for j in nExperts..<nItems {
@@ -137,8 +138,8 @@ struct Workspace: ~Copyable {
             item[j] = Int32(bitPattern: winner)
             itemReplica[j] = replicas[i]
             replicas[i] &+= 1
-            share[i] = load[i] / Float(replicas[i])
-            var key = UInt64(share[i].bitPattern) &<< 32 | UInt64(~winner)
+            loadPerReplica[i] = load[i] / Float(replicas[i])
+            var key = UInt64(loadPerReplica[i].bitPattern) &<< 32 | UInt64(~winner)
             var at = half &+ i
             tree[at] = key
             while at > 1 {
@@ -174,10 +175,10 @@ struct Workspace: ~Copyable {
             let lightest = tree[1]
             let p = Int(UInt32(truncatingIfNeeded: lightest))
             let total = Float(bitPattern: UInt32(lightest &>> 32)) + Float(bitPattern: ~UInt32(sorted[s] &>> 32))
-            let place = Int(filled[p])
-            packed[p &* perPack &+ place] = Int32(truncatingIfNeeded: sorted[s])
-            filled[p] = Int32(truncatingIfNeeded: place &+ 1)
-            var key = place &+ 1 == perPack ? Self.full : UInt64(total.bitPattern) &<< 32 | UInt64(UInt32(truncatingIfNeeded: p))
+            let filledTo = Int(filled[p])
+            packed[p &* perPack &+ filledTo] = Int32(truncatingIfNeeded: sorted[s])
+            filled[p] = Int32(truncatingIfNeeded: filledTo &+ 1)
+            var key = filledTo &+ 1 == perPack ? Self.full : UInt64(total.bitPattern) &<< 32 | UInt64(UInt32(truncatingIfNeeded: p))
             var at = half &+ p
             tree[at] = key
             while at > 1 {
@@ -242,8 +243,8 @@ struct Workspace: ~Copyable {
 }
 
 /// The float32 sum in the order in which PyTorch sums a contiguous row on x86-64: 4 vectors of 8 lanes, and 4 single lanes for rows
-/// shorter than 8 (observed with 2.11, the same for AVX-512, AVX2 and neither; rows of 512 and more are cut differently there). Whole numbers that
-/// sum to less than 2^24 are exact in any order.
+/// shorter than 8 (observed with 2.11, the same for AVX-512, AVX2 and neither; rows of 512 and more are cut differently there). Whole
+/// numbers that sum to less than 2^24 are exact in any order.
 func sumInLanes(_ x: UnsafePointer<Float>, _ n: Int) -> Float {
     if n < 8 {
         var lanes = SIMD4<Float>(repeating: 0)

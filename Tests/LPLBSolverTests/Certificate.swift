@@ -9,7 +9,7 @@ import LPLBTopology
 ///   - loads: [nLogical], each 0 ... 2^40
 ///   - witness: `FlowSolver.witnessWords` words; bit r: rank r of the group is in S.
 /// - Complexity: O(nPhysical)
-public func certifiedBound(loads: UnsafePointer<Int64>, placement: Placement, group: Int, witness: UnsafePointer<UInt32>) -> Int64 {
+func certifiedBound(loads: UnsafePointer<Int64>, placement: Placement, group: Int, witness: UnsafePointer<UInt32>) -> Int64 {
     let shape = placement.shape
     let first = group * shape.groupSize
     var size = 0
@@ -27,5 +27,5 @@ public func certifiedBound(loads: UnsafePointer<Int64>, placement: Placement, gr
         }
         if inside { tokens &+= loads[expert] }
     }
-    return ceiling(tokens, size)
+    return (tokens + Int64(size) - 1) / Int64(size)
 }

@@ -1,0 +1,154 @@
+// Group: one group's view of the solver's memory, with the beginning, the sweeps and the end of the algorithm.
+
+/// The level T and the counters of a group while it is solved.
+struct GroupState {
+    var capacity = Capacity()
+    var total: Int64 = 0
+    var rounds = 0
+}
+
+/// Ranks are counted within the group, arcs and bundles over all groups.
+struct Group {
+    /// Groups up to this size use one 64-bit mask as a set of ranks.
+    static let maskRanks = 64
+    /// Rounds without spilling, in which one rank above its cap without distance is enough to raise T; later on, none of them may have one.
+    static let plainRounds = 32
+
+    let memory: SolverMemory
+    let size: Int
+    let firstBundle: Int
+    let endBundle: Int
+    /// The group has colours.
+    let sweeps: Bool
+    let load: UnsafeMutablePointer<Int64>
+    let base: UnsafeMutablePointer<Int64>
+    let rankStart: UnsafePointer<Int32>
+    let witness: RankSet
+
+    var demand: UnsafeMutablePointer<Int64> { memory.demand }
+    var x: UnsafeMutablePointer<Int64> { memory.x }
+    var incoming: UnsafeMutablePointer<Int64> { memory.incoming }
+    var bundleStart: UnsafePointer<Int32> { memory.bundleStart }
+    var arcRank: UnsafePointer<Int32> { memory.arcRank }
+    var arcBundle: UnsafePointer<Int32> { memory.arcBundle }
+    var arcMask: UnsafePointer<UInt64> { memory.arcMask }
+    var rankArc: UnsafePointer<Int32> { memory.rankArc }
+    var adjacent: UnsafeMutablePointer<UInt64> { memory.adjacent }
+    var distance: UnsafeMutablePointer<Int32> { memory.distance }
+    var bundleDistance: UnsafeMutablePointer<Int32> { memory.bundleDistance }
+    var queue: UnsafeMutablePointer<Int32> { memory.queue }
+    var distanceStart: UnsafeMutablePointer<Int32> { memory.distanceStart }
+    var receivers: UnsafeMutablePointer<Int32> { memory.receivers }
+
+    @inline(__always)
+    init(_ memory: SolverMemory, _ index: Int) {
+        let firstRank = index &* memory.groupSize
+        self.memory = memory
+        size = memory.groupSize
+        firstBundle = Int(memory.groupBundleStart[index])
+        endBundle = Int(memory.groupBundleStart[index &+ 1])
+        sweeps = memory.groupColourStart[index] < memory.groupColourStart[index &+ 1]
+        load = memory.load + firstRank
+        base = memory.base + firstRank
+        rankStart = memory.rankStart + firstRank
+        witness = RankSet(words: memory.witness + index &* FlowSolver.witnessWords, size: size)
+    }
+
+    /// Rounds of the loop after which it gives up, a guard that is never met.
+    var maxRounds: Int { Group.plainRounds &+ (size &+ 1) &* (size &* size &+ 2) }
+
+    /// Some rank has more than it may hold.
+    @inline(__always)
+    func exceeds(_ capacity: Capacity) -> Bool {
+        var most: Int64 = 0
+        var r = 0
+        while r < size {
+            most = max(most, load[r] &- capacity.cap(r))
+            r &+= 1
+        }
+        return most > 0
+    }
+
+    // MARK: Start
+
+    /// Splits every bundle evenly and takes the first level.
+    func start() -> GroupState {
+        var state = GroupState()
+        var highest: Int64 = 0
+        var busiest = 0
+        for r in 0..<size {
+            load[r] = base[r]
+            state.total &+= base[r]
+            let level = state.capacity.level(of: base[r], on: r)
+            if level > highest {
+                highest = level
+                busiest = r
+            }
+        }
+        for u in firstBundle..<endBundle {
+            state.total &+= demand[u]
+            splitEvenly(u)
+        }
+        witness.removeAll()
+        witness.insertAll()
+        state.capacity.raise(witness, holding: state.total)
+        if highest > state.capacity.level {
+            witness.removeAll()
+            witness.insert(busiest)
+            state.capacity.raise(witness, holding: base[busiest])
+        }
+        return state
+    }
+
+    @inline(__always)
+    private func splitEvenly(_ bundle: Int) {
+        let tokens = demand[bundle], first = Int(bundleStart[bundle]), end = Int(bundleStart[bundle &+ 1])
+        if end &- first == 2 {
+            let half = tokens >> 1
+            put(first, tokens &- half)
+            put(first &+ 1, half)
+        } else {
+            let part = tokens / Int64(end &- first)
+            let rest = Int(tokens &- part &* Int64(end &- first))
+            for arc in first..<end { put(arc, part &+ (arc &- first < rest ? 1 : 0)) }
+        }
+    }
+
+    @inline(__always)
+    private func put(_ arc: Int, _ tokens: Int64) {
+        x[arc] = tokens
+        load[Int(arcRank[arc])] &+= tokens
+    }
+
+    // MARK: Sweep
+
+    /// Levels the two ranks of each bundle. The bundles come colour by colour, and those of a colour share no rank.
+    func sweep(_ capacity: Capacity) {
+        let load = load, x = x, arcRank = arcRank, bundleStart = bundleStart
+        var u = firstBundle
+        while u < endBundle {
+            let arc = Int(bundleStart[u])
+            let r = Int(arcRank[arc]), s = Int(arcRank[arc &+ 1])
+            let wanted = capacity.transfer(from: r, holding: load[r], to: s, holding: load[s])
+            let tokens = max(0 &- x[arc &+ 1], min(x[arc], wanted))
+            x[arc] &-= tokens
+            x[arc &+ 1] &+= tokens
+            load[r] &-= tokens
+            load[s] &+= tokens
+            u &+= 1
+        }
+    }
+
+    // MARK: Result
+
+    func result(_ state: GroupState) -> GroupResult {
+        var result = GroupResult()
+        for r in 0..<size { result.maxLoad = max(result.maxLoad, state.capacity.level(of: load[r], on: r)) }
+        result.bound = state.capacity.level
+        result.total = state.total
+        result.rounds = Int64(state.rounds)
+        result.witnessSize = witness.count
+        for u in firstBundle..<endBundle { result.moved &+= demand[u] &- x[Int(bundleStart[u])] }
+        return result
+    }
+}
