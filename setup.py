@@ -58,7 +58,7 @@ class Toolkit(NamedTuple):
 
 
 def cuda_sources() -> list[Path]:
-    return sorted((ROOT / "cuda").glob("*.cu"))
+    return sorted([*(ROOT / "cuda").glob("*.cu"), *(ROOT / "cuda/solve").glob("*.cu")])
 
 
 def cuda_mode() -> str:
@@ -137,7 +137,7 @@ def compile_cuda(toolkit: Toolkit) -> list[Path]:
     release = subprocess.run([toolkit.nvcc, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
 
     common = hashlib.sha256(repr((flags, release)).encode())
-    for header in sorted([*(ROOT / "cuda").glob("*.h"), *(ROOT / "cuda").glob("*.cuh")]):
+    for header in sorted([*(ROOT / "cuda").glob("*.h"), *(ROOT / "cuda").glob("*.cuh"), *(ROOT / "cuda/solve").glob("*.cuh")]):
         common.update(header.read_bytes())
     cores = max(2, min(8, os.cpu_count() or 2))  # files at a time, and architectures at a time within a file
     cache = ROOT / "build/cuda"

@@ -59,10 +59,10 @@ typedef struct lplbk_planner {
 
 typedef struct lplbk_backend {
     int32_t version;           /* of CUDA that this was built with, e.g. 13000 */
-    const char *architectures; /* the machine code in this build, e.g. "sm_80 sm_90 compute_120" */
+    const char *LPLBK_SET architectures; /* the machine code in this build, e.g. "sm_80 sm_90 compute_120" */
 
     int32_t (*LPLBK_SET error_kind)(int32_t error);
-    const char *(*LPLBK_SET error_name)(int32_t error); /* the runtime's, e.g. "cudaErrorIllegalAddress". Static, never NULL */
+    const char *LPLBK_SET (*LPLBK_SET error_name)(int32_t error); /* the runtime's, e.g. "cudaErrorIllegalAddress". Static, never NULL */
 
     /* ---- Device and memory ---- */
     int32_t (*LPLBK_SET device_count)(int32_t *count);

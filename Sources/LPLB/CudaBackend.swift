@@ -7,32 +7,13 @@ import LPLBTopology
 
 func makeCudaBackend(_ settings: PlannerSettings) throws(Failure) -> any PlannerBackend { try CudaBackend(settings) }
 
-/// Throws what the kernels' seam reports.
-@inline(__always)
-func check(_ error: Int32, _ doing: @autoclosure () -> String) throws(Failure) {
-    if error != 0 { throw cudaFailure(error, doing()) }
-}
-
-func cudaFailure(_ error: Int32, _ doing: String) -> Failure {
-    let name = String(cString: lplbk_error_name(error))
-    switch Int(lplbk_error_kind(error)) {
-    case LPLBK_KIND_NO_CUDA:
-        return Failure(LPLB_ERROR_NO_CUDA, "\(doing): CUDA cannot be used here (\(name)); LPLB_DEVICE_CPU (-1) plans on the host")
-    case LPLBK_KIND_OUT_OF_MEMORY: return Failure(LPLB_ERROR_OUT_OF_MEMORY, "\(doing): \(name)")
-    case LPLBK_KIND_UNSUPPORTED:
-        return Failure(LPLB_ERROR_UNSUPPORTED, "\(doing): must be within what the kernels can do on this device, got \(name)")
-    default: return Failure(LPLB_ERROR_CUDA, "\(doing): \(name)")
-    }
-}
-
 final class CudaBackend: PlannerBackend {
     let replaysGraphs = true
     private let shape: ExpertShape
     private let device: Int32
+    private let cuda: lplbk_backend
     /// What the kernels get; its address stays. Device memory comes with the first placement.
     private let state: UnsafeMutablePointer<lplbk_planner>
-    private var memory: [UnsafeMutableRawPointer] = []
-
     /// What kernels found wrong, shared with the device; nil where no rows are ever compared.
     private var report: UnsafeMutablePointer<lplbk_report>?
 
@@ -50,8 +31,9 @@ final class CudaBackend: PlannerBackend {
             throw Failure(
                 LPLB_ERROR_UNSUPPORTED, "group_size: must be at most \(interiorRanks) for LPLB_SOLVER_IPM, got \(shape.groupSize)")
         }
+        cuda = try cudaKernels("device \(device)")
         var info = lplbk_device_info()
-        try check(lplbk_device_info_get(device, &info), "device \(device)")
+        try check(cuda.device_info(device, &info), "device \(device)")
 
         var planner = lplbk_planner()
         planner.device = device
@@ -67,12 +49,12 @@ final class CudaBackend: PlannerBackend {
     }
 
     deinit {
-        for block in memory { _ = lplbk_free(device, block) }
-        _ = lplbk_free_mapped(device, report)
+        cuda.close(state)
+        _ = cuda.free_mapped(device, report)
         state.deallocate()
     }
 
-    /// All but pair_slots, which comes with the first placement's colours.
+    /// All but the colours, which come with the first placement.
     private static func shape(_ shape: ExpertShape, _ topology: RedundancyTopology?, rank: Int?) -> lplbk_shape {
         let redundant = shape.nPhysical - shape.nLogical
         var of = lplbk_shape()
@@ -83,9 +65,10 @@ final class CudaBackend: PlannerBackend {
         of.n_logical = Int32(shape.nLogical)
         of.n_physical = Int32(shape.nPhysical)
         of.rank = rank.map { Int32($0) } ?? -1
+        of.bundle_experts = 1
         if let topology, topology.nRedundant > 0 {
             of.n_redundant = Int32(topology.nRedundant)
-            of.combined = Int32(redundant / shape.epSize / topology.nRedundant)
+            of.bundle_experts = Int32(redundant / shape.epSize / topology.nRedundant)
             of.max_bundles = Int32(shape.groupSize * topology.nRedundant)
             of.max_arcs = 2 * of.max_bundles
         } else {
@@ -101,36 +84,41 @@ final class CudaBackend: PlannerBackend {
 
     /// All or nothing: a failure leaves the placement and the plan that were there, or a planner that has none.
     func load(_ network: Network, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        var planner = state.pointee
-        if report == nil { try openReport(&planner) }
-        let blocks = memory.isEmpty ? try allocate(&planner, network) : []
-        let words = DeviceImage(shape: planner.shape, layout: planner.layout, network: network).words(digest: digest)
-        let error = words.withUnsafeBufferPointer { lplbk_place(&planner, $0.baseAddress, stream) }
+        if report == nil { try openReport() }
+        let first = state.pointee.plan == nil
+        if first { try open(network) }
+        let words = DeviceImage(shape: state.pointee.shape, layout: state.pointee.layout, network: network).words(digest: digest)
+        let error = words.withUnsafeBufferPointer { cuda.place(state, $0.baseAddress, stream) }
         if error != 0 {
-            for block in blocks { _ = lplbk_free(device, block) }
+            if first { cuda.close(state) }
             throw cudaFailure(error, "placing on device \(device)")
         }
         report?.pointee.code = Int32(LPLBK_EXCHANGE_FINE)
-        if memory.isEmpty {
-            state.pointee = planner
-            memory = blocks
-        }
     }
 
-    func setDigest(_ digest: Int32) throws(Failure) {
-        let word = state.pointee.tables + Int(state.pointee.layout.digest)
-        try check(lplbk_write_word(device, word, digest), "placing on device \(device)")
+    /// The layout and the memory, with the first placement: they stay.
+    private func open(_ network: Network) throws(Failure) {
+        state.pointee.shape.colours = CudaBackend.colours(network, solver: state.pointee.solver)
+        let error = cuda.open(state)
+        if error == Int32(LPLBK_UNSUPPORTED) {
+            throw Failure(
+                LPLB_ERROR_UNSUPPORTED,
+                "n_physical: the tables of n_logical, n_physical and group_size must fit the \(state.pointee.info.shared_bytes) bytes of "
+                    + "shared memory that a block has on device \(device), got \(shape.nLogical), \(shape.nPhysical) and \(shape.groupSize)")
+        }
+        try check(error, "opening a planner on device \(device)")
     }
+
+    func setDigest(_ digest: Int32) throws(Failure) { try check(cuda.set_digest(state, digest), "placing on device \(device)") }
 
     /// Planners of one rank may be given rows, whose digests the kernels compare.
-    private func openReport(_ planner: inout lplbk_planner) throws(Failure) {
-        guard planner.shape.rank >= 0 else { return }
+    private func openReport() throws(Failure) {
+        guard state.pointee.shape.rank >= 0 else { return }
         var page: UnsafeMutableRawPointer?
         try check(
-            lplbk_alloc_mapped(device, Int64(MemoryLayout<lplbk_report>.size), &page, &planner.report),
+            cuda.alloc_mapped(device, Int64(MemoryLayout<lplbk_report>.size), &page, &state.pointee.report),
             "allocating host memory for device \(device)")
         report = page?.assumingMemoryBound(to: lplbk_report.self)
-        state.pointee.report = planner.report
     }
 
     /// Throws what a kernel has found, until there is a new placement.
@@ -140,46 +128,10 @@ final class CudaBackend: PlannerBackend {
         throw disagreement(reported: "rows", by: Int(report.pointee.rank), of: Int(report.pointee.peer))
     }
 
-    /// Sizes and memory of a planner that is placed for the first time. The colours of a topology are the same for every placement, so the
-    /// layout settled here stays. Returns the memory, which is the caller's to free.
-    private func allocate(_ planner: inout lplbk_planner, _ network: Network) throws(Failure) -> [UnsafeMutableRawPointer] {
-        planner.shape.pair_slots = CudaBackend.pairSlots(network)
-        planner.layout = withUnsafePointer(to: &planner.shape) { lplbk_layout_of($0) }
-        let error = lplbk_prepare(&planner)
-        if error == Int32(LPLBK_UNSUPPORTED) {
-            throw Failure(
-                LPLB_ERROR_UNSUPPORTED,
-                "n_physical: the tables of n_logical, n_physical and group_size must fit the \(planner.info.shared_bytes) bytes of shared "
-                    + "memory that a block has on device \(device), got \(shape.nLogical), \(shape.nPhysical) and \(shape.groupSize)")
-        }
-        try check(error, "device \(device)")
-        var blocks: [UnsafeMutableRawPointer] = []
-        func block(_ bytes: Int) throws(Failure) -> UnsafeMutableRawPointer? {
-            var memory: UnsafeMutableRawPointer?
-            let error = lplbk_alloc(device, Int64(bytes), &memory)
-            if error != 0 {
-                for block in blocks { _ = lplbk_free(device, block) }
-                throw cudaFailure(error, "allocating \(bytes) bytes on device \(device)")
-            }
-            if let memory { blocks.append(memory) }
-            return memory
-        }
-        func words(_ count: Int) throws(Failure) -> UnsafeMutablePointer<Int32>? {
-            try block(4 * count)?.assumingMemoryBound(to: Int32.self)
-        }
-        planner.tables = try words(Int(planner.layout.words))
-        planner.staged = try words(Int(planner.layout.words))
-        planner.quota = try words(shape.nPhysical)
-        planner.take = try words(shape.nPhysical)
-        planner.group_info = try words(shape.nGroups * LPLBK_INFO_WORDS)
-        planner.scratch = try words(Int(lplbk_scratch_words(&planner)))
-        planner.counters = try block(8 * LPLBK_COUNTER_WORDS)?.assumingMemoryBound(to: Int64.self)
-        return blocks
-    }
-
-    /// Groups of at most 32 ranks that sweep are solved in registers, with a register for each colour: 2, 4 or 8. 0: not so.
-    private static func pairSlots(_ network: Network) -> Int32 {
-        guard network.nRedundant > 0, network.shape.groupSize <= 32 else { return 0 }
+    /// Groups of at most 32 ranks that sweep are solved with a lane for each rank and a register for each colour: 2, 4 or 8. 0: not so. The
+    /// colours of a topology are the same for every placement. (The interior point method reads more of the tables.)
+    private static func colours(_ network: Network, solver: Int32) -> Int32 {
+        guard network.nRedundant > 0, network.shape.groupSize <= 32, solver == Int32(LPLB_SOLVER_FLOW) else { return 0 }
         var most = 0
         for group in 0..<network.shape.nGroups {
             let colours = network.colours(of: group).count
@@ -195,16 +147,16 @@ final class CudaBackend: PlannerBackend {
         _ ids: IdBuffer, counts: UnsafeMutablePointer<Int32>, cumulative: UnsafeMutablePointer<Int32>?, chunks: Int,
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
-        if memory.isEmpty { throw Failure(LPLB_ERROR_WRONG_ORDER, "lplb_planner_count: a CUDA planner needs a placement first") }
-        try check(lplbk_count(state, ids.base, ids.type.is64, Int64(ids.count), counts, cumulative, Int64(chunks), stream), "count")
+        if state.pointee.plan == nil { throw Failure(LPLB_ERROR_WRONG_ORDER, "lplb_planner_count: a CUDA planner needs a placement first") }
+        try check(cuda.count(state, ids.base, ids.type.is64, Int64(ids.count), counts, cumulative, Int64(chunks), stream), "count")
     }
 
     func countRow(_ ids: IdBuffer, row: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        try check(lplbk_count_row(state, ids.base, ids.type.is64, Int64(ids.count), row, stream), "count_row")
+        try check(cuda.count_row(state, ids.base, ids.type.is64, Int64(ids.count), row, stream), "count_row")
     }
 
     func makeRow(_ counts: CountBuffer, row: UnsafeMutablePointer<Int32>, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        try check(lplbk_make_row(state, counts.base, counts.type.is64, row, stream), "make_row")
+        try check(cuda.make_row(state, counts.base, counts.type.is64, row, stream), "make_row")
     }
 
     func solve(
@@ -216,17 +168,17 @@ final class CudaBackend: PlannerBackend {
             let rows = counts.base.assumingMemoryBound(to: Int32.self)
             let compare: Int32 = counts.compared ? 1 : 0
             return try check(
-                lplbk_solve_rows(state, rows, compare, ratios, scaled, counter.base, counter.type.is64, stream), "solve_rows")
+                cuda.solve_rows(state, rows, compare, ratios, scaled, counter.base, counter.type.is64, stream), "solve_rows")
         }
         try check(
-            lplbk_solve(
+            cuda.solve(
                 state, counts.base, counts.type.is64, Int64(counts.sources), ratios, scaled, counter.base, counter.type.is64, stream),
             "solve")
     }
 
     func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure) {
         try requireAgreement()
-        try check(lplbk_redirect(state, ids.base, ids.type.is64, Int64(ids.count), out.base, Int64(maxBlocks), stream), "redirect")
+        try check(cuda.redirect(state, ids.base, ids.type.is64, Int64(ids.count), out.base, Int64(maxBlocks), stream), "redirect")
     }
 
     func redirect(
@@ -234,7 +186,7 @@ final class CudaBackend: PlannerBackend {
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
         try check(
-            lplbk_redirect_by_ratio(
+            cuda.redirect_by_ratio(
                 state, ids.base, ids.type.is64, Int64(ids.count), ratios, cumulative, Int64(chunks), out.base, stream),
             "redirect_by_ratio")
     }
@@ -246,7 +198,7 @@ final class CudaBackend: PlannerBackend {
         try requireAgreement()
         let rows = gathered?.base.assumingMemoryBound(to: Int32.self)
         try check(
-            lplbk_run(
+            cuda.run(
                 state, ids.base, ids.type.is64, Int64(ids.count), rows, gathered?.compared == true ? 1 : 0, out.base, counter.base,
                 counter.type.is64, Int64(maxBlocks), stream),
             "run")
@@ -257,7 +209,7 @@ final class CudaBackend: PlannerBackend {
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) -> Bool {
         try requireAgreement()
-        let error = lplbk_run_exchanging(
+        let error = cuda.run_exchanging(
             state, view, ids.base, ids.type.is64, Int64(ids.count), out.base, counter.base, counter.type.is64, Int64(maxBlocks), stream)
         if error == Int32(LPLBK_UNSUPPORTED) { return false }
         try check(error, "run")
@@ -266,21 +218,20 @@ final class CudaBackend: PlannerBackend {
 
     // MARK: Reading
 
-    private func download<Word>(
-        _ from: UnsafeMutablePointer<Word>?, count: Int, zero: Word, _ stream: UnsafeMutableRawPointer?
-    ) throws(Failure) -> [Word] {
-        var words = [Word](repeating: zero, count: count)
-        let error = words.withUnsafeMutableBytes { lplbk_download(device, $0.baseAddress, from, Int64($0.count), stream) }
+    /// The plan as the stream leaves it, see cuda/tables.h.
+    private func plan(_ stream: UnsafeMutableRawPointer?) throws(Failure) -> [Int32] {
+        var words = [Int32](repeating: 0, count: Int(lplbk_plan_words(&state.pointee.shape)))
+        let error = words.withUnsafeMutableBufferPointer { cuda.read(state, $0.baseAddress, stream) }
         try check(error, "reading the plan from device \(device)")
         return words
     }
 
     func readInfo(groups: UnsafeMutablePointer<lplb_group_info>?, stream: UnsafeMutableRawPointer?) throws(Failure) -> PlanTotals {
-        let words = try download(state.pointee.group_info, count: shape.nGroups * LPLBK_INFO_WORDS, zero: 0, stream)
-        let counters = try download(state.pointee.counters, count: LPLBK_COUNTER_WORDS, zero: 0, stream)
+        let words = try plan(stream)
+        let counters = words.withUnsafeBytes { Array($0.bindMemory(to: Int64.self).prefix(LPLBK_COUNTERS)) }
         var totals = PlanTotals(invalidIds: counters[LPLBK_COUNTER_INVALID], overflow: counters[LPLBK_COUNTER_OVERFLOW])
         for group in 0..<shape.nGroups {
-            let info = words[group * LPLBK_INFO_WORDS..<(group + 1) * LPLBK_INFO_WORDS].map { $0 }
+            let info = Array(words[(Int(lplbk_plan_info()) + group * LPLBK_INFO_WORDS)...].prefix(LPLBK_INFO_WORDS))
             if state.pointee.shape.rank >= 0 {
                 totals.onOwnRank += Int64(info[LPLBK_INFO_OWN_RANK])
                 totals.onOwnNode += Int64(info[LPLBK_INFO_OWN_NODE])
@@ -292,13 +243,13 @@ final class CudaBackend: PlannerBackend {
     }
 
     func readSplit(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        let words = try download(state.pointee.quota, count: shape.nPhysical, zero: 0, stream)
-        for slot in 0..<shape.nPhysical { tokens[slot] = Int64(words[slot]) }
+        let words = try plan(stream)[Int(lplbk_plan_quota(&state.pointee.shape))...]
+        for (slot, word) in zip(0..<shape.nPhysical, words) { tokens[slot] = Int64(word) }
     }
 
     func readAssignment(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        let words = try download(state.pointee.take, count: shape.nPhysical, zero: 0, stream)
-        for slot in 0..<shape.nPhysical { tokens[slot] = Int64(words[slot]) }
+        let words = try plan(stream)[Int(lplbk_plan_take(&state.pointee.shape))...]
+        for (slot, word) in zip(0..<shape.nPhysical, words) { tokens[slot] = Int64(word) }
     }
 }
 

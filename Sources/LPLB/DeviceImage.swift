@@ -1,4 +1,4 @@
-// DeviceImage: a network packed for the kernels, as the layout in cuda/kernels.h says. Each section has one function of its name there.
+// DeviceImage: a network packed for the kernels, as the layout in cuda/tables.h says. Each section has one function of its name there.
 
 import CLPLBKernels
 import LPLBSolver
@@ -18,119 +18,90 @@ struct DeviceImage {
     /// [layout.words]
     consuming func words(digest: Int32) -> [Int32] {
         put(layout.digest, 0, digest)
-        experts()
-        places()
-        bundleExperts()
-        if shape.n_redundant > 0 { home() }
-        put(layout.expert_class, network.expertClass)
-        put(layout.expert_copy, network.expertCopy)
+        replicated()
+        classBundles()
+        var listed = 0
+        let others = singles()
         for group in 0..<Int(shape.n_groups) {
-            if shape.pair_slots > 0 { lanes(group) }
             image(group)
+            experts(group, others[group], &listed)
         }
         return words
     }
 
     private mutating func put(_ section: Int32, _ index: Int, _ word: Int32) { words[Int(section) + index] = word }
 
-    private mutating func put(_ section: Int32, _ all: [Int32]) { for (index, word) in all.enumerated() { put(section, index, word) } }
-
-    private func group(ofPlace place: Int) -> Int { Int(network.placeRank[place] / shape.group_size) }
+    private func image(of group: Int) -> Int32 { layout.image + Int32(group) * layout.image_words }
     private func rankInGroup(ofArc arc: Int) -> Int32 { network.arcRank[arc] % shape.group_size }
+    private func group(of expert: Int) -> Int { Int(network.placeRank[Int(network.expertStart[expert])] / shape.group_size) }
 
     // MARK: Experts
 
-    private mutating func experts() {
-        for expert in 0..<Int(shape.n_logical) {
-            let places = network.places(of: expert), bundle = network.expertBundle[expert]
-            let first = places.lowerBound, group = group(ofPlace: places.lowerBound)
-            let bundleInGroup = bundle - network.groupBundleStart[group]
-            put(layout.expert, 4 * expert, bundle < 0 ? -1 - network.placeRank[first] % shape.group_size : bundleInGroup)
-            put(layout.expert, 4 * expert + 1, Int32(places.count | group << 16))
-            put(layout.expert, 4 * expert + 2, Int32(first))
-            put(layout.expert, 4 * expert + 3, network.placeSlot[first])
+    private mutating func put(expert: Int, _ section: Int32, _ index: Int) {
+        let first = Int(network.expertStart[expert]), bundle = network.expertBundle[expert], copy = network.expertCopy[expert]
+        var place = -1 - network.placeRank[first]
+        if bundle >= 0 { place = number(ofBundle: Int(bundle), in: group(of: expert)) }
+        words.withUnsafeMutableBufferPointer { words in
+            lplbk_expert(
+                words.baseAddress! + Int(section) + 4 * index, Int32(expert), place, network.placeSlot[first],
+                copy >= 0 ? copy : Int32(LPLBK_NO_SLOT), network.expertClass[expert])
         }
     }
 
-    private mutating func places() {
-        for place in 0..<network.nPlaces {
-            put(layout.place, 2 * place, network.placeSlot[place])
-            put(layout.place, 2 * place + 1, network.placeRank[place])
-        }
+    /// Counted over all groups, as many for each.
+    private func number(ofBundle bundle: Int, in group: Int) -> Int32 {
+        Int32(group) * shape.max_bundles + Int32(bundle) - network.groupBundleStart[group]
     }
 
-    /// bundle_expert with its starts and its length, and code, which leads there. Behind the bundles' experts stand those whose copy is
-    /// beside their original: they have one place, but a slot of their own for redirect_by_ratio.
-    private mutating func bundleExperts() {
-        let selfCopies = (0..<shape.n_logical).filter {
-            network.expertClass[Int($0)] >= 0 && network.expertBundle[Int($0)] < 0
-        }
-        let listed = network.bundleExpert + selfCopies
-        put(layout.n_replicated, 0, Int32(listed.count))
-        put(layout.bundle_expert, listed)
+    /// replicated with its lengths, and code, which leads there.
+    private mutating func replicated() {
+        let besideTheirCopy = (0..<shape.n_logical).filter { network.expertClass[Int($0)] >= 0 && network.expertBundle[Int($0)] < 0 }
+        let experts = network.bundleExpert + besideTheirCopy
+        put(layout.n_bundled, 0, Int32(network.bundleExpert.count))
+        put(layout.n_replicated, 0, Int32(experts.count))
         for expert in 0..<Int(shape.n_logical) { put(layout.code, expert, network.placeSlot[Int(network.expertStart[expert])]) }
-        for (index, expert) in listed.enumerated() { put(layout.code, Int(expert), -1 - Int32(index)) }
-        for group in 0..<Int(shape.n_groups) {
-            let bundles = network.bundles(of: group), first = group * Int(shape.max_bundles)
-            // The last group's end is the end of all; the starts between two groups mean nothing.
-            let last = group + 1 == Int(shape.n_groups) ? bundles.upperBound : bundles.upperBound - 1
-            for bundle in stride(from: bundles.lowerBound, through: last, by: 1) {
-                put(layout.bundle_expert_start, first + bundle - bundles.lowerBound, network.bundleExpertStart[bundle])
-            }
+        for (index, expert) in experts.enumerated() {
+            put(layout.code, Int(expert), -1 - Int32(index))
+            put(expert: Int(expert), layout.replicated, index)
         }
     }
 
-    /// A topology's experts by original slot.
-    private mutating func home() {
-        let nLocal = shape.n_physical / shape.ep_size, nOwn = shape.n_logical / shape.ep_size
-        var record: [Int32] = [0, 0, 0, 0]
-        for expert in 0..<shape.n_logical {
-            let first = Int(network.expertStart[Int(expert)])
-            let slot = network.placeSlot[first]
-            let offset = slot % nLocal, rank = slot / nLocal % shape.group_size
-            let isPair = network.expertBundle[Int(expert)] >= 0
-            lplbk_home(
-                &record, expert, isPair ? 1 : 0, rank, rank * shape.n_redundant + offset % shape.n_redundant, slot,
-                isPair ? network.placeSlot[first + 1] : -1)
-            for (index, word) in record.enumerated() { put(layout.home, 4 * Int(slot / nLocal * nOwn + offset) + index, word) }
+    /// By group, the experts with one place, by its slot.
+    private func singles() -> [[Int]] {
+        var expertOfSlot = [Int](repeating: -1, count: Int(shape.n_physical))
+        for expert in 0..<Int(shape.n_logical) where network.expertBundle[expert] < 0 {
+            expertOfSlot[Int(network.placeSlot[Int(network.expertStart[expert])])] = expert
+        }
+        var singles = [[Int]](repeating: [], count: Int(shape.n_groups))
+        for expert in expertOfSlot where expert >= 0 { singles[group(of: expert)].append(expert) }
+        return singles
+    }
+
+    /// A group's part of expert. `listed`: those of the groups before it.
+    private mutating func experts(_ group: Int, _ singles: [Int], _ listed: inout Int) {
+        let bundles = network.bundles(of: group)
+        let bundled = network.bundleExpert[
+            Int(network.bundleExpertStart[bundles.lowerBound])..<Int(network.bundleExpertStart[bundles.upperBound])]
+        put(image(of: group), Int(LPLBK_IMAGE_FIRST_EXPERT), Int32(listed))
+        put(image(of: group), Int(LPLBK_IMAGE_EXPERTS), Int32(bundled.count + singles.count))
+        for expert in bundled.map({ Int($0) }) + singles {
+            put(expert: expert, layout.expert, listed)
+            listed += 1
         }
     }
 
-    // MARK: Lanes
-
-    /// A topology's bundles go by their slot class.
-    private mutating func lanes(_ group: Int) {
-        let firstClass = Int32(group) * shape.group_size * shape.n_redundant
-        let section = layout.lanes + Int32(group) * shape.pair_slots * 32
-        lanes(section, nColours: Int(shape.pair_slots), group) { [network] bundle in
-            network.expertClass[Int(network.bundleExpert[Int(network.bundleExpertStart[bundle])])] - firstClass
-        }
-    }
-
-    /// The same inside the image of a group that is all pairs, for planners without lanes by slot class. Bundles go by their number.
-    private mutating func pairLanes(_ group: Int, _ image: Int32) {
-        let first = network.groupBundleStart[group]
-        lanes(image + layout.pair_lanes, nColours: Int(LPLBK_MAX_COLOURS), group) { Int32($0) - first }
-        put(image, Int(LPLBK_IMAGE_PAIRS), 1)
-    }
-
-    /// For each colour and rank, where the bundle's other place is.
-    private mutating func lanes(_ section: Int32, nColours: Int, _ group: Int, slotClass: (Int) -> Int32) {
-        for lane in 0..<32 * nColours { put(section, lane, lplbk_no_lane(Int32(lane % 32))) }
-        for (colour, bundles) in network.colours(of: group).enumerated() {
-            for bundle in bundles {
-                let arc = Int(network.bundleStart[bundle])
-                let u = rankInGroup(ofArc: arc), v = rankInGroup(ofArc: arc + 1)
-                put(section, 32 * colour + Int(u), lplbk_lane(v, slotClass(bundle), 0))
-                put(section, 32 * colour + Int(v), lplbk_lane(u, slotClass(bundle), 1))
-            }
+    private mutating func classBundles() {
+        for slotClass in 0..<Int(shape.ep_size * shape.n_redundant) { put(layout.class_bundle, slotClass, -1) }
+        for expert in network.bundleExpert.map({ Int($0) }) where network.expertClass[expert] >= 0 {
+            let bundle = number(ofBundle: Int(network.expertBundle[expert]), in: group(of: expert))
+            put(layout.class_bundle, Int(network.expertClass[expert]), bundle)
         }
     }
 
     // MARK: Images
 
     private mutating func image(_ group: Int) {
-        let image = layout.image + Int32(group) * layout.image_words
+        let image = image(of: group)
         let bundles = network.bundles(of: group), colours = network.colours(of: group)
         let firstArc = Int(network.bundleStart[bundles.lowerBound])
         put(image, Int(LPLBK_IMAGE_BUNDLES), Int32(bundles.count))
@@ -139,13 +110,31 @@ struct DeviceImage {
         for (colour, its) in colours.enumerated() {
             put(image, Int(LPLBK_IMAGE_COLOUR) + colour + 1, Int32(its.upperBound - bundles.lowerBound))
         }
+        if shape.group_size <= 32 { lanes(colours, bundles.lowerBound, image) }
+        if shape.colours > 0 { return }
         for bundle in bundles {
             put(image + layout.bundle_start, bundle - bundles.lowerBound, network.bundleStart[bundle] - Int32(firstArc))
             arcs(bundle, bundle - bundles.lowerBound, firstArc, image)
         }
         put(image + layout.bundle_start, bundles.count, network.bundleStart[bundles.upperBound] - Int32(firstArc))
         rankArcs(group, bundles.lowerBound, firstArc, image)
-        if shape.pair_slots == 0 && shape.group_size <= 32 && !colours.isEmpty { pairLanes(group, image) }
+    }
+
+    /// For each colour and rank, where the bundle's other place is.
+    private mutating func lanes(_ colours: [Range<Int>], _ firstBundle: Int, _ image: Int32) {
+        let section = image + layout.lanes
+        put(image, Int(LPLBK_IMAGE_PAIRS), colours.isEmpty ? 0 : 1)
+        for lane in 0..<32 * (shape.colours == 2 || shape.colours == 4 ? 4 : Int(LPLBK_MAX_COLOURS)) {
+            put(section, lane, lplbk_no_lane(Int32(lane % 32)))
+        }
+        for (colour, bundles) in colours.enumerated() {
+            for bundle in bundles {
+                let arc = Int(network.bundleStart[bundle]), number = Int32(bundle - firstBundle)
+                let u = rankInGroup(ofArc: arc), v = rankInGroup(ofArc: arc + 1)
+                put(section, 32 * colour + Int(u), lplbk_lane(v, number, 0))
+                put(section, 32 * colour + Int(v), lplbk_lane(u, number, 1))
+            }
+        }
     }
 
     /// arc_rank, arc_slot and mask.

@@ -50,9 +50,10 @@ nonisolated(unsafe) private let buildInfo: UnsafePointer<CChar> = {
     #else
         let swift = "Swift 6.1 or earlier"
     #endif
-    let version = lplbk_cuda_version()
-    let architectures = String(cString: lplbk_architectures())
-    let cuda = version == 0 ? "without CUDA" : "CUDA \(version / 1000).\(version % 1000 / 10) (\(architectures))"
+    var cuda = "without CUDA"
+    if let kernels = lplbk_cuda()?.pointee {
+        cuda = "CUDA \(kernels.version / 1000).\(kernels.version % 1000 / 10) (\(String(cString: kernels.architectures)))"
+    }
     let text = "lplb \(LPLB_VERSION_MAJOR).\(LPLB_VERSION_MINOR).\(LPLB_VERSION_PATCH), \(cuda), \(swift)"
     let buffer = UnsafeMutablePointer<CChar>.allocate(capacity: text.utf8.count + 1)
     write(text, to: buffer, size: text.utf8.count + 1)
