@@ -19,7 +19,6 @@ struct ExchangeSettings {
     var bufferWords: Int64 { lplbk_exchange_buffer_words(Int64(ranks), Int64(nodes), Int64(counts)) }
 
     init(_ config: lplb_exchange_config) throws(Failure) {
-        try Check.size(config.struct_size, "struct_size", is: MemoryLayout<lplb_exchange_config>.size, "sizeof(lplb_exchange_config)")
         device = Int32(try Check.range(Int64(config.device), "device", 0...Int64(Int32.max)))
         ranks = try Check.range(config.n_ranks, "n_ranks", 1...Int64(LPLB_EXCHANGE_MAX_RANKS))
         rank = try Check.range(config.rank, "rank", 0...Int64(ranks - 1))
@@ -32,24 +31,12 @@ struct ExchangeSettings {
             rail = nil
             return
         }
-        let rail = try ExchangeSettings.rail(given)
-        guard rail.all_gather != nil else { throw Failure("rail.all_gather", "must not be NULL", value: "NULL") }
-        self.rail = rail
+        rail = try ExchangeSettings.rail(given)
     }
 
-    /// A copy. An older caller's struct ends earlier, and what is not in it is NULL; what a newer one has beyond ours must be zero.
-    private static func rail(_ given: UnsafePointer<lplb_rail_ops>) throws(Failure) -> lplb_rail_ops {
-        try Check.aligned(given, "rail", to: 8)
-        let bytes = UnsafeRawPointer(given)
-        let size = bytes.load(as: Int64.self), ours = MemoryLayout<lplb_rail_ops>.size, oldest = 40  // up to destroy
-        guard size >= Int64(oldest), size % 8 == 0, size <= 4096 else {
-            throw Failure("rail.struct_size", "must be sizeof(lplb_rail_ops), \(ours), or \(oldest) of an older caller", value: size)
-        }
-        for word in stride(from: ours, to: Int(size), by: 8) where bytes.load(fromByteOffset: word, as: Int64.self) != 0 {
-            throw Failure("rail", "must be zero beyond the \(ours) bytes that this version knows", value: "other bytes at \(word)")
-        }
-        var rail = lplb_rail_ops()
-        withUnsafeMutableBytes(of: &rail) { $0.copyMemory(from: UnsafeRawBufferPointer(start: bytes, count: min(Int(size), ours))) }
+    static func rail(_ given: UnsafePointer<lplb_rail_ops>) throws(Failure) -> lplb_rail_ops {
+        let rail = try StructSize.read(given, "rail", size: "rail.struct_size")
+        guard rail.all_gather != nil else { throw Failure("rail.all_gather", "must not be NULL", value: "NULL") }
         return rail
     }
 }
@@ -140,6 +127,12 @@ final class Exchange {
 
     /// The last step of lplb_exchange_begin, after which nothing can fail.
     func adoptRail() { ownsRail = true }
+
+    /// An exchange that is refused leaves the rail to the caller.
+    func leave() {
+        ownsRail = false
+        close()
+    }
 
     // MARK: Peers
 
@@ -239,7 +232,7 @@ final class Exchange {
         view.pointee.timeout_ns = timeout
     }
 
-    private static func limits(policy: Int32, timeoutMs: Int64) throws(Failure) -> (Int32, UInt64) {
+    static func limits(policy: Int32, timeoutMs: Int64) throws(Failure) -> (Int32, UInt64) {
         let policy = try Check.range(Int64(policy), "policy", Int64(LPLB_EXCHANGE_TRAP)...Int64(LPLB_EXCHANGE_REPORT))
         let ms = try Check.range(timeoutMs, "timeout_ms", 0...Int64(Int32.max))
         return (Int32(policy), UInt64(ms) * 1_000_000)

@@ -6,7 +6,7 @@ import Glibc
 
 /// Layout, little-endian: 0 magic, 4 version u8, 5 rank u8, 6 ranks u8, 8 counts u32, 12 nodes u32, 16 first epoch u32, 20 process u32,
 /// 24 host u64, 32 UUID of the GPU [16], 48 address of the buffer in its process u64, 56 nonce of the process u64, 64 CUDA IPC handle [64].
-struct ExchangeBlob {
+struct ExchangeBlob: Record {
     private static let magic: UInt32 = 0x4C_50_58_42
     private static let version: UInt8 = 1
     private static let uuidOffset = 32
@@ -15,7 +15,7 @@ struct ExchangeBlob {
     /// Tells this process from one of another container that happens to have the same number.
     private static let nonce = UInt64.random(in: .min ... .max)
 
-    private var bytes: [UInt8]
+    var bytes: [UInt8]
 
     init(_ settings: ExchangeSettings, buffer: UnsafeMutableRawPointer?) {
         bytes = [UInt8](repeating: 0, count: Int(LPLB_EXCHANGE_BLOB_BYTES))
@@ -87,13 +87,5 @@ struct ExchangeBlob {
                 LPLB_ERROR_UNSUPPORTED,
                 "lplb_exchange_finish: rank \(entry) is on another host than rank \(own.bytes[5]), and CUDA IPC stays on one")
         }
-    }
-
-    private mutating func put<Value: FixedWidthInteger>(_ value: Value, at offset: Int) {
-        bytes.withUnsafeMutableBytes { $0.storeBytes(of: value.littleEndian, toByteOffset: offset, as: Value.self) }
-    }
-
-    private func field<Value: FixedWidthInteger>(at offset: Int, _: Value.Type) -> Value {
-        bytes.withUnsafeBytes { Value(littleEndian: $0.loadUnaligned(fromByteOffset: offset, as: Value.self)) }
     }
 }
