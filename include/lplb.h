@@ -455,7 +455,7 @@ typedef struct lplb_connect_config {
     int64_t n_nodes;       /* NVLink domains, equal runs of ranks; 0: one for each host */
     int64_t timeout_ms;    /* the trial waits for as long as well, but not above 30 s */
     int64_t first_epoch;
-    const lplb_rail_ops *rail; /* NULL: one node. The exchange owns the context once it is connected; after any failure it is the caller's */
+    const lplb_rail_ops *rail; /* NULL: one node. Once connected the exchange owns the context; after any failure it is the caller's */
     const char *failure;   /* NULL, or why this rank cannot take part: then no rank is connected, and all get these words */
     lplb_gather gather;
     void *context;         /* handed to gather */
@@ -468,8 +468,8 @@ typedef struct lplb_connect_config {
  * An exchange that works, or the reason why there is none; every rank calls it. Compares what the ranks ask for, maps their buffers by CUDA
  * IPC and uses the exchange a few times, comparing what it brings with what `gather` brings. The same status and words on all ranks:
  *   LPLB_OK                       *exchange is ready
- *   LPLB_ERROR_UNSUPPORTED        it cannot be here (a rank on the CPU, several hosts and no rail, GPUs without a path to each other, a trial
- *                                 that failed ...): the caller brings the counts by its own means
+ *   LPLB_ERROR_UNSUPPORTED        it cannot be here (a rank on the CPU, several hosts and no rail, GPUs without a path to each other,
+ *                                 a trial that failed ...): the caller brings the counts by its own means
  *   LPLB_ERROR_DISAGREEMENT       n_counts, n_nodes, first_epoch, policy or the presence of a rail differ
  *   LPLB_ERROR_INVALID_ARGUMENT   a rank's config breaks a rule
  * On this rank alone perhaps: LPLB_ERROR_PEER_LOST where `gather` failed. Then *exchange may be one of which only destroy is left, once no

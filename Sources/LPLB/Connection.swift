@@ -7,7 +7,7 @@ protocol Connectable: AnyObject {
     func blob() throws(Failure) -> ExchangeBlob
     /// Maps the buffers behind the blobs of this node's ranks.
     func finish(_ blobs: UnsafeRawPointer) throws(Failure)
-    /// What calls with these counts, [calls][counts], bring: [calls][ranks of all nodes][counts]. Comes back within the limit, in milliseconds.
+    /// What calls with these counts, [calls][counts], bring: [calls][ranks of all nodes][counts]. Comes back within the limit.
     func trial(_ counts: [Int32], calls: Int, limitMs: Int64) throws(Failure) -> [Int32]
     func setLimits(policy: Int32, timeoutMs: Int64) throws(Failure)
     /// Ends the use of the peers' memory, and leaves the rail to the caller.

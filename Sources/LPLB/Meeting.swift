@@ -29,8 +29,8 @@ extension Record {
     }
 }
 
-/// What a rank brings to a meeting. Layout: 0 magic u32, 4 version u32, 8 rank, 16 host u64, 24 is on CUDA, 32 status of a failure; 40 free;
-/// 48 what must be equal, 8 bytes each, up to 160; from there free; 256 words of a failure [768].
+/// What a rank brings to a meeting. Layout: 0 magic u32, 4 version u32, 8 rank, 16 host u64, 24 is on CUDA, 32 status of a failure;
+/// 40 free; 48 `numbers`, 8 bytes each; from behind them up to 256 free; 256 words of a failure [768].
 protocol MeetingRecord: Record {
     static var magic: UInt32 { get }
     /// What must be equal, in the order in which differences are reported.
@@ -126,10 +126,12 @@ struct Meeting<Entry: MeetingRecord> {
     func checkOrder() throws(Failure) {
         for (rank, record) in records.enumerated() {
             guard record.isOurs else {
-                throw Failure(LPLB_ERROR_DISAGREEMENT, "gather: must bring what this version of lplb wrote, got other bytes from rank \(rank)")
+                throw Failure(
+                    LPLB_ERROR_DISAGREEMENT, "gather: must bring what this version of lplb wrote, got other bytes from rank \(rank)")
             }
             guard record.rank == Int64(rank) else {
-                throw Failure("gather", "must bring the ranks in order, entry \(rank) of rank \(rank)", value: "that of rank \(record.rank)")
+                throw Failure(
+                    "gather", "must bring the ranks in order, entry \(rank) of rank \(rank)", value: "that of rank \(record.rank)")
             }
         }
     }
@@ -152,7 +154,8 @@ struct Meeting<Entry: MeetingRecord> {
         let more = others.count > 1 ? " (differing: \(listed(others)))" : ""
         throw Failure(
             LPLB_ERROR_DISAGREEMENT,
-            "\(name): must be equal on all ranks, got \(words(others[0])) on rank \(others[0]) and \(words(common)) on rank \(common)\(more)")
+            "\(name): must be equal on all ranks, got \(words(others[0])) on rank \(others[0]) "
+                + "and \(words(common)) on rank \(common)\(more)")
     }
 
     // MARK: Hosts

@@ -57,7 +57,8 @@ enum StructSize {
         let size = Int(memory.load(as: Int64.self)), ours = MemoryLayout<Value>.size
         let isNewer = size > ours && size <= most && size % MemoryLayout<Int64>.size == 0
         guard size == ours || isNewer || Value.fields.contains(where: { MemoryLayout<Value>.offset(of: $0) == size }) else {
-            throw Failure(name, "must be sizeof(\(Value.self)), \(ours), or that of another version, which ends at a field's border", value: size)
+            throw Failure(
+                name, "must be sizeof(\(Value.self)), \(ours), or that of another version, which ends at a field's border", value: size)
         }
         return size
     }
@@ -71,8 +72,8 @@ extension lplb_config: SizedStruct {
     }
     static var fields: [PartialKeyPath<Self>] {
         [
-            \.device, \.solver, \.ep_size, \.rank, \.n_nodes, \.n_logical, \.n_physical, \.group_size, \.n_redundant, \.r2o, \.number, \.policy,
-            \.unused,
+            \.device, \.solver, \.ep_size, \.rank, \.n_nodes, \.n_logical, \.n_physical, \.group_size, \.n_redundant, \.r2o,
+            \.number, \.policy, \.unused,
         ]
     }
 }

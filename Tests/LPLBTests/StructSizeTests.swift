@@ -17,7 +17,9 @@ import Testing
             // Fields stand in the header's order, without gaps but those of alignment, and the last one ends the struct.
             let starts = Value.fields.map { MemoryLayout<Value>.offset(of: $0)! } + [MemoryLayout<Value>.size]
             #expect(starts[0] == 8)
-            for (start, next) in zip(starts, starts.dropFirst()) { #expect([4, 8].contains(next - start), "\(Value.self): \(start) to \(next)") }
+            for (start, next) in zip(starts, starts.dropFirst()) {
+                #expect([4, 8].contains(next - start), "\(Value.self): \(start) to \(next)")
+            }
         }
         for type in Self.read + Self.written { check(type) }
     }

@@ -109,7 +109,7 @@ static void exchange_config(void) {
     drop("lplb_exchange_create");
 }
 
-/* lplb_exchange_connect by a gather that brings this rank's bytes as everybody's, or nothing, or other bytes: without GPUs it never succeeds. */
+/* lplb_exchange_connect by a gather that brings this rank's bytes as everybody's, or nothing, or other bytes: on CPUs it never succeeds. */
 static struct { int64_t n_ranks; int fails, spoils; } echo;
 
 static int32_t echoed(void *context, const void *mine, void *all, int64_t bytes) {
