@@ -136,13 +136,13 @@ struct Connection<Made: Connectable> {
         let all = try Meeting(mine, gathering, "a step")
         try all.checkOrder()
         try all.equal("gather", { all.records[$0].step }, { "step \(all.records[$0].step) of lplb_exchange_connect" })
-        let failed = all.records.filter { $0.failure != nil }
-        if let first = failed.first, let failure = first.failure {
-            let isRule = Int(failure.status) == LPLB_ERROR_INVALID_ARGUMENT
-            let more = failed.count > 1 ? " (and \(failed.count - 1) more)" : ""
-            throw Failure(isRule ? LPLB_ERROR_INVALID_ARGUMENT : LPLB_ERROR_UNSUPPORTED, "rank \(first.rank): \(failure.message)\(more)")
-        }
-        return all
+        let failed = all.records.compactMap { record in record.failure.map { (rank: record.rank, failure: $0) } }
+        // Where a rank has failed others wait for it in vain, so that theirs is not the reason.
+        guard let cause = failed.first(where: { Int($0.failure.status) != LPLB_ERROR_TIMEOUT }) ?? failed.first else { return all }
+        let isRule = Int(cause.failure.status) == LPLB_ERROR_INVALID_ARGUMENT
+        let more = failed.count > 1 ? " (and \(failed.count - 1) more)" : ""
+        throw Failure(
+            isRule ? LPLB_ERROR_INVALID_ARGUMENT : LPLB_ERROR_UNSUPPORTED, "rank \(cause.rank): \(cause.failure.message)\(more)")
     }
 
     /// Compares what the ranks want, and returns the number of nodes.

@@ -46,7 +46,10 @@ final class Member: @unchecked Sendable {
         (self.rank, self.place, self.trialPlace) = (rank, place, trialPlace)
     }
 
-    func failing(_ stage: String) throws(Failure) { if fails == stage { throw Failure(LPLB_ERROR_CUDA, "it cannot \(stage)") } }
+    func failing(_ stage: String) throws(Failure) {
+        if fails == stage { throw Failure(LPLB_ERROR_CUDA, "it cannot \(stage)") }
+        if fails == "wait to \(stage)" { throw Failure(LPLB_ERROR_TIMEOUT, "it has waited to \(stage)") }
+    }
 }
 
 final class FakeExchange: Connectable {
@@ -157,6 +160,12 @@ final class FakeExchange: Connectable {
     @Test func severalFailuresAreCounted() {
         for member in connect({ member, _ in if member.rank != 1 { member.fails = "map" } }) {
             #expect(member.outcome == "\(LPLB_ERROR_UNSUPPORTED) rank 0: it cannot map (and 2 more)")
+        }
+    }
+
+    @Test func whoWaitedInVainIsNotTheReason() {
+        for member in connect({ member, _ in member.fails = ["wait to count", "wait to count", "count", ""][member.rank] }) {
+            #expect(member.outcome == "\(LPLB_ERROR_UNSUPPORTED) rank 2: it cannot count (and 2 more)")
         }
     }
 
