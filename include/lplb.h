@@ -451,7 +451,7 @@ typedef struct lplb_connect_config {
     int32_t policy;        /* as in lplb_exchange_config, from connect's return on; so is timeout_ms */
     int64_t n_ranks;       /* ranks that gather, all NVLink domains together */
     int64_t rank;          /* this one's place among them; they are numbered node by node */
-    int64_t n_counts;
+    int64_t n_counts;      /* int32 from each rank; for planners lplb_counts_width(n_logical) */
     int64_t n_nodes;       /* NVLink domains, equal runs of ranks; 0: one for each host */
     int64_t timeout_ms;    /* the trial waits for as long as well, but not above 30 s */
     int64_t first_epoch;

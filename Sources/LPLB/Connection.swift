@@ -138,7 +138,10 @@ struct Connection<Made: Connectable> {
         try all.equal("gather", { all.records[$0].step }, { "step \(all.records[$0].step) of lplb_exchange_connect" })
         let failed = all.records.compactMap { record in record.failure.map { (rank: record.rank, failure: $0) } }
         // Where a rank has failed others wait for it in vain, so that theirs is not the reason.
-        guard let cause = failed.first(where: { Int($0.failure.status) != LPLB_ERROR_TIMEOUT }) ?? failed.first else { return all }
+        guard let cause = failed.first(where: { Int($0.failure.status) != LPLB_ERROR_TIMEOUT }) ?? failed.first else {
+            if let own = mine.failure { throw own }  // which the gather has lost
+            return all
+        }
         let isRule = Int(cause.failure.status) == LPLB_ERROR_INVALID_ARGUMENT
         let more = failed.count > 1 ? " (and \(failed.count - 1) more)" : ""
         throw Failure(
@@ -152,7 +155,11 @@ struct Connection<Made: Connectable> {
             if let words = config.failure { throw Failure(LPLB_ERROR_UNSUPPORTED, String(cString: words)) }
             _ = try Check.range(Int64(config.device), "device", Int64(LPLB_DEVICE_CPU)...Int64(Int32.max))
             _ = try Exchange.limits(policy: config.policy, timeoutMs: config.timeout_ms)
-            _ = try Check.range(config.n_counts, "n_counts", 1...Int64(LPLB_MAX_LOGICAL) + 1)
+            let most = Int64(LPLB_MAX_LOGICAL) + 1
+            _ = try Check.range(config.n_counts, "n_counts", 1...Int64.max)
+            guard config.n_counts <= most else {
+                throw Failure(LPLB_ERROR_UNSUPPORTED, "n_counts: must be at most \(most) over NVLink, got \(config.n_counts)")
+            }
             _ = try Check.range(config.first_epoch, "first_epoch", 0...Int64(UInt32.max))
             let nodes = try Check.range(config.n_nodes, "n_nodes", 0...Int64(ranks))
             guard nodes == 0 || ranks % nodes == 0 else { throw Failure("n_nodes", "must divide n_ranks, \(ranks)", value: nodes) }

@@ -210,6 +210,9 @@ final class FakeExchange: Connectable {
         for member in connect({ member, config in if member.rank == 1 { config.policy = 2 } }) {
             #expect(member.outcome == "\(LPLB_ERROR_INVALID_ARGUMENT) rank 1: policy: must lie in 0 ... 1, got 2")
         }
+        for member in connect({ _, config in config.n_counts = 5000 }) {  // which other means may carry
+            #expect(member.outcome.hasPrefix("\(LPLB_ERROR_UNSUPPORTED) rank 0: n_counts: must be at most 4097 over NVLink, got 5000"))
+        }
         "no rail here".withCString { words in
             for member in connect({ member, config in if member.rank == 1 { config.failure = words } }) {
                 #expect(member.outcome == "\(LPLB_ERROR_UNSUPPORTED) rank 1: no rail here" && member.log.isEmpty)
@@ -235,6 +238,20 @@ final class FakeExchange: Connectable {
         for member in members {
             #expect(member.outcome.hasPrefix("\(LPLB_ERROR_PEER_LOST) gather: must bring the end of a refused"), "\(member.outcome)")
             #expect(member.left && member.log == ["left"])
+        }
+    }
+
+    @Test func aGatherThatLosesWhatIsWrongHereChangesNothing() throws {
+        var config = lplb_connect_config.defaults
+        (config.device, config.n_ranks, config.n_counts, config.n_nodes) = (0, 1, 8, .min)
+        config.gather = { _, mine, all, bytes in
+            all!.copyMemory(from: mine!, byteCount: Int(bytes))
+            all!.storeBytes(of: 0, toByteOffset: 32, as: Int64.self)  // the status of the failure
+            return 0
+        }
+        var connection = try Connection<FakeExchange>(config)
+        #expect(throws: Failure.self) {
+            try connection.make { (_) throws(Failure) in throw Failure(LPLB_ERROR_INTERNAL, "it must not come so far") }
         }
     }
 

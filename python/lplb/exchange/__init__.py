@@ -38,6 +38,7 @@ __all__ = ["KINDS", "Exchange", "Report", "connect", "create", "release"]
 KINDS = ("auto", "ipc", "torch")
 FORMER_KINDS = {"nccl": "torch", "symm": "ipc"}
 TRIAL_MS = 30_000  # the longest that the library's trial waits
+TRIAL_GRACE = 10.0  # seconds: a rank whose trial has failed waits for those whose trial times out
 
 log = logging.getLogger("lplb.exchange")
 
@@ -218,7 +219,8 @@ class _Maker:
 
     def connect(self, rail: Rail | None, pointer: ctypes.c_void_p) -> LplbError | None:
         """lplb_exchange_connect. Returns the failure that all ranks have; raises what this rank alone may have met."""
-        gather = Callback(self.group, SETUP, self.waiting, self.ordinal)
+        waiting = Waiting(self.waiting.what, self.timeout + TRIAL_GRACE if self.timeout else 0)
+        gather = Callback(self.group, SETUP, waiting, self.ordinal)
         config = library.ConnectConfig(
             struct_size=ctypes.sizeof(library.ConnectConfig), device=self.ordinal, policy=policy_number(self.policy), n_ranks=self.ranks,
             rank=self.rank, n_counts=self.n_counts, n_nodes=self.n_nodes or 0, timeout_ms=timeout_ms(self.timeout),
