@@ -165,7 +165,7 @@ def pairs(folder, rank, processes, scenario):
     groups = [dist.new_group([first, first + 1]) for first in range(0, processes, 2)]
     group, fate = groups[rank // 2], FATES[rank // 2]
     if scenario == "run":
-        planner = planner_of(group)
+        planner = planner_of(group, exchange="torch")
         planner.exchange.set_limits(LIMIT, "trap")
         used(planner)
         acts = [lambda: used(planner)]
