@@ -59,13 +59,13 @@ struct Connection<Made: Connectable> {
 
     /// The exchange, once it works on all ranks. Throws on all of them alike, unless a gather failed (LPLB_ERROR_PEER_LOST).
     mutating func make(_ make: (lplb_exchange_config) throws(Failure) -> Made) throws(Failure) -> Made {
-        let nodes = try agree(), perNode = gathering.ranks / nodes
+        let nodes = try agree(), perNode = gathering.ranks / nodes, node = gathering.rank / perNode
         let trialMs = config.timeout_ms == 0 ? Self.longestTrialMs : min(config.timeout_ms, Self.longestTrialMs)
         var wanted = lplb_exchange_config.defaults
         wanted.struct_size = Int64(MemoryLayout<lplb_exchange_config>.size)
         (wanted.device, wanted.policy, wanted.timeout_ms) = (config.device, Int32(LPLB_EXCHANGE_REPORT), trialMs)
         (wanted.n_ranks, wanted.rank) = (Int64(perNode), Int64(gathering.rank % perNode))
-        (wanted.n_nodes, wanted.node) = (Int64(nodes), Int64(gathering.rank / perNode))
+        (wanted.n_nodes, wanted.node) = (Int64(nodes), Int64(node))
         (wanted.n_counts, wanted.first_epoch, wanted.rail) = (config.n_counts, config.first_epoch, config.rail)
         var made: Made?
         do throws(Failure) {
@@ -75,7 +75,7 @@ struct Connection<Made: Connectable> {
                 mine.put(try new.blob())
             }
             guard let made else { throw Failure(LPLB_ERROR_INTERNAL, "lplb_exchange_connect: an exchange that was not made") }
-            let blobs = all.records[gathering.rank / perNode * perNode..<gathering.rank / perNode * perNode + perNode].flatMap(\.blob)
+            let blobs = all.records[node * perNode..<(node + 1) * perNode].flatMap(\.blob)
             try together { (_) throws(Failure) in try blobs.withBytes { (memory) throws(Failure) in try made.finish(memory) } }
             try attempt(made, limitMs: trialMs)
             return made
