@@ -30,6 +30,10 @@
  *   - Threads: different planners may be used from different threads at the same time. Two calls on one planner at the same time are
  *     refused with LPLB_ERROR_BUSY, never corrupted. On CUDA a planner's work belongs to one stream order: calls on several streams
  *     need an event between them, as for any buffer.
+ *   - Structs that begin with struct_size may be those of another version of this header. An older caller's is smaller and ends where
+ *     one of our fields begins: the fields that are missing take the value that the initialiser macro sets, 0 where there is none. A newer
+ *     caller's is larger, by a multiple of 8 bytes and up to 4096 in all: what lies beyond our fields must be 0. Of a struct that a call
+ *     fills, the fields that both versions know are written, and 0 to those beyond ours; struct_size stays.
  *   - Equal inputs give equal bits: on every rank, on every run, on the CPU and on the GPU.
  */
 #ifndef LPLB_H
@@ -359,7 +363,8 @@ lplb_status lplb_solve(const int64_t *loads, int64_t n_logical, const int32_t *p
  * Every rank's counts on every rank, in about one NVLink round trip: each rank stores its counts straight into a small buffer on every
  * other GPU of its NVLink domain, and waits until everybody's have arrived in its own. No host, no collective library, no multicast.
  *
- *   1. create         with pointers that somebody else mapped, or begin -> gather the blobs -> finish with CUDA IPC
+ *   1. connect        maps the peers' buffers and tries the exchange, given a function that gathers bytes. In steps of one's own: create
+ *                     with pointers that somebody else mapped, or begin -> gather the blobs -> finish with CUDA IPC
  *   2. all_gather     or lplb_planner_attach_exchange, and lplb_planner_run does it inside
  *   3. the end        wait for the streams, a barrier of the ranks, close, a barrier, destroy
  *
@@ -397,7 +402,7 @@ typedef struct lplb_exchange_report {
 
 /* The other nodes' counts. Any library can stand behind it; it lives as long as the exchange. */
 typedef struct lplb_rail_ops {
-    int64_t struct_size;   /* sizeof(lplb_rail_ops); up to destroy is required, and a struct that ends earlier reads as NULL from there on */
+    int64_t struct_size;   /* sizeof(lplb_rail_ops) */
     void *context;         /* handed to the functions */
     /*
      * Queues on `stream`: gathered[node][n_counts] = counts[n_counts] of this rank's local rank on every node, this one included; int32
@@ -440,6 +445,40 @@ typedef struct lplb_exchange_config {
 
 #define LPLB_EXCHANGE_CONFIG_INIT { (int64_t)sizeof(lplb_exchange_config), 0, LPLB_EXCHANGE_TRAP, 0, 0, 0, 1, 0, 30000, 1, 0 }
 
+typedef struct lplb_connect_config {
+    int64_t struct_size;   /* sizeof(lplb_connect_config); LPLB_CONNECT_CONFIG_INIT sets it */
+    int32_t device;        /* this rank's CUDA ordinal, or LPLB_DEVICE_CPU, with which no rank can be connected */
+    int32_t policy;        /* as in lplb_exchange_config, from connect's return on; so is timeout_ms */
+    int64_t n_ranks;       /* ranks that gather, all NVLink domains together */
+    int64_t rank;          /* this one's place among them; they are numbered node by node */
+    int64_t n_counts;      /* int32 from each rank; for planners lplb_counts_width(n_logical) */
+    int64_t n_nodes;       /* NVLink domains, equal runs of ranks; 0: one for each host */
+    int64_t timeout_ms;    /* the trial waits for as long as well, but not above 30 s */
+    int64_t first_epoch;
+    const lplb_rail_ops *rail; /* NULL: one node. Once connected the exchange owns the context; after any failure it is the caller's */
+    const char *failure;   /* NULL, or why this rank cannot take part: then no rank is connected, and all get these words */
+    lplb_gather gather;
+    void *context;         /* handed to gather */
+} lplb_connect_config;
+
+#define LPLB_CONNECT_CONFIG_INIT \
+    { (int64_t)sizeof(lplb_connect_config), LPLB_DEVICE_CPU, LPLB_EXCHANGE_TRAP, 0, 0, 0, 0, 30000, 1, 0, 0, 0, 0 }
+
+/*
+ * An exchange that works, or the reason why there is none; every rank calls it. Compares what the ranks ask for, maps their buffers by CUDA
+ * IPC and uses the exchange a few times, comparing what it brings with what `gather` brings. The same status and words on all ranks:
+ *   LPLB_OK                       *exchange is ready
+ *   LPLB_ERROR_UNSUPPORTED        it cannot be here (a rank on the CPU, several hosts and no rail, GPUs without a path to each other,
+ *                                 a trial that failed ...): the caller brings the counts by its own means
+ *   LPLB_ERROR_DISAGREEMENT       n_counts, n_nodes, first_epoch, policy or the presence of a rail differ
+ *   LPLB_ERROR_INVALID_ARGUMENT   a rank's config breaks a rule
+ * On this rank alone perhaps: LPLB_ERROR_PEER_LOST where `gather` failed. Then *exchange may be one of which only destroy is left, once no
+ * rank is in this call any more, since its memory may still be written until then; after the other failures it is NULL and nothing is left.
+ * config and gather are needed on every rank: without them, or with a wrong n_ranks or rank, this rank fails and meets nobody.
+ * Host, synchronous, allocates, uses the device's default stream.
+ */
+lplb_status lplb_exchange_connect(const lplb_connect_config *config, lplb_exchange **exchange, char *message, int64_t message_size);
+
 /* Bytes of the buffer that every rank needs for this config (aligned to 16). */
 lplb_status lplb_exchange_buffer_bytes(const lplb_exchange_config *config, int64_t *bytes, char *message, int64_t message_size);
 
@@ -481,10 +520,7 @@ lplb_status lplb_exchange_set_limits(lplb_exchange *exchange, int32_t policy, in
  */
 void lplb_exchange_abort(lplb_exchange *exchange);
 
-/*
- * What ended the exchange, if anything did. Reads host memory only: no CUDA call, no waiting, and it works after a trap too. A report of
- * an older caller, which ends before peer_node, is filled as far as it goes.
- */
+/* What ended the exchange, if anything did. Reads host memory only: no CUDA call, no waiting, and it works after a trap too. */
 lplb_status lplb_exchange_get_report(const lplb_exchange *exchange, lplb_exchange_report *report);
 
 /*

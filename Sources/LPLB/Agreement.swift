@@ -1,78 +1,93 @@
 // Agreement: the settings of all ranks compared, before their planners are made; and how the ranks lie on hosts.
 
 import CLPLB
+import LPLBPlacement
+import LPLBTopology
 
-/// Every rank's record, in rank order. All ranks hold the same, so all come to the same conclusion and the same words.
-struct Agreement {
-    let records: [AgreementRecord]
+/// One rank's settings: 40 the planner's number; 160 the caller's settings [96]. Arrays travel as their hash; 0: there is none.
+struct AgreementRecord: MeetingRecord {
+    static let magic: UInt32 = 0x4C_50_41_47
+    static let numbers = [
+        "ep_size", "n_nodes", "group_size", "n_logical", "n_physical", "n_redundant", "solver", "policy", "r2o", "phy2log", "history",
+    ]
+    private static let arrays: Set = ["r2o", "phy2log", "history"]
+    private static let settingsOffset = 160, settingsSize = 96
 
-    /// Gathers the records of all ranks by the caller's function.
-    init(_ config: lplb_agree_config) throws(Failure) {
-        let ranks = try Check.range(config.n_ranks, "n_ranks", 1...Int64(LPLB_MAX_EP_SIZE))
-        _ = try Check.range(config.rank, "rank", 0...Int64(ranks - 1))
-        guard let gather = config.gather else { throw Failure("gather", "must not be NULL", value: "NULL") }
-        let mine = AgreementRecord(config).bytes, size = AgreementRecord.size
-        var all = [UInt8](repeating: 0, count: ranks * size)
-        let status = all.withUnsafeMutableBytes { all in
-            mine.withUnsafeBytes { gather(config.context, $0.baseAddress, all.baseAddress, Int64(size)) }
+    var bytes: [UInt8]
+
+    init(bytes: [UInt8]) { self.bytes = bytes }
+
+    /// This rank's record. Whatever is wrong here goes into it, for all ranks to see.
+    init(_ config: lplb_agree_config) {
+        self.init(rank: config.rank)
+        if let settings = config.settings {
+            put(text: String(cString: settings), at: AgreementRecord.settingsOffset, room: AgreementRecord.settingsSize)
         }
-        guard status == 0 else {
-            throw Failure(LPLB_ERROR_PEER_LOST, "gather: must bring the settings of all ranks and return 0, got \(status)")
+        do throws(Failure) {
+            if let words = config.failure { throw Failure(LPLB_ERROR_INVALID_ARGUMENT, String(cString: words)) }
+            try describe(config)
+        } catch {
+            failure = error
         }
-        self.init(all.withUnsafeBytes { all in
-            (0..<ranks).map { AgreementRecord(UnsafeRawBufferPointer(rebasing: all[$0 * size..<($0 + 1) * size])) }
-        })
     }
 
-    init(_ records: [AgreementRecord]) { self.records = records }
+    private mutating func describe(_ config: lplb_agree_config) throws(Failure) {
+        let given = try PlannerSettings(reading: try Check.pointer(config.planner, "planner"))
+        let shape = given.shape
+        guard Int64(shape.epSize) == config.n_ranks else { throw Failure("ep_size", "must be n_ranks, \(config.n_ranks)", value: shape.epSize) }
+        if let rank = given.rank, Int64(rank) != config.rank {
+            throw Failure("rank", "must be this one's place among the ranks, \(config.rank)", value: rank)
+        }
+        isOnCuda = given.device >= 0
+        var r2o = Hash(), phy2log = Hash(), history = Hash()
+        if let topology = given.topology { r2o.add(topology.r2o) }
+        if let values = config.phy2log {
+            let slots = Array(UnsafeBufferPointer(start: try Check.pointer(values, "phy2log"), count: shape.nPhysical))
+            _ = try translating { () throws(RuleViolation) in try Placement(shape: shape, phy2log: slots) }
+            phy2log.add(slots)
+        }
+        if let values = config.history {
+            let loads = Array(UnsafeBufferPointer(start: try Check.pointer(values, "history"), count: shape.nLogical))
+            _ = try translating { () throws(RuleViolation) in try reorderByHistory(loads, shape: shape) }
+            for load in loads { history.add(Int64(bitPattern: load.bitPattern)) }
+        }
+        put(given.number, at: 40)
+        put(numbers: [
+            Int64(shape.epSize), given.nodesGiven, Int64(shape.groupSize), Int64(shape.nLogical), Int64(shape.nPhysical),
+            Int64(given.topology?.nRedundant ?? -1), Int64(given.solver), Int64(given.policy),
+            given.topology == nil ? 0 : Int64(r2o.folded), config.phy2log == nil ? 0 : Int64(phy2log.folded),
+            config.history == nil ? 0 : Int64(history.folded),
+        ])
+    }
+
+    var plannerNumber: Int64 { field(at: 40, Int64.self) }
+    var settings: String { text(at: AgreementRecord.settingsOffset, room: AgreementRecord.settingsSize) }
+
+    func words(ofNumber index: Int) -> String {
+        let value = number(index)
+        guard AgreementRecord.arrays.contains(AgreementRecord.numbers[index]) else { return String(value) }
+        return value == 0 ? "none" : "one with digest \(value)"
+    }
+}
+
+typealias Agreement = Meeting<AgreementRecord>
+
+extension Agreement {
+    /// Gathers the records of all ranks by the caller's function.
+    init(_ config: lplb_agree_config) throws(Failure) {
+        let gathering = try Gathering(config.gather, config.context, ranks: config.n_ranks, rank: config.rank)
+        try self.init(AgreementRecord(config), gathering, "the settings")
+    }
 
     /// Throws what is wrong, the same on all ranks.
     func check() throws(Failure) {
-        for (rank, record) in records.enumerated() {
-            guard record.isOurs else {
-                throw Failure(LPLB_ERROR_DISAGREEMENT, "gather: must bring what this version of lplb wrote, got other bytes from rank \(rank)")
-            }
-            guard record.rank == Int64(rank) else {
-                throw Failure("gather", "must bring the ranks in order, entry \(rank) of rank \(rank)", value: "that of rank \(record.rank)")
-            }
-        }
+        try checkOrder()
         for (rank, record) in records.enumerated() {
             if let failure = record.failure { throw Failure(Int(failure.status), "rank \(rank): \(failure.message)") }
         }
-        for (index, name) in AgreementRecord.numbers.enumerated() {
-            try equal(name, { records[$0].number(index) }, { records[$0].words(ofNumber: index) })
-        }
+        try checkNumbers()
         try equal("settings", { records[$0].settings }, { "'\(records[$0].settings)'" })
     }
 
-    /// Throws if not all ranks have the same value; most ranks are taken to be right.
-    private func equal<Value: Hashable>(_ name: String, _ value: (Int) -> Value, _ words: (Int) -> String) throws(Failure) {
-        let ranks = records.indices
-        guard let odd = ranks.first(where: { value($0) != value(0) }) else { return }
-        var count: [Value: Int] = [:]
-        for rank in ranks { count[value(rank), default: 0] += 1 }
-        let common = count[value(odd), default: 0] > count[value(0), default: 0] ? odd : 0
-        let others = ranks.filter { value($0) != value(common) }
-        let more = others.count > 1 ? " (differing: \(listed(others)))" : ""
-        throw Failure(
-            LPLB_ERROR_DISAGREEMENT,
-            "\(name): must be equal on all ranks, got \(words(others[0])) on rank \(others[0]) and \(words(common)) on rank \(common)\(more)")
-    }
-
-    // MARK: Hosts
-
-    var nHosts: Int { Set(records.map(\.host)).count }
-
-    /// The hosts as nodes, where the ranks of each are consecutive and as many; else 1: then no rank is preferred to another.
-    var nNodes: Int {
-        let starts = records.indices.filter { $0 == 0 || records[$0].host != records[$0 - 1].host }
-        let hosts = nHosts
-        guard starts.count == hosts, records.count % hosts == 0 else { return 1 }
-        let perHost = records.count / hosts
-        return starts.allSatisfy { $0 % perHost == 0 } ? hosts : 1
-    }
-
     var number: Int64 { records.reduce(.min) { max($0, $1.plannerNumber) } }
-
-    var allOnCuda: Bool { records.allSatisfy(\.isOnCuda) }
 }

@@ -11,19 +11,18 @@ public func lplb_agree(
     _ message: UnsafeMutablePointer<CChar>?, _ message_size: Int64
 ) -> lplb_status {
     withMessage(message, message_size) { () throws(Failure) in
-        let config = try Check.pointer(config, "config")
-        let size = UnsafeRawPointer(config).load(as: Int64.self)
-        try Check.size(size, "struct_size", is: MemoryLayout<lplb_agree_config>.size, "sizeof(lplb_agree_config)")
-        let out = try Check.pointer(agreement, "agreement")
-        try Check.size(out.pointee.struct_size, "agreement.struct_size", is: MemoryLayout<lplb_agreement>.size, "sizeof(lplb_agreement)")
-        let all = try Agreement(config.pointee)
+        let config = try StructSize.read(config, "config")
+        let out = try StructSize.check(agreement, "agreement", size: "agreement.struct_size")
+        let all = try Agreement(config)
         try all.check()
         // n_nodes is the second number of every record, and all are equal.
         let given = all.records[0].number(1)
-        out.pointee.n_nodes = given != 0 ? given : Int64(all.nNodes)
-        out.pointee.n_hosts = Int64(all.nHosts)
-        out.pointee.number = all.number
-        out.pointee.row_dtype = lplb_dtype(LPLB_INT32)
-        out.pointee.all_cuda = all.allOnCuda ? 1 : 0
+        var agreed = lplb_agreement()
+        agreed.n_nodes = given != 0 ? given : Int64(all.nNodes)
+        agreed.n_hosts = Int64(all.nHosts)
+        agreed.number = all.number
+        agreed.row_dtype = lplb_dtype(LPLB_INT32)
+        agreed.all_cuda = all.allOnCuda ? 1 : 0
+        StructSize.write(agreed, to: out)
     }
 }

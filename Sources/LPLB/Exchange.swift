@@ -19,7 +19,6 @@ struct ExchangeSettings {
     var bufferWords: Int64 { lplbk_exchange_buffer_words(Int64(ranks), Int64(nodes), Int64(counts)) }
 
     init(_ config: lplb_exchange_config) throws(Failure) {
-        try Check.size(config.struct_size, "struct_size", is: MemoryLayout<lplb_exchange_config>.size, "sizeof(lplb_exchange_config)")
         device = Int32(try Check.range(Int64(config.device), "device", 0...Int64(Int32.max)))
         ranks = try Check.range(config.n_ranks, "n_ranks", 1...Int64(LPLB_EXCHANGE_MAX_RANKS))
         rank = try Check.range(config.rank, "rank", 0...Int64(ranks - 1))
@@ -32,24 +31,12 @@ struct ExchangeSettings {
             rail = nil
             return
         }
-        let rail = try ExchangeSettings.rail(given)
-        guard rail.all_gather != nil else { throw Failure("rail.all_gather", "must not be NULL", value: "NULL") }
-        self.rail = rail
+        rail = try ExchangeSettings.rail(given)
     }
 
-    /// A copy. An older caller's struct ends earlier, and what is not in it is NULL; what a newer one has beyond ours must be zero.
-    private static func rail(_ given: UnsafePointer<lplb_rail_ops>) throws(Failure) -> lplb_rail_ops {
-        try Check.aligned(given, "rail", to: 8)
-        let bytes = UnsafeRawPointer(given)
-        let size = bytes.load(as: Int64.self), ours = MemoryLayout<lplb_rail_ops>.size, oldest = 40  // up to destroy
-        guard size >= Int64(oldest), size % 8 == 0, size <= 4096 else {
-            throw Failure("rail.struct_size", "must be sizeof(lplb_rail_ops), \(ours), or \(oldest) of an older caller", value: size)
-        }
-        for word in stride(from: ours, to: Int(size), by: 8) where bytes.load(fromByteOffset: word, as: Int64.self) != 0 {
-            throw Failure("rail", "must be zero beyond the \(ours) bytes that this version knows", value: "other bytes at \(word)")
-        }
-        var rail = lplb_rail_ops()
-        withUnsafeMutableBytes(of: &rail) { $0.copyMemory(from: UnsafeRawBufferPointer(start: bytes, count: min(Int(size), ours))) }
+    static func rail(_ given: UnsafePointer<lplb_rail_ops>) throws(Failure) -> lplb_rail_ops {
+        let rail = try StructSize.read(given, "rail", size: "rail.struct_size")
+        guard rail.all_gather != nil else { throw Failure("rail.all_gather", "must not be NULL", value: "NULL") }
         return rail
     }
 }
@@ -66,6 +53,7 @@ final class Exchange {
     /// How many planners were attached so far.
     var attachments: Int64 = 0
 
+    private let cuda: lplbk_backend
     private var stage = Stage.begun
     /// The buffer that peers write, if it is ours to free.
     private var ownBuffer: UnsafeMutableRawPointer?
@@ -86,6 +74,7 @@ final class Exchange {
 
     private init(_ settings: ExchangeSettings, policy: Int32, timeoutMs: Int64) throws(Failure) {
         self.settings = settings
+        cuda = try cudaKernels("device \(settings.device)")
         let (policy, timeout) = try Exchange.limits(policy: policy, timeoutMs: timeoutMs)
         view = .allocate(capacity: 1)
         view.initialize(to: lplbk_exchange_view())
@@ -101,15 +90,15 @@ final class Exchange {
         view.pointee.n_packets = (view.pointee.n_words + 1) / 2
         view.pointee.rail_failed = UInt64(UInt(bitPattern: settings.rail?.failed))
         var info = lplbk_device_info()
-        try check(lplbk_device_info_get(settings.device, &info), "device \(settings.device)")
-        try check(lplbk_exchange_open(settings.device, settings.firstEpoch, view, &host), "lplb_exchange: state")
+        try check(cuda.device_info(settings.device, &info), "device \(settings.device)")
+        try check(cuda.exchange_open(settings.device, settings.firstEpoch, view, &host), "lplb_exchange: state")
         let words = settings.counts * (1 + settings.nodes + settings.nodes * settings.ranks)
-        try check(lplbk_alloc(settings.device, Int64(words * 4), &scratch), "lplb_exchange: scratch memory")
+        try check(cuda.alloc(settings.device, Int64(words * 4), &scratch), "lplb_exchange: scratch memory")
     }
 
     deinit {
         endNow()
-        if let host { _ = lplbk_exchange_close(settings.device, view, host) }
+        if let host { _ = cuda.exchange_close(settings.device, view, host) }
         view.deallocate()
         words.deallocate()
     }
@@ -123,7 +112,7 @@ final class Exchange {
             try Check.aligned(buffer, "buffers[\(peer)]", to: 16)
             setPeer(peer, buffer)
         }
-        let filled = lplbk_exchange_fill(settings.device, buffers[settings.rank], settings.bufferWords, settings.firstEpoch)
+        let filled = cuda.exchange_fill(settings.device, buffers[settings.rank], settings.bufferWords, settings.firstEpoch)
         try check(filled, "buffers[\(settings.rank)]: cannot be filled")
         stage = .ready
         ownsRail = true
@@ -133,13 +122,19 @@ final class Exchange {
     convenience init(_ config: lplb_exchange_config) throws(Failure) {
         let settings = try ExchangeSettings(config)
         try self.init(settings, policy: config.policy, timeoutMs: config.timeout_ms)
-        let made = lplbk_exchange_alloc(settings.device, settings.bufferWords, settings.firstEpoch, &ownBuffer)
+        let made = cuda.exchange_alloc(settings.device, settings.bufferWords, settings.firstEpoch, &ownBuffer)
         try check(made, "lplb_exchange_begin: buffer of \(settings.bufferWords * 8) bytes")
         setPeer(settings.rank, ownBuffer)
     }
 
     /// The last step of lplb_exchange_begin, after which nothing can fail.
     func adoptRail() { ownsRail = true }
+
+    /// An exchange that is refused leaves the rail to the caller.
+    func leave() {
+        ownsRail = false
+        close()
+    }
 
     // MARK: Peers
 
@@ -149,8 +144,8 @@ final class Exchange {
 
     func blob() throws(Failure) -> ExchangeBlob {
         var blob = ExchangeBlob(settings, buffer: ownBuffer)
-        try check(blob.identify(settings.device), "lplb_exchange_begin: identity of device \(settings.device)")
-        try check(blob.export(settings.device, ownBuffer), "lplb_exchange_begin: the buffer cannot be exported by CUDA IPC")
+        try check(blob.identify(settings.device, cuda), "lplb_exchange_begin: identity of device \(settings.device)")
+        try check(blob.export(settings.device, ownBuffer, cuda), "lplb_exchange_begin: the buffer cannot be exported by CUDA IPC")
         return blob
     }
 
@@ -171,14 +166,14 @@ final class Exchange {
     private func map(_ blob: ExchangeBlob, of peer: Int, own: ExchangeBlob) throws(Failure) -> UnsafeMutableRawPointer? {
         let here = blob.isOfThisProcess
         var reach: Int32 = 0
-        try check(blob.reach(from: settings.device, enable: here, &reach), "lplb_exchange_finish: peer access to rank \(peer)")
+        try check(blob.reach(from: settings.device, enable: here, &reach, cuda), "lplb_exchange_finish: peer access to rank \(peer)")
         guard reach != 0 else {
             throw Failure(
                 LPLB_ERROR_UNSUPPORTED, "lplb_exchange_finish: the GPU of rank \(settings.rank) cannot write to that of rank \(peer)")
         }
         if here { return blob.buffer }
         var mapped: UnsafeMutableRawPointer?
-        let error = blob.map(on: settings.device, &mapped)
+        let error = blob.map(on: settings.device, &mapped, cuda)
         try check(error, "lplb_exchange_finish: the buffer of rank \(peer) cannot be mapped here by CUDA IPC")
         if let mapped { imported.append(mapped) }
         return mapped
@@ -208,7 +203,7 @@ final class Exchange {
             brought = UnsafePointer(target)
         }
         try check(
-            lplbk_exchange_launch(settings.device, view, brought, gathered, compared ? counts + settings.counts - 1 : nil, 0, stream),
+            cuda.exchange_launch(settings.device, view, brought, gathered, compared ? counts + settings.counts - 1 : nil, 0, stream),
             "lplb_exchange_all_gather: launch")
     }
 
@@ -239,7 +234,7 @@ final class Exchange {
         view.pointee.timeout_ns = timeout
     }
 
-    private static func limits(policy: Int32, timeoutMs: Int64) throws(Failure) -> (Int32, UInt64) {
+    static func limits(policy: Int32, timeoutMs: Int64) throws(Failure) -> (Int32, UInt64) {
         let policy = try Check.range(Int64(policy), "policy", Int64(LPLB_EXCHANGE_TRAP)...Int64(LPLB_EXCHANGE_REPORT))
         let ms = try Check.range(timeoutMs, "timeout_ms", 0...Int64(Int32.max))
         return (Int32(policy), UInt64(ms) * 1_000_000)
@@ -329,8 +324,8 @@ final class Exchange {
     private func closeNow() {
         guard stage != .closed else { return }
         stage = .closed
-        lplbk_exchange_settle(settings.device)
-        for buffer in imported { _ = lplbk_exchange_unimport(settings.device, buffer) }
+        cuda.exchange_settle(settings.device)
+        for buffer in imported { _ = cuda.exchange_unimport(settings.device, buffer) }
         imported = []
     }
 
@@ -339,8 +334,8 @@ final class Exchange {
         closeNow()
         if let rail = settings.rail, ownsRail { rail.destroy?(rail.context) }
         ownsRail = false
-        _ = lplbk_free(settings.device, ownBuffer)
-        _ = lplbk_free(settings.device, scratch)
+        _ = cuda.free(settings.device, ownBuffer)
+        _ = cuda.free(settings.device, scratch)
         (ownBuffer, scratch) = (nil, nil)
     }
 

@@ -6,7 +6,7 @@ import Glibc
 
 /// Layout, little-endian: 0 magic, 4 version u8, 5 rank u8, 6 ranks u8, 8 counts u32, 12 nodes u32, 16 first epoch u32, 20 process u32,
 /// 24 host u64, 32 UUID of the GPU [16], 48 address of the buffer in its process u64, 56 nonce of the process u64, 64 CUDA IPC handle [64].
-struct ExchangeBlob {
+struct ExchangeBlob: Record {
     private static let magic: UInt32 = 0x4C_50_58_42
     private static let version: UInt8 = 1
     private static let uuidOffset = 32
@@ -15,7 +15,7 @@ struct ExchangeBlob {
     /// Tells this process from one of another container that happens to have the same number.
     private static let nonce = UInt64.random(in: .min ... .max)
 
-    private var bytes: [UInt8]
+    var bytes: [UInt8]
 
     init(_ settings: ExchangeSettings, buffer: UnsafeMutableRawPointer?) {
         bytes = [UInt8](repeating: 0, count: Int(LPLB_EXCHANGE_BLOB_BYTES))
@@ -37,25 +37,25 @@ struct ExchangeBlob {
 
     func write(to memory: UnsafeMutableRawPointer) { memory.copyMemory(from: bytes, byteCount: bytes.count) }
 
-    mutating func identify(_ device: Int32) -> Int32 {
+    mutating func identify(_ device: Int32, _ cuda: lplbk_backend) -> Int32 {
         var host: UInt64 = 0
         let error = bytes.withUnsafeMutableBufferPointer {
-            lplbk_exchange_identity(device, $0.baseAddress! + ExchangeBlob.uuidOffset, &host)
+            cuda.exchange_identity(device, $0.baseAddress! + ExchangeBlob.uuidOffset, &host)
         }
         put(host, at: 24)
         return error
     }
 
-    mutating func export(_ device: Int32, _ buffer: UnsafeMutableRawPointer?) -> Int32 {
-        bytes.withUnsafeMutableBufferPointer { lplbk_exchange_export(device, buffer, $0.baseAddress! + ExchangeBlob.handleOffset) }
+    mutating func export(_ device: Int32, _ buffer: UnsafeMutableRawPointer?, _ cuda: lplbk_backend) -> Int32 {
+        bytes.withUnsafeMutableBufferPointer { cuda.exchange_export(device, buffer, $0.baseAddress! + ExchangeBlob.handleOffset) }
     }
 
-    func map(on device: Int32, _ mapped: inout UnsafeMutableRawPointer?) -> Int32 {
-        bytes.withUnsafeBufferPointer { lplbk_exchange_import(device, $0.baseAddress! + ExchangeBlob.handleOffset, &mapped) }
+    func map(on device: Int32, _ mapped: inout UnsafeMutableRawPointer?, _ cuda: lplbk_backend) -> Int32 {
+        bytes.withUnsafeBufferPointer { cuda.exchange_import(device, $0.baseAddress! + ExchangeBlob.handleOffset, &mapped) }
     }
 
-    func reach(from device: Int32, enable: Bool, _ reach: inout Int32) -> Int32 {
-        bytes.withUnsafeBufferPointer { lplbk_exchange_reach(device, $0.baseAddress! + ExchangeBlob.uuidOffset, enable ? 1 : 0, &reach) }
+    func reach(from device: Int32, enable: Bool, _ reach: inout Int32, _ cuda: lplbk_backend) -> Int32 {
+        bytes.withUnsafeBufferPointer { cuda.exchange_reach(device, $0.baseAddress! + ExchangeBlob.uuidOffset, enable ? 1 : 0, &reach) }
     }
 
     /// A buffer of this process needs no mapping (and CUDA IPC would refuse it).
@@ -87,13 +87,5 @@ struct ExchangeBlob {
                 LPLB_ERROR_UNSUPPORTED,
                 "lplb_exchange_finish: rank \(entry) is on another host than rank \(own.bytes[5]), and CUDA IPC stays on one")
         }
-    }
-
-    private mutating func put<Value: FixedWidthInteger>(_ value: Value, at offset: Int) {
-        bytes.withUnsafeMutableBytes { $0.storeBytes(of: value.littleEndian, toByteOffset: offset, as: Value.self) }
-    }
-
-    private func field<Value: FixedWidthInteger>(at offset: Int, _: Value.Type) -> Value {
-        bytes.withUnsafeBytes { Value(littleEndian: $0.loadUnaligned(fromByteOffset: offset, as: Value.self)) }
     }
 }

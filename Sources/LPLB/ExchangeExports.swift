@@ -14,12 +14,27 @@ private func withExchange(_ handle: OpaquePointer?, _ body: (Exchange) throws(Fa
     return exchange.enter { () throws(Failure) in try body(exchange) }
 }
 
-private func checked(_ config: UnsafePointer<lplb_exchange_config>?) throws(Failure) -> lplb_exchange_config {
-    let config = try Check.pointer(config, "config")
-    // The size first: the caller's struct may be shorter than ours.
-    let size = UnsafeRawPointer(config).load(as: Int64.self)
-    try Check.size(size, "struct_size", is: MemoryLayout<lplb_exchange_config>.size, "sizeof(lplb_exchange_config)")
-    return config.pointee
+@_cdecl("lplb_exchange_connect") @implementation
+public func lplb_exchange_connect(
+    _ config: UnsafePointer<lplb_connect_config>?, _ handle: UnsafeMutablePointer<OpaquePointer?>?, _ message: UnsafeMutablePointer<CChar>?,
+    _ message_size: Int64
+) -> lplb_status {
+    withMessage(message, message_size) { () throws(Failure) in
+        let handle = try Check.pointer(handle, "exchange")
+        handle.pointee = nil
+        var connection = try Connection<Exchange>(StructSize.read(config, "config"))
+        do throws(Failure) {
+            let made = try connection.make { (config) throws(Failure) in
+                let exchange = try Exchange(config)
+                exchange.adoptRail()
+                return exchange
+            }
+            handle.pointee = OpaquePointer(Unmanaged.passRetained(made).toOpaque())
+        } catch {
+            handle.pointee = connection.left.map { OpaquePointer(Unmanaged.passRetained($0).toOpaque()) }
+            throw error
+        }
+    }
 }
 
 @_cdecl("lplb_exchange_buffer_bytes") @implementation
@@ -29,7 +44,7 @@ public func lplb_exchange_buffer_bytes(
 ) -> lplb_status {
     withMessage(message, message_size) { () throws(Failure) in
         let bytes = try Check.pointer(bytes, "bytes")
-        bytes.pointee = try ExchangeSettings(checked(config)).bufferWords * 8
+        bytes.pointee = try ExchangeSettings(StructSize.read(config, "config")).bufferWords * 8
     }
 }
 
@@ -41,7 +56,7 @@ public func lplb_exchange_create(
     withMessage(message, message_size) { () throws(Failure) in
         let handle = try Check.pointer(handle, "exchange")
         let buffers = try Check.pointer(buffers, "buffers")
-        let exchange = try Exchange(checked(config), buffers: buffers)
+        let exchange = try Exchange(StructSize.read(config, "config"), buffers: buffers)
         handle.pointee = OpaquePointer(Unmanaged.passRetained(exchange).toOpaque())
     }
 }
@@ -54,7 +69,7 @@ public func lplb_exchange_begin(
     withMessage(message, message_size) { () throws(Failure) in
         let handle = try Check.pointer(handle, "exchange")
         guard let blob else { throw Failure("blob", "must not be NULL", value: "NULL") }
-        let exchange = try Exchange(checked(config))
+        let exchange = try Exchange(StructSize.read(config, "config"))
         try exchange.blob().write(to: blob)
         exchange.adoptRail()
         handle.pointee = OpaquePointer(Unmanaged.passRetained(exchange).toOpaque())
@@ -91,16 +106,10 @@ public func lplb_exchange_abort(_ handle: OpaquePointer?) {
 
 @_cdecl("lplb_exchange_get_report") @implementation
 public func lplb_exchange_get_report(_ handle: OpaquePointer?, _ report: UnsafeMutablePointer<lplb_exchange_report>?) -> lplb_status {
-    guard let handle, let report, UInt(bitPattern: report) % 8 == 0 else { return lplb_status(LPLB_ERROR_INVALID_ARGUMENT) }
-    // An older caller's struct ends before peer_node.
-    let size = UnsafeRawPointer(report).load(as: Int64.self), oldest: Int64 = 32
-    guard size >= oldest, size <= 4096 else { return lplb_status(LPLB_ERROR_INVALID_ARGUMENT) }
-    var found = exchange(handle).report()
-    found.struct_size = size
-    withUnsafeBytes(of: &found) { bytes in
-        UnsafeMutableRawPointer(report).copyMemory(from: bytes.baseAddress!, byteCount: min(Int(size), bytes.count))
+    guard let handle else { return lplb_status(LPLB_ERROR_INVALID_ARGUMENT) }
+    return withMessage(nil, 0) { () throws(Failure) in
+        StructSize.write(exchange(handle).report(), to: try StructSize.check(report, "report"))
     }
-    return lplb_status(LPLB_OK)
 }
 
 @_cdecl("lplb_exchange_close") @implementation

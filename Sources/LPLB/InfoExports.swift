@@ -8,21 +8,20 @@ public func lplb_planner_info(
     _ n_groups: Int64, _ stream: UnsafeMutableRawPointer?
 ) -> lplb_status {
     withPlanner(handle) { (planner) throws(Failure) in
-        try Check.aligned(UnsafeRawPointer(plan), "plan", to: 8)
+        let plan = try plan.map { (plan) throws(Failure) in try StructSize.check(plan, "plan") }
         try Check.aligned(UnsafeRawPointer(groups), "groups", to: 8)
-        if let plan {
-            try Check.size(plan.pointee.struct_size, "struct_size", is: MemoryLayout<lplb_plan_info>.size, "sizeof(lplb_plan_info)")
-        }
         if groups != nil { try Check.size(n_groups, "n_groups", is: planner.shape.nGroups, "the planner's groups") }
         try planner.requirePlan("lplb_planner_info")
         let totals = try planner.backend.readInfo(groups: groups, stream: stream)
         if let plan {
-            plan.pointee.n_groups = Int64(planner.shape.nGroups)
-            plan.pointee.invalid_ids = totals.invalidIds
-            plan.pointee.own_rank = totals.onOwnRank
-            plan.pointee.own_node = totals.onOwnNode
-            plan.pointee.other_nodes = totals.onOtherNodes
-            plan.pointee.overflow = totals.overflow
+            var found = lplb_plan_info()
+            found.n_groups = Int64(planner.shape.nGroups)
+            found.invalid_ids = totals.invalidIds
+            found.own_rank = totals.onOwnRank
+            found.own_node = totals.onOwnNode
+            found.other_nodes = totals.onOtherNodes
+            found.overflow = totals.overflow
+            StructSize.write(found, to: plan)
         }
     }
 }

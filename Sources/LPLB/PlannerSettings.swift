@@ -17,12 +17,8 @@ struct PlannerSettings {
     /// n_nodes as the caller gave it; 0: the default.
     let nodesGiven: Int64
 
-    /// Reads the struct behind `config`, its size first: the caller's may be another version's.
-    init(reading config: UnsafePointer<lplb_config>) throws(Failure) {
-        let size = UnsafeRawPointer(config).load(as: Int64.self)
-        try Check.size(size, "struct_size", is: MemoryLayout<lplb_config>.size, "sizeof(lplb_config)")
-        try self.init(config.pointee)
-    }
+    /// Reads the struct behind `config`, which may be another version's.
+    init(reading config: UnsafePointer<lplb_config>) throws(Failure) { try self.init(StructSize.read(config, "config")) }
 
     private init(_ config: lplb_config) throws(Failure) {
         let shape = try translating { () throws(RuleViolation) in

@@ -6,7 +6,7 @@ import Testing
 @Suite struct RefusalTests {
     /// What is wrong, and a word its message must hold.
     static let settings: [(Settings, String)] = [
-        (Settings(structSize: 8), "struct_size"),
+        (Settings(structSize: 9), "struct_size"),
         (Settings(epSize: 0), "ep_size"),
         (Settings(epSize: -8), "ep_size"),
         (Settings(epSize: .max), "ep_size"),

@@ -71,9 +71,9 @@ static void create(subject *s) {
 
     lplb_config *config = make(1, sizeof *config);
     *config = right;
-    int expected = OK, what = chance(2) ? 0 : 1 + (int)below(14);
+    int expected = OK, what = chance(2) ? 0 : 1 + (int)below(16);
     switch (what) {
-        case 1: config->struct_size = wrong(right.struct_size), expected = FAILS; break;
+        case 1: config->struct_size = wrong_size(right.struct_size), expected = FAILS; break;
         case 2: config->device = chance(2) ? INT32_MIN : -2, expected = FAILS; break;
         case 3: config->solver = (int32_t)wrong(0), expected = ANY; break;
         case 4: config->ep_size = wrong(right.ep_size), expected = ANY; break;
@@ -102,6 +102,20 @@ static void create(subject *s) {
         config->r2o = r2o;
     }
     const lplb_config *passed = config;
+    if (what == 15) { /* a newer caller's: longer, and 0 where this version has nothing, or not */
+        unsigned char *longer = make(1, sizeof *config + 24);
+        memset(longer, 0, sizeof *config + 24);
+        config->struct_size = (int64_t)sizeof *config + 24;
+        memcpy(longer, config, sizeof *config);
+        if (chance(2)) longer[(int64_t)sizeof *config + below(24)] = 1, expected = FAILS;
+        passed = (const lplb_config *)longer;
+    }
+    if (what == 16) { /* an older caller's: it ends before `number`, whose default is 0 as in `right` */
+        unsigned char *shorter = make(1, offsetof(lplb_config, number));
+        config->struct_size = offsetof(lplb_config, number);
+        memcpy(shorter, config, offsetof(lplb_config, number));
+        passed = (const lplb_config *)shorter;
+    }
     lplb_planner *before = (lplb_planner *)(uintptr_t)16, **out = &s->handle;
     s->handle = before;
     if (what == 13) passed = NULL, expected = FAILS;
@@ -395,7 +409,7 @@ static void read_plan(subject *s) {
     lplb_group_info *groups = make(s->n_groups, sizeof *groups);
     const lplb_plan_info fresh = LPLB_PLAN_INFO_INIT;
     *plan = fresh;
-    if (bad == 1) plan->struct_size = wrong(fresh.struct_size), expected = FAILS;
+    if (bad == 1) plan->struct_size = wrong_size(fresh.struct_size), expected = FAILS;
     if (bad == 3) expected = FAILS;
     if (bad != 1 && chance(4)) plan = NULL;
     lplb_status status = lplb_planner_info(s->handle, plan, groups, bad == 3 ? wrong(s->n_groups) : s->n_groups, NULL);
@@ -428,6 +442,7 @@ int main(int argc, char **argv) {
         else if (chance(40)) destroy(s);
         else if (chance(8)) one_off();
         else if (chance(20)) exchange_config();
+        else if (chance(20)) connect_config();
         else if (chance(20)) agree();
         else calls[below((int64_t)(sizeof calls / sizeof *calls))](s);
     }

@@ -6,6 +6,7 @@
 #include <lplb.h>
 #include <math.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,6 +43,14 @@ static int64_t wrong(int64_t right) {
     int64_t value;
     do value = values[below((int64_t)(sizeof values / sizeof *values))];
     while (value == right);
+    return value;
+}
+
+/* A struct_size that no version of the struct has; twice the right one might be a later version's. */
+static int64_t wrong_size(int64_t right) {
+    int64_t value;
+    do value = wrong(right);
+    while (value == 2 * right);
     return value;
 }
 

@@ -81,7 +81,7 @@ static void exchange_config(void) {
     config->n_counts = 1 + below(LPLB_MAX_LOGICAL);
     int expected = OK;
     switch (chance(3) ? 0 : 1 + below(11)) {
-        case 1: config->struct_size = wrong(fresh.struct_size), expected = FAILS; break;
+        case 1: config->struct_size = wrong_size(fresh.struct_size), expected = FAILS; break;
         case 2: config->n_ranks = wrong(config->n_ranks), expected = ANY; break;
         case 3: config->rank = chance(2) ? config->n_ranks : -1 - below(9), expected = FAILS; break;
         case 4: config->n_counts = wrong(config->n_counts), expected = ANY; break;
@@ -107,6 +107,49 @@ static void exchange_config(void) {
     }
     if (exchange != NULL) fail("a refused exchange was written");
     drop("lplb_exchange_create");
+}
+
+/* lplb_exchange_connect by a gather that brings this rank's bytes as everybody's, or nothing, or other bytes: on CPUs it never succeeds. */
+static struct { int64_t n_ranks; int fails, spoils; } echo;
+
+static int32_t echoed(void *context, const void *mine, void *all, int64_t bytes) {
+    (void)context;
+    for (int64_t rank = 0; rank < echo.n_ranks; rank++) {
+        memcpy((unsigned char *)all + rank * bytes, mine, (size_t)bytes);
+        if (bytes > 16) memcpy((unsigned char *)all + rank * bytes + 8, &rank, sizeof rank);
+    }
+    if (echo.spoils) ((unsigned char *)all)[below(echo.n_ranks * bytes)] ^= (unsigned char)(1 + below(255));
+    return echo.fails;
+}
+
+static void connect_config(void) {
+    const lplb_connect_config fresh = LPLB_CONNECT_CONFIG_INIT;
+    lplb_connect_config *config = make(1, sizeof *config);
+    *config = fresh;
+    config->n_ranks = 1 + below(8), config->rank = below(config->n_ranks), config->n_counts = 1 + below(LPLB_MAX_LOGICAL);
+    config->gather = echoed;
+    echo.n_ranks = config->n_ranks, echo.fails = 0, echo.spoils = chance(4);
+    int expected = echo.spoils ? FAILS : LPLB_ERROR_UNSUPPORTED; /* a rank on the CPU */
+    switch (chance(3) ? 0 : 1 + below(12)) {
+        case 1: config->struct_size = wrong_size(fresh.struct_size), expected = FAILS; break;
+        case 2: config->n_ranks = wrong(config->n_ranks) < 0 ? -1 : 0, expected = FAILS; break;
+        case 3: config->rank = chance(2) ? config->n_ranks : -1 - below(9), expected = FAILS; break;
+        case 4: config->n_counts = wrong(config->n_counts), expected = FAILS; break;
+        case 5: config->n_nodes = wrong(1), expected = FAILS; break;
+        case 6: config->timeout_ms = wrong(30000), expected = FAILS; break;
+        case 7: config->first_epoch = wrong(1), expected = FAILS; break;
+        case 8: config->policy = (int32_t)wrong(0), expected = FAILS; break;
+        case 9: config->failure = "this rank has no GPU \xE9\xFF", expected = FAILS; break;
+        case 10: echo.fails = (int32_t)wrong(0), expected = echo.fails ? LPLB_ERROR_PEER_LOST : FAILS; break;
+        case 11: config->gather = NULL, expected = FAILS; break;
+        case 12: config = NULL, expected = FAILS; break;
+        default: break;
+    }
+    lplb_exchange *exchange = NULL;
+    memset(message, 'x', sizeof message);
+    check("lplb_exchange_connect", lplb_exchange_connect(config, &exchange, message, sizeof message), expected, message);
+    if (exchange != NULL) fail("a refused exchange was handed out");
+    drop("lplb_exchange_connect");
 }
 
 static void refused_exchange(const char *call, lplb_status status) {
@@ -184,7 +227,7 @@ static void agree(void) {
             if (bad == 1 && rank == odd) config.n_logical += meeting.n_ranks, config.n_physical += meeting.n_ranks;
             if (bad == 2 && rank == odd) config.n_physical = common.n_physical - 1 - below(100);
             if (bad == 5 && rank == odd) asked.failure = "this rank is out of memory", asked.planner = chance(2) ? NULL : &config;
-            if (bad == 6 && rank == odd) config.struct_size = wrong(config.struct_size);
+            if (bad == 6 && rank == odd) config.struct_size = wrong_size(config.struct_size);
             if (bad == 8) asked.rank = wrong(rank) < 0 ? -1 : meeting.n_ranks;
             lplb_agreement agreed;
             memset(&agreed, 0, sizeof agreed);

@@ -17,6 +17,7 @@ CHECK(group_size, sizeof(lplb_group_info) == 48 + LPLB_MAX_RANKS / 8);
 CHECK(group_witness, offsetof(lplb_group_info, witness) == 48);
 CHECK(plan_size, sizeof(lplb_plan_info) == 56);
 CHECK(exchange_config_size, sizeof(lplb_exchange_config) == 80);
+CHECK(connect_config_size, sizeof(lplb_connect_config) == 96);
 CHECK(exchange_config_rail, offsetof(lplb_exchange_config, rail) == 72);
 CHECK(exchange_report_size, sizeof(lplb_exchange_report) == 40);
 CHECK(exchange_report_oldest, offsetof(lplb_exchange_report, peer_node) == 32); /* where an older caller's ends */
@@ -27,6 +28,7 @@ lplb_config config_of_defaults(void);
 lplb_plan_info info_of_defaults(void);
 lplb_exchange_config exchange_config_of_defaults(void);
 lplb_agree_config agree_config_of_defaults(void);
+lplb_connect_config connect_config_of_defaults(void);
 
 lplb_config config_of_defaults(void) {
     lplb_config config = LPLB_CONFIG_INIT;
@@ -45,5 +47,10 @@ lplb_exchange_config exchange_config_of_defaults(void) {
 
 lplb_agree_config agree_config_of_defaults(void) {
     lplb_agree_config config = LPLB_AGREE_CONFIG_INIT;
+    return config;
+}
+
+lplb_connect_config connect_config_of_defaults(void) {
+    lplb_connect_config config = LPLB_CONNECT_CONFIG_INIT;
     return config;
 }

@@ -33,7 +33,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lplb import Planner, _exchange_c, errors, exchange, topology
+from lplb import Planner, errors, exchange, topology
+from lplb.exchange import library
+from lplb.exchange.gather import gather_by_torch
+from lplb_structs import BLOB_BYTES, ExchangeConfig, function
 
 N_COUNTS = 256
 FAULTS = ("late", "abort", "killed")
@@ -113,7 +116,7 @@ class Feed:
         self.counts = torch.randint(-(2**31), 2**31, (n, N_COUNTS), generator=generator, device=device).int()
         self.wanted = torch.empty((made.ranks, n, N_COUNTS), dtype=torch.int32, device=device)
         self.got = torch.full((n, made.ranks, N_COUNTS), -7, dtype=torch.int32, device=device)
-        exchange.gather_by_torch(made.group, self.counts.view(-1), self.wanted.view(made.ranks, -1))
+        gather_by_torch(made.group, self.counts.view(-1), self.wanted.view(made.ranks, -1))
         chance = torch.rand(n, generator=torch.Generator().manual_seed(77 * seed + made.rank)).tolist()
         # Most calls follow at once; some ranks stop for a while before some calls, up to about 50 us on the GPU.
         self.sleeps = [int((c - 0.9) * 10 * 100_000) if delays and c > 0.9 else 0 for c in chance]
@@ -235,7 +238,7 @@ def planners(place: Place, batches: int, kind: str, **more: Any) -> tuple[bool, 
             out = planner.run(ids, counter)
             sent = torch.bincount(out.flatten(), minlength=planner.n_routed_experts)
             all_sent = torch.empty((ranks, len(sent)), dtype=sent.dtype, device=device)
-            exchange.gather_by_torch(dist.group.WORLD, sent, all_sent)
+            gather_by_torch(dist.group.WORLD, sent, all_sent)
             info = planner.info()
             split = planner.split().to(device)
             per_gpu = split.view(ranks, -1).sum(1)
@@ -358,19 +361,20 @@ def lives(place: Place, kind: str, **more: Any) -> tuple[bool, str]:
 
 def beside_a_spinning_kernel(place: Place) -> tuple[bool, str]:
     """Making the library's part of an exchange waits for nothing on the default stream."""
-    functions, message = _exchange_c.load(), ctypes.create_string_buffer(1024)
-    config = _exchange_c.ExchangeConfig(struct_size=ctypes.sizeof(_exchange_c.ExchangeConfig), device=place.device.index, policy=1, n_ranks=1,
-                                        rank=0, n_counts=N_COUNTS, n_nodes=1, node=0, timeout_ms=1000, first_epoch=1)
-    blob = ctypes.create_string_buffer(_exchange_c.BLOB_BYTES)
+    begin = function("exchange_begin", *[ctypes.c_void_p] * 4, ctypes.c_int64)
+    message = ctypes.create_string_buffer(1024)
+    config = ExchangeConfig(struct_size=ctypes.sizeof(ExchangeConfig), device=place.device.index, policy=1, n_ranks=1, rank=0,
+                            n_counts=N_COUNTS, n_nodes=1, node=0, timeout_ms=1000, first_epoch=1)
+    blob = ctypes.create_string_buffer(BLOB_BYTES)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.default_stream(place.device)):
         torch.cuda._sleep(4_000_000_000)  # 2 s and more
     pointer, began = ctypes.c_void_p(), time.perf_counter()
-    status = functions.begin(ctypes.byref(config), ctypes.byref(pointer), blob, message, len(message))
+    status = begin(ctypes.byref(config), ctypes.byref(pointer), blob, message, len(message))
     took = time.perf_counter() - began
     torch.cuda.synchronize()
     slept = time.perf_counter() - began
-    functions.destroy(pointer.value)
+    library.load().destroy(pointer.value)
     return status == 0 and took < 0.5 * slept, f"{took * 1000:.1f} ms while the default stream was busy for {slept * 1000:.0f} ms"
 
 
@@ -380,35 +384,36 @@ def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
     check = Checks(place.rank)
     group = dist.group.WORLD
     beside = nccl_group(place)
-    kinds = ["ipc"] + (["symm"] if own_gpu else [])
-    for kind in kinds:
-        def make(kind: str = kind, **more: Any) -> Any:
-            return exchange.create(group, device, N_COUNTS, kind, policy="report", timeout=20, **more)
-        made = make()
-        check(f"{kind}: made", made.kind == kind and made.native, repr(made))
-        wrong = eager(made, device, args.calls, 1)
-        check(f"{kind}: {args.calls} eager calls with random delays", wrong == 0, f"{wrong} wrong")
-        rounds = max(4, min(args.calls // 400, 250))
-        wrong = mixed(made, device, rounds, 5)
-        check(f"{kind}: {rounds} graphs of 16 calls, mixed with eager ones", wrong == 0, f"{wrong} wrong")
-        near = make(first_epoch=2**32 - 20)
-        wrong = eager(near, device, 60, 7) + mixed(near, device, 4, 8)
-        check(f"{kind}: across epoch 2^32", wrong == 0, f"{wrong} wrong")
-        near.close()
-        if not args.under:  # a checker has trouble with other libraries' kernels
-            wrong = busy(made, device, min(args.calls, 2000), 11, beside)
-            fine = wrong == 0 and made.report() is None
-            check(f"{kind}: beside {'NCCL and ' * (beside is not None)}matrix products", fine, f"{wrong} wrong")
-        made.close()
-        rounds = 25 if own_gpu else 3
-        wrong = two_streams(make, device, rounds)
-        check(f"{kind}: two exchanges on two streams", wrong == 0, f"{wrong} wrong")
-        if not args.no_planners:
-            check(f"{kind}: realised loads equal the certified plan", *planners(place, 16, kind))
-            check(f"{kind}: a rank that disagrees is noticed", *disagreeing(place, kind))
-            check(f"{kind}: planners that share an exchange end in any order", *lives(place, kind))
+    kind = "ipc"
+
+    def make(**more: Any) -> Any:
+        return exchange.create(group, device, N_COUNTS, kind, policy="report", timeout=20, **more)
+
+    made = make()
+    check(f"{kind}: made", made.kind == kind and made.native, repr(made))
+    wrong = eager(made, device, args.calls, 1)
+    check(f"{kind}: {args.calls} eager calls with random delays", wrong == 0, f"{wrong} wrong")
+    rounds = max(4, min(args.calls // 400, 250))
+    wrong = mixed(made, device, rounds, 5)
+    check(f"{kind}: {rounds} graphs of 16 calls, mixed with eager ones", wrong == 0, f"{wrong} wrong")
+    near = make(first_epoch=2**32 - 20)
+    wrong = eager(near, device, 60, 7) + mixed(near, device, 4, 8)
+    check(f"{kind}: across epoch 2^32", wrong == 0, f"{wrong} wrong")
+    near.close()
+    if not args.under:  # a checker has trouble with other libraries' kernels
+        wrong = busy(made, device, min(args.calls, 2000), 11, beside)
+        fine = wrong == 0 and made.report() is None
+        check(f"{kind}: beside {'NCCL and ' * (beside is not None)}matrix products", fine, f"{wrong} wrong")
+    made.close()
+    rounds = 25 if own_gpu else 3
+    wrong = two_streams(make, device, rounds)
+    check(f"{kind}: two exchanges on two streams", wrong == 0, f"{wrong} wrong")
+    if not args.no_planners:
+        check(f"{kind}: realised loads equal the certified plan", *planners(place, 16, kind))
+        check(f"{kind}: a rank that disagrees is noticed", *disagreeing(place, kind))
+        check(f"{kind}: planners that share an exchange end in any order", *lives(place, kind))
     auto = exchange.create(group, device, N_COUNTS)
-    check("auto", auto.kind == ("symm" if own_gpu else "ipc"), repr(auto))
+    check("auto", auto.kind == "ipc", repr(auto))
     auto.close()
     if own_gpu and not args.under:
         check("making one does not wait for the default stream", *beside_a_spinning_kernel(place))

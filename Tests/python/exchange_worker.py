@@ -1,10 +1,12 @@
 """One process of test_exchange.py: makes exchanges with its group and writes what it saw. Arguments: rank, processes, store file, folder.
 
-The NVLink ways are stood in for by ways that need no GPU and fail where a scenario says so; agreeing and falling back are the real code.
+The library's connect is stood in for by one that needs no GPU and fails where a scenario says so; it gathers by the caller's function as
+the library does. Falling back, taking back and freeing are the real code. (How ranks agree inside the library: Tests/LPLBTests.)
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -13,87 +15,61 @@ import sys
 import torch
 import torch.distributed as dist
 
-from lplb import exchange, errors
-from lplb._exchange import Exchange, Rail, gather_by_torch
-from lplb._exchange_ways import Way
+from lplb import errors, exchange
+from lplb.exchange import library
+from lplb.exchange.rail import Rail
 
 torch.set_num_threads(1)
 FACTS = exchange._Maker.facts
 
 
 class Scenario:
-    """fail: (kind, stage, rank) that fail; interrupted: likewise, by an exception that is nobody's error; hosts: the host of each rank."""
+    """fail: {rank: words} of ranks that the library refuses; interrupted: a rank in whose gather an exception comes that is nobody's error,
+    and in which of its gathers; hosts: the host of each rank; rail: (stage, rank) in which a rail fails."""
 
-    def __init__(self, fail=(), hosts=None, interrupted=()):
-        self.fail, self.hosts, self.interrupted = set(fail), hosts, set(interrupted)
-        self.freed, self.closed, self.abandoned = [], [], []
+    def __init__(self, fail=None, hosts=None, interrupted=None, rail=None):
+        self.fail, self.hosts, self.interrupted, self.rail = fail or {}, hosts, interrupted, rail
+        self.asked, self.done, self.gathers = [], [], 0
 
 
 now = Scenario()
 
 
-class FakeWay(Way):
-    def __init__(self, order):
-        self.order, self.pointer, self.keep = order, None, []
+class FakeLibrary:
+    """lplb_exchange_* of exchanges that exist in name only."""
 
-    def fails(self, stage):
-        if (self.kind, stage, self.order.layout.rank) in now.fail:
-            raise RuntimeError(f"{self.kind} cannot {stage}")
-        if (self.kind, stage, self.order.layout.rank) in now.interrupted:
-            raise KeyboardInterrupt
+    def connect(self, config, pointer, message, size):
+        config, pointer = config._obj, pointer._obj
+        now.asked.append([config.n_nodes, bool(config.rail), config.timeout_ms, config.policy])
+        words = now.fail.get(config.rank, "")
+        everyone = ctypes.create_string_buffer(1024 * config.n_ranks)
+        for step in range(2):
+            now.gathers += 1
+            if config.gather(None, words.encode().ljust(1024, b"\0"), everyone, 1024):
+                pointer.value = 99 if step else None  # its memory may still be written
+                return 11
+            refused = [(rank, everyone.raw[1024 * rank :].split(b"\0")[0]) for rank in range(config.n_ranks)]
+            refused = [f"rank {rank}: {reason.decode()}" for rank, reason in refused if reason]
+            if refused:
+                message.value = refused[0].encode()
+                return 2
+        pointer.value = 7
+        return 0
 
-    def steps(self):
-        self.fails("prepare")
-        self.pointer = 1 + self.order.layout.rank
-        shown = yield self.pointer
-        first = self.order.layout.node * self.order.layout.per_node
-        assert shown == [1 + first + i for i in range(self.order.layout.per_node)]
-        self.fails("connect")
+    def all_gather(self, pointer, counts, gathered, stream):
+        return 0
 
-    def give_up(self):
-        pass
+    def get_report(self, pointer, report):
+        return 0
 
-    def abort(self):
-        now.abandoned.append(self.kind)
+    def close(self, pointer):
+        now.done.append(f"closed {pointer}")
 
-    def free(self):
-        now.freed.append(self.kind)
+    def abort(self, pointer):
+        now.done.append(f"aborted {pointer}")
 
-
-class FakeSymm(FakeWay):
-    kind = "symm"
-
-
-class FakeIpc(FakeWay):
-    kind = "ipc"
-
-
-class FakeExchange(Exchange):
-    native = True
-
-    def __init__(self, kind, pointer, device, group, layout, n_counts, reason, rail, keep):
-        super().__init__(group, layout, n_counts, reason)
-        self.kind, self.rail, self.on_close, self.limits = kind, rail, None, []
-
-    def all_gather(self, counts, out=None):
-        everyone = self._output(counts, out)
-        gather_by_torch(self.group, counts.contiguous(), everyone)
-        if (self.kind, "count", self.rank) in now.fail:
-            everyone[-1, 0] += 1
-        return everyone
-
-    def set_limits(self, timeout, policy):
-        self.limits.append((timeout, policy))
-
-    def close(self):
-        if not self.closed:
-            self.closed = True
-            now.closed.append(self.kind)
-            if self.on_close is not None:
-                self.on_close(self)
-
-    def free(self):
-        now.freed.append(self.kind)
+    def destroy(self, pointer):
+        now.done.append(f"freed {pointer}")
 
 
 class FakeRail(Rail):
@@ -101,30 +77,45 @@ class FakeRail(Rail):
 
     kind = "nvshmem"
 
-    def __init__(self, layout, device, n_counts, timeout):
-        self.layout, self.stage, self.abandoned = layout, "nothing", False
+    def __init__(self, layout, device, n_counts, timeout_ms):
+        self.layout, self.stage, self.abandoned, self.ops, self.limits = layout, "nothing", False, library.RailOps(), [timeout_ms]
 
-    def steps(self):
-        if ("rail", "create", self.layout.rank) in now.fail:
-            raise RuntimeError("the rail cannot be created")
+    def fail(self, stage):
+        if now.rail == (stage, self.layout.rank):
+            raise RuntimeError(f"the rail cannot be {stage}")
+
+    def prepare(self, together):
+        together(lambda: self.fail("created"))
         self.stage = "created"
-        yield None
+        together(lambda: self.fail("connected"))
         self.stage = "connected"
-        if ("rail", "connect", self.layout.rank) in now.fail:
-            raise RuntimeError("the rail cannot be connected")
+
+    def set_limits(self, policy, timeout_ms):
+        self.limits += [policy, timeout_ms]
 
     def abandon(self):
         self.abandoned = True
 
     def free(self):
-        now.freed.append(f"rail {self.stage}" + ", alone" * self.abandoned)
+        now.done.append(f"rail {self.stage}" + ", alone" * self.abandoned)
 
 
 class FakeMaker(exchange._Maker):
     def facts(self):
         facts = FACTS(self)
         host = facts.host if now.hosts is None else now.hosts[self.rank]
-        return exchange.Facts(host, "a GPU", facts.wanted, False, facts.kept)
+        return exchange._Facts(host, True, facts.wanted, False, facts.kept)
+
+
+
+class Interrupted(exchange.Callback):
+    """A gather in which an exception comes, as an interrupt from the keyboard would."""
+
+    def _gather(self, context, mine, everyone, size):
+        if now.interrupted == (dist.get_rank(), now.gathers):
+            self._error = KeyboardInterrupt()
+            return 1
+        return super()._gather(context, mine, everyone, size)
 
 
 class Lines(logging.Handler):
@@ -155,24 +146,23 @@ def with_fakes(group, out):
     global now
     scenarios = {
         "all fine": (Scenario(), {}),
-        "symm fails in its first step": (Scenario([("symm", "prepare", 2)]), {}),
-        "symm fails in its second step": (Scenario([("symm", "connect", 0), ("symm", "connect", 3)]), {}),
-        "symm brings wrong counts": (Scenario([("symm", "count", 1)]), {}),
-        "both fail": (Scenario([("symm", "prepare", 1), ("ipc", "connect", 2)]), {}),
-        "ipc asked for": (Scenario(), {"kind": "ipc"}),
-        "ipc asked for and fails": (Scenario([("ipc", "prepare", 3)]), {"kind": "ipc"}),
+        "the library refuses": (Scenario({2: "no way to rank 1", 3: "no way to rank 1"}), {}),
+        "ipc asked for": (Scenario(), {"kind": "ipc", "timeout": 5.0, "policy": "report"}),
+        "symm asked for": (Scenario(), {"kind": "symm"}),
+        "ipc asked for and refused": (Scenario({3: "no way"}), {"kind": "ipc"}),
+        "torch asked for": (Scenario(), {"kind": "torch"}),
         "nccl asked for": (Scenario(), {"kind": "nccl"}),
         "two hosts": (Scenario(hosts="aabb"), {}),
-        "mixed hosts": (Scenario(hosts="abab"), {}),
-        "uneven hosts": (Scenario(hosts="aaab"), {}),
+        "two hosts refused": (Scenario({1: "no way"}, hosts="aabb"), {}),
+        "uneven hosts": (Scenario({rank: "uneven" for rank in range(4)}, hosts="aaab"), {"n_nodes": None}),
+        "three hosts": (Scenario({rank: "uneven" for rank in range(4)}, hosts="aabc"), {}),
         "emulated nodes": (Scenario(), {"n_nodes": 4}),
-        "nodes that do not divide": (Scenario(), {"n_nodes": 3}),
+        "nodes that do not divide": (Scenario({rank: "do not divide" for rank in range(4)}), {"n_nodes": 3}),
     }
     for name, (scenario, arguments) in scenarios.items():
         now = scenario
         seen, made = attempt(group, **arguments)
-        out[name] = {**seen, "freed": list(now.freed), "closed": list(now.closed), "limits": getattr(made, "limits", None),
-                     "rail": getattr(getattr(made, "rail", None), "kind", None)}
+        out[name] = {**seen, "asked": list(now.asked), "done": list(now.done), "rail": getattr(getattr(made, "rail", None), "kind", None)}
     # The memory of a closed exchange is freed when all ranks have closed theirs, not before.
     now = Scenario()
     first = exchange.create(group, "cpu", 8)
@@ -181,44 +171,47 @@ def with_fakes(group, out):
     if dist.get_rank(group) != 1:
         second.close()
     exchange.release(group, "cpu")
-    out["freed while one is open"] = list(now.freed)
+    out["while one is open"] = now.done.count("freed 7")
     second.close()
     second.close()
     exchange.create(group, "cpu", 8).close()
-    out["freed when all are closed"] = list(now.freed)
+    out["when all are closed"] = now.done.count("freed 7")
     exchange.release(group, "cpu")
-    out["freed at last"] = list(now.freed)
+    out["at last"] = [now.done.count("freed 7"), now.done.count("closed 7")]
 
 
 def taken_back(group, out):
-    """Ways and rails that are refused, or left by an exception on one rank, free all that was made, on every rank."""
+    """Rails that are refused, or left by an exception on one rank, free all that was made, on every rank."""
     global now
     rails, exchange.NvshmemRail = exchange.NvshmemRail, FakeRail
-    for name, fail in {
-        "the rail is not created": [("rail", "create", 1)],
-        "the rail is not connected": [("rail", "connect", 2)],
-        "the way fails beside a rail": [("symm", "connect", 3)],
-        "the trial fails beside a rail": [("symm", "count", 0)],
+    for name, scenario in {
+        "the rail is not created": Scenario(rail=("created", 1)),
+        "the rail is not connected": Scenario(rail=("connected", 2)),
+        "the library refuses beside a rail": Scenario({3: "no way"}),
     }.items():
-        now = Scenario(fail)
-        seen, _ = attempt(group, kind="symm", rail="nvshmem", n_nodes=2)
-        out[name] = {**seen, "freed": list(now.freed), "closed": list(now.closed)}
+        now = scenario
+        seen, _ = attempt(group, kind="ipc", rail="nvshmem", n_nodes=2)
+        out[name] = {**seen, "done": list(now.done)}
+    now = Scenario()
+    _, made = attempt(group, kind="ipc", rail="nvshmem", n_nodes=2, timeout=100.0)
+    out["a rail that works"] = {"limits": made.rail.limits, "taken": made.rail.taken, "done": list(now.done)}
     # The others learn of it by this rank's silence, which ends the group: so it is another one.
-    for stage in ("prepare", "connect"):
+    callback, exchange.Callback = exchange.Callback, Interrupted
+    for step in (1, 2):
         own = dist.new_group(list(range(dist.get_world_size(group))))
-        now = Scenario(interrupted=[("symm", stage, 2)])
+        now = Scenario(interrupted=(2, step))
         ended = ""
         try:
-            exchange.create(own, "cpu", 8, kind="symm", rail="nvshmem", n_nodes=2, timeout=1.0)
+            exchange.create(own, "cpu", 8, kind="ipc", rail="nvshmem", n_nodes=2, timeout=1.0)
         except (KeyboardInterrupt, errors.PeerTimeout) as error:
             ended = "KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else "PeerTimeout"
             error.__traceback__ = None
-        before = list(now.freed)
+        before = list(now.done)
         dist.destroy_process_group(own)
         del own
         gc.collect()
-        out[f"interrupted in {stage}"] = {"ended": ended, "before": before, "freed": list(now.freed), "abandoned": list(now.abandoned)}
-    exchange.NvshmemRail = rails
+        out[f"interrupted in gather {step}"] = {"ended": ended, "before": before, "done": list(now.done)}
+    exchange.NvshmemRail, exchange.Callback = rails, callback
 
 
 def plain(group, rank, out):
@@ -247,10 +240,11 @@ def plain(group, rank, out):
     except errors.WrongOrder as error:
         refused.append(str(error))
     out["plain"] = {**seen, "right": right, "refused": refused}
-    out["symm on the CPU"] = attempt(group, kind="symm")[0]
+    out["ipc on the CPU"] = attempt(group, kind="ipc")[0]
+    out["nodes that do not divide, by the library"] = attempt(group, kind="ipc", n_nodes=3)[0]
     try:
         exchange.create(group, "cpu", 8 + rank // 2)
-    except errors.InvalidArgument as error:
+    except errors.Disagreement as error:
         out["different counts"] = str(error)
 
 
@@ -259,9 +253,7 @@ def main():
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     out = {}
     plain(dist.group.WORLD, rank, out)
-    exchange._Maker, exchange.NativeExchange = FakeMaker, FakeExchange
-    exchange.WAYS.clear()
-    exchange.WAYS.update(symm=FakeSymm, ipc=FakeIpc)
+    exchange._Maker, library._functions = FakeMaker, FakeLibrary()
     with_fakes(dist.group.WORLD, out)
     taken_back(dist.group.WORLD, out)
     with open(f"{folder}/{rank}.json", "w") as file:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 import lplb
 from lplb import exchange
-from lplb._exchange import TorchExchange
-from lplb._exchange_state import state_of
+from lplb.exchange.by_torch import TorchExchange
+from lplb.exchange.rail import rail_group
+from lplb.exchange.state import state_of
 
 torch.set_num_threads(1)
 LIMIT = 2.0
@@ -121,17 +122,15 @@ def names(folder, rank, processes):
     for number in range(2):
         group = join(folder, f"names{number}", rank, processes)
         state = state_of(group)
-        seen[f"fresh {number}"] = [group.group_name, state.made, state.subgroups(2) is None]
-        maker = exchange._Maker(group, -1, 8, "auto", 2, "auto", 5.0, "trap", 1)
-        node, along = maker.subgroups(exchange.Layout(2, rank, 1, 0))
-        again = maker.subgroups(exchange.Layout(2, rank, 1, 0))
+        seen[f"fresh {number}"] = [group.group_name, state.made, state.rail_group(2) is None]
+        along, again = (rail_group(group, exchange.Layout(2, rank, 1, 0), -1, state) for _ in range(2))
         state.made += 1
         total = torch.ones(1)
         dist.all_reduce(total, group=along)
-        seen[f"used {number}"] = [again[0] is node and again[1] is along, total.item()]
-        del node, along, again, maker
+        seen[f"used {number}"] = [again is along, total.item()]
+        del along, again
         dist.destroy_process_group()
-        seen[f"gone {number}"] = state.subgroups(2) is None
+        seen[f"gone {number}"] = state.rail_group(2) is None
     return seen
 
 
@@ -166,7 +165,7 @@ def pairs(folder, rank, processes, scenario):
     groups = [dist.new_group([first, first + 1]) for first in range(0, processes, 2)]
     group, fate = groups[rank // 2], FATES[rank // 2]
     if scenario == "run":
-        planner = planner_of(group)
+        planner = planner_of(group, exchange="torch")
         planner.exchange.set_limits(LIMIT, "trap")
         used(planner)
         acts = [lambda: used(planner)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, Installed, Run
+from conftest import ROOT, Installed, Run, run_command
 from test_swift import SANITIZE, built_sanitized  # noqa: F401  (a fixture)
 
 SOURCES = ROOT / "Tests/c"
@@ -117,6 +117,30 @@ def test_the_package_can_be_moved(installed: Installed, run: Run, tmp_path: Path
     build_with_cmake(run, tmp_path / "moved/lib/cmake/lplb", tmp_path / "build")
     build_with_pkg_config(run, tmp_path / "moved/lib/pkgconfig", tmp_path)
     assert str(tmp_path / "moved/lib") in run([tool("ldd"), tmp_path / "build/example"])
+
+
+# ---- Processes that connect an exchange ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def connect(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tests/c/connect.cpp, which starts processes of its own."""
+    program = tmp_path_factory.mktemp("connect") / "connect"
+    run_command([tool("c++", "g++", "clang++"), "-std=c++17", *WARNINGS, f"-I{installed.include}", SOURCES / "connect.cpp", "-o", program,
+                 installed.library, f"-Wl,-rpath,{installed.library.parent}", "-ldl"])
+    return program
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_processes_learn_together_why_they_cannot_connect(connect: Path, run: Run, ranks: int) -> None:
+    lines = run([connect, str(ranks)], timeout=60).splitlines()
+    assert len(lines) == 3 * ranks and sum("on the CPU" in line for line in lines) == ranks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_connect_on_gpus(connect: Path, run: Run, ranks: int) -> None:
+    assert f"plain, rank {ranks - 1}: 0 " in run([connect, "gpu", str(ranks)], timeout=200)
 
 
 # ---- Hostile calls -----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The exchange of counts: agreeing on a way and falling back together, with several processes; what the C interface refuses, without a GPU."""
+"""The exchange of counts: falling back together, with several processes; what the C interface refuses, without a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,9 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs a PyTorch with gloo", allow_module_level=True)
 
-from lplb import _exchange_c, _rail, exchange  # noqa: E402
+from lplb import exchange  # noqa: E402
+from lplb.exchange import library, rail as _rail  # noqa: E402
+from lplb_structs import BLOB_BYTES, ExchangeConfig, function  # noqa: E402
 
 PROCESSES = 4
 HEADER = Path(__file__).resolve().parents[2] / "include" / "lplb.h"
@@ -54,7 +57,7 @@ def same_everywhere(ranks, name, *keys):
 
 
 def test_without_gpus_torch_carries_the_counts(ranks):
-    assert same_everywhere(ranks, "plain", "kind", "reason", "native", "right") == ["nccl", "", False, True]
+    assert same_everywhere(ranks, "plain", "kind", "reason", "native", "right") == ["torch", "", False, True]
     assert all(not seen["plain"]["log"] for seen in ranks)  # there was nothing to choose
     too_few, floating, other_type, closed = same_everywhere(ranks, "plain", "refused")[0]
     assert "n_counts = 8" in too_few and "[7]" in too_few
@@ -62,22 +65,26 @@ def test_without_gpus_torch_carries_the_counts(ranks):
 
 
 def test_what_cannot_be_is_refused_on_all_ranks(ranks):
-    kind, words = same_everywhere(ranks, "symm on the CPU", "error", "words")
-    assert kind == "Unsupported" and "'symm' is not possible here" in words and "CPU" in words
+    kind, words = same_everywhere(ranks, "ipc on the CPU", "error", "words")
+    assert kind == "Unsupported"
+    assert words == "exchange: 'ipc' is not possible here: NVLink joins GPUs, and ranks 0, 1, 2, 3 are on the CPU"
+    kind, words = same_everywhere(ranks, "nodes that do not divide, by the library", "error", "words")
+    assert kind == "InvalidArgument" and "n_nodes: must divide n_ranks, 4, got 3" in words
     assert len({seen["different counts"] for seen in ranks}) == 1
     assert "rank 0 asks for ('auto', 8" in ranks[0]["different counts"] and "rank 2 for ('auto', 9" in ranks[0]["different counts"]
 
 
 @pytest.mark.parametrize("name, kind, reason", [
-    ("all fine", "symm", ""),
-    ("symm fails in its first step", "ipc", "symm: rank 2: symm cannot prepare"),
-    ("symm fails in its second step", "ipc", "symm: rank 0: symm cannot connect (and 1 more)"),
-    ("symm brings wrong counts", "ipc", "symm: rank 1: 5 of 160 counts were wrong in the trial"),
-    ("both fail", "nccl", "symm: rank 1: symm cannot prepare; ipc: rank 2: ipc cannot connect"),
+    ("all fine", "ipc", ""),
+    ("the library refuses", "torch", "rank 2: no way to rank 1"),
     ("ipc asked for", "ipc", ""),
-    ("nccl asked for", "nccl", ""),
-    ("mixed hosts", "nccl", "the ranks of a host are not consecutive in the group"),
-    ("uneven hosts", "nccl", "the hosts have different numbers of ranks"),
+    ("symm asked for", "ipc", ""),
+    ("torch asked for", "torch", ""),
+    ("nccl asked for", "torch", ""),
+    ("two hosts refused", "torch", "rail nccl: rank 1: no way"),
+    ("uneven hosts", "torch", "rail nccl: rank 0: uneven"),
+    ("three hosts", "torch", "rank 0: uneven"),
+    ("nodes that do not divide", "torch", "rank 0: do not divide"),
 ])
 def test_all_ranks_choose_the_same(ranks, name, kind, reason):
     assert same_everywhere(ranks, name, "kind", "reason") == [kind, reason]
@@ -89,37 +96,37 @@ def test_all_ranks_choose_the_same(ranks, name, kind, reason):
 
 
 def test_a_way_that_is_asked_for_does_not_fall_back(ranks):
-    kind, words = same_everywhere(ranks, "ipc asked for and fails", "error", "words")
-    assert kind == "Unsupported" and words == "exchange: 'ipc' is not possible here: ipc: rank 3: ipc cannot prepare"
-    assert same_everywhere(ranks, "nodes that do not divide", "error")[0] == "InvalidArgument"
+    kind, words = same_everywhere(ranks, "ipc asked for and refused", "error", "words")
+    assert kind == "Unsupported" and words == "exchange: 'ipc' is not possible here: rank 3: no way"
+    assert same_everywhere(ranks, "torch asked for", "asked") == [[]]
 
 
-def test_failed_ways_are_taken_back(ranks):
-    # After its first step nobody may use it, so it is freed; one that failed in the trial is closed before.
-    for name in ("symm fails in its first step", "symm fails in its second step"):
-        assert all(seen[name]["freed"] == ["symm"] for seen in ranks)
-    assert same_everywhere(ranks, "symm brings wrong counts", "closed", "freed") == [["symm"], ["symm"]]
-    assert same_everywhere(ranks, "all fine", "closed", "freed") == [[], []]
-    # The trial must not trap, and waits no longer than the user would; then the user's limits hold.
-    assert same_everywhere(ranks, "all fine", "limits")[0] == [[30.0, "report"], [30.0, "trap"]]
+def test_the_library_is_asked_for_what_the_user_wants(ranks):
+    # n_nodes (0: one for each host), a rail, milliseconds, policy
+    assert same_everywhere(ranks, "all fine", "asked", "done") == [[[0, False, 30000, 0]], []]
+    assert same_everywhere(ranks, "ipc asked for", "asked") == [[[0, False, 5000, 1]]]
+    assert same_everywhere(ranks, "two hosts", "asked") == [[[0, True, 30000, 0]]]
+    assert same_everywhere(ranks, "three hosts", "asked") == [[[0, False, 30000, 0]]]
+    assert same_everywhere(ranks, "emulated nodes", "asked") == [[[4, True, 30000, 0]]]
+    # NVSHMEM's rail waits no longer than the trial in the trial, and then as long as the user wants.
+    assert same_everywhere(ranks, "a rail that works", "limits", "taken", "done") == [[30000, 0, 100000], True, []]
 
 
-def test_rails_are_taken_back_too(ranks):
+def test_rails_are_taken_back(ranks):
     # Whoever is refused frees everything, and on all ranks alike: symmetric memory is freed by all of them together, or all wait for ever.
-    for name, freed in (("the rail is not connected", ["rail connected"]), ("the way fails beside a rail", ["symm", "rail connected"]),
-                        ("the trial fails beside a rail", ["symm", "rail connected"])):
-        assert same_everywhere(ranks, name, "error", "freed") == ["Unsupported", freed]
-    for rank, seen in enumerate(ranks):  # what is local is freed where it was made
-        assert seen["the rail is not created"]["freed"] == [f"rail {'nothing' if rank == 1 else 'created'}"]
+    assert same_everywhere(ranks, "the rail is not created", "error", "done") == ["Unsupported", ["rail nothing"]]
+    assert same_everywhere(ranks, "the rail is not connected", "error", "done") == ["Unsupported", ["rail created"]]
+    assert same_everywhere(ranks, "the library refuses beside a rail", "error", "done") == ["Unsupported", ["rail connected"]]
 
 
 def test_an_exception_on_one_rank_leaves_nothing_behind(ranks):
     for rank, seen in enumerate(ranks):
-        for stage in ("prepare", "connect"):
-            ended = seen[f"interrupted in {stage}"]
+        for step in (1, 2):
+            ended = seen[f"interrupted in gather {step}"]
             assert ended["ended"] == ("KeyboardInterrupt" if rank == 2 else "PeerTimeout")
             # Others may still write to this rank's memory, so it is freed with the group; a rail then without the others.
-            assert ended["before"] == [] and ended["freed"] == ["symm", "rail connected, alone"] and ended["abandoned"] == ["symm"]
+            kept = ["aborted 99", "freed 99"] if step == 2 else []
+            assert ended["before"] == [] and ended["done"] == [*kept, "rail connected, alone"]
 
 
 def test_asking_for_nvshmem_changes_nothing():
@@ -152,31 +159,16 @@ def test_a_plugin_of_another_version_is_refused(tmp_path, monkeypatch):
 
 
 def test_hosts_become_nodes(ranks):
-    assert same_everywhere(ranks, "two hosts", "layout", "kind", "rail") == [[2, 2], "symm", "nccl"]
+    assert same_everywhere(ranks, "two hosts", "layout", "kind", "rail") == [[2, 2], "ipc", "nccl"]
     assert same_everywhere(ranks, "emulated nodes", "layout", "rail") == [[4, 1], "nccl"]
     assert same_everywhere(ranks, "all fine", "layout", "rail") == [[1, 4], None]
 
 
 def test_memory_is_freed_when_all_ranks_have_closed(ranks):
     for seen in ranks:
-        assert seen["freed while one is open"] == ["symm"]  # the first of two
-        assert seen["freed when all are closed"] == ["symm", "symm"]
-        assert seen["freed at last"] == ["symm", "symm", "symm"]
-
-
-@pytest.mark.parametrize("hosts, nodes, expected", [
-    ("aaaa", None, (1, 4)), ("aabb", None, (2, 2)), ("abcd", None, (4, 1)), ("a" * 72, None, (1, 72)), ("a" * 144, 2, (2, 72)),
-    ("a" * 73, None, "more than"), ("aab", None, "different numbers"), ("abba", None, "not consecutive"), ("aabbb" "c", None, "different"),
-])
-def test_layout(hosts, nodes, expected):
-    for rank in (0, len(hosts) // 2, len(hosts) - 1):
-        if isinstance(expected, str):
-            with pytest.raises(exchange.Refused, match=expected):
-                exchange.layout_of(list(hosts), rank, nodes)
-        else:
-            layout = exchange.layout_of(list(hosts), rank, nodes)
-            assert (layout.n_nodes, layout.per_node) == expected and layout.rank == rank and layout.ranks == len(hosts)
-            assert hosts[layout.node * layout.per_node] == hosts[rank] or nodes is not None
+        assert seen["while one is open"] == 1  # the first of two
+        assert seen["when all are closed"] == 2
+        assert seen["at last"] == [3, 3]
 
 
 def test_deep_ep_buffers_are_known_by_what_they_have():
@@ -189,7 +181,7 @@ def test_deep_ep_buffers_are_known_by_what_they_have():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ({"kind": "pigeon"}, "kind: must be one of auto, symm, ipc, nccl, got 'pigeon'"),
+    ({"kind": "pigeon"}, "kind: must be one of auto, ipc, torch, got 'pigeon'"),
     ({"rail": "train"}, "rail: must be one of auto, nccl, nvshmem, got 'train'"),
     ({"policy": "shrug"}, "policy: must be one of trap, report, got 'shrug'"),
     ({"timeout": -1.0}, "timeout: must lie in 0 ... 2,000,000 seconds, got -1.0"),
@@ -204,10 +196,22 @@ def test_arguments_are_refused_before_anybody_is_asked(arguments, words):
 # ---- the C interface ---------------------------------------------------------------------------------------------------------------
 
 
+def buffer_bytes():
+    return function("exchange_buffer_bytes", c_void_p, c_void_p, c_char_p, c_int64)
+
+
+def begin():
+    return function("exchange_begin", c_void_p, c_void_p, c_void_p, c_char_p, c_int64)
+
+
+def create():
+    return function("exchange_create", c_void_p, c_void_p, c_void_p, c_char_p, c_int64)
+
+
 def config(**changes):
     fields = {"device": 0, "policy": 0, "n_ranks": 8, "rank": 3, "n_counts": 256, "n_nodes": 1, "node": 0, "timeout_ms": 30000,
-              "first_epoch": 1, "struct_size": ctypes.sizeof(_exchange_c.ExchangeConfig)}
-    return _exchange_c.ExchangeConfig(**{**fields, **changes})
+              "first_epoch": 1, "struct_size": ctypes.sizeof(ExchangeConfig)}
+    return ExchangeConfig(**{**fields, **changes})
 
 
 def call(function, *arguments):
@@ -220,12 +224,12 @@ def test_buffer_bytes():
     size = ctypes.c_int64()
     for n_ranks, n_counts, expected in ((8, 256, 2 * 8 * 128 * 16), (72, 1, 2 * 72 * 16), (1, 255, 2 * 128 * 16)):
         sizes = config(n_ranks=n_ranks, rank=0, n_counts=n_counts)
-        assert call(_exchange_c.load().buffer_bytes, ctypes.byref(sizes), ctypes.byref(size)) == (0, "")
+        assert call(buffer_bytes(), ctypes.byref(sizes), ctypes.byref(size)) == (0, "")
         assert size.value == expected
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"struct_size": 8}, "struct_size: must be sizeof(lplb_exchange_config)"),
+    ({"struct_size": 9}, "struct_size: must be sizeof(lplb_exchange_config)"),
     ({"n_ranks": 0}, "n_ranks: must lie in 1 ... 72, got 0"), ({"n_ranks": 73}, "n_ranks: must lie in 1 ... 72, got 73"),
     ({"rank": 8}, "rank: must lie in 0 ... 7, got 8"), ({"rank": -1}, "rank: must lie in 0 ... 7, got -1"),
     ({"n_counts": 0}, "n_counts: must lie in 1 ... 4097, got 0"), ({"n_counts": 4098}, "got 4098"),
@@ -235,72 +239,73 @@ def test_buffer_bytes():
 ])
 def test_configs_are_refused_in_words(changes, words):
     size = ctypes.c_int64(7)
-    status, message = call(_exchange_c.load().buffer_bytes, ctypes.byref(config(**changes)), ctypes.byref(size))
+    status, message = call(buffer_bytes(), ctypes.byref(config(**changes)), ctypes.byref(size))
     assert status == 1 and words in message and size.value == 7
 
 
 def test_a_rail_is_refused_in_words():
-    rail = _exchange_c.RailOps(struct_size=ctypes.sizeof(_exchange_c.RailOps))
+    rail = library.RailOps(struct_size=ctypes.sizeof(library.RailOps))
     size = ctypes.c_int64()
     with_rail = config(n_nodes=2, rail=ctypes.pointer(rail))
-    assert "rail.all_gather: must not be NULL" in call(_exchange_c.load().buffer_bytes, ctypes.byref(with_rail), ctypes.byref(size))[1]
-    for other in (1, 32, 41):
+    assert "rail.all_gather: must not be NULL" in call(buffer_bytes(), ctypes.byref(with_rail), ctypes.byref(size))[1]
+    for other in (1, 41, 60):
         rail.struct_size = other
-        assert "rail.struct_size" in call(_exchange_c.load().buffer_bytes, ctypes.byref(with_rail), ctypes.byref(size))[1]
-    # An older caller's struct ends after destroy.
-    rail.struct_size = 40
-    assert "rail.all_gather: must not be NULL" in call(_exchange_c.load().buffer_bytes, ctypes.byref(with_rail), ctypes.byref(size))[1]
-    rail.all_gather = _exchange_c.RAIL_GATHER(lambda *_: 0)
-    for known in (40, 48, 56, 64):
+        assert "rail.struct_size" in call(buffer_bytes(), ctypes.byref(with_rail), ctypes.byref(size))[1]
+    # An older caller's struct may end after any field.
+    rail.struct_size = 16
+    assert "rail.all_gather: must not be NULL" in call(buffer_bytes(), ctypes.byref(with_rail), ctypes.byref(size))[1]
+    rail.all_gather = library.RAIL_GATHER(lambda *_: 0)
+    for known in (24, 32, 40, 48, 56, 64):
         rail.struct_size = known
-        assert call(_exchange_c.load().buffer_bytes, ctypes.byref(with_rail), ctypes.byref(size)) == (0, "")
+        assert call(buffer_bytes(), ctypes.byref(with_rail), ctypes.byref(size)) == (0, "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     made = ctypes.c_void_p()
-    blob = ctypes.create_string_buffer(_exchange_c.BLOB_BYTES)
-    status, message = call(_exchange_c.load().begin, ctypes.byref(config()), ctypes.byref(made), blob)
+    blob = ctypes.create_string_buffer(BLOB_BYTES)
+    status, message = call(begin(), ctypes.byref(config()), ctypes.byref(made), blob)
     assert status == 6 and "device 0" in message and made.value is None
     buffers = (ctypes.c_void_p * 8)(*[4096] * 8)
-    status, message = call(_exchange_c.load().create, ctypes.byref(config()), buffers, ctypes.byref(made))
+    status, message = call(create(), ctypes.byref(config()), buffers, ctypes.byref(made))
     assert status == 6 and made.value is None
 
 
 def test_null_is_refused_and_harmless():
-    functions = _exchange_c.load()
-    assert functions.finish(None, None) == functions.all_gather(None, None, None, None) == functions.set_limits(None, 0, 0) == 1
+    functions = library.load()
+    assert function("exchange_finish", c_void_p, c_void_p)(None, None) == 1
+    assert functions.all_gather(None, None, None, None) == functions.set_limits(None, 0, 0) == 1
     assert functions.get_report(None, None) == functions.planner_attach_exchange(None, None) == 1
     functions.abort(None), functions.close(None), functions.destroy(None)
     assert b"must not be NULL" in functions.error(None)
-    assert call(functions.begin, None, None, None)[0] == 1
+    assert call(begin(), None, None, None)[0] == call(functions.connect, None, None)[0] == 1
 
 
 def test_structs_equal_the_header():
     if not HEADER.is_file():
         pytest.skip(f"needs the source tree ({HEADER})")
     header = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
-    for name, struct in (("lplb_exchange_config", _exchange_c.ExchangeConfig), ("lplb_exchange_report", _exchange_c.ReportStruct),
-                         ("lplb_rail_ops", _exchange_c.RailOps)):
+    for name, struct in (("lplb_exchange_config", ExchangeConfig), ("lplb_connect_config", library.ConnectConfig),
+                         ("lplb_exchange_report", library.ReportStruct),
+                         ("lplb_rail_ops", library.RailOps)):
         body = re.search(rf"typedef struct {name} \{{(.*?)\}}", header, flags=re.S).group(1)
         fields = [(kind.strip(), field) for kind, pointed, field in re.findall(r"^\s*([\w ]+ \*?)(\(\*)?(\w+)\)?[^;]*;", body, flags=re.M)]
         assert [field for _, field in fields] == [field[0] for field in struct._fields_], name
         for (kind, field), (_, c_type) in zip(fields, struct._fields_):
             scalar = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32}.get(kind)
             assert scalar is c_type or ctypes.sizeof(c_type) == ctypes.sizeof(ctypes.c_void_p), f"{name}.{field}"
-    for name, value in (("LPLB_EXCHANGE_BLOB_BYTES", _exchange_c.BLOB_BYTES), ("LPLB_EXCHANGE_MAX_RANKS", _exchange_c.MAX_RANKS),
-                        ("LPLB_EXCHANGE_MAX_NODES", _exchange_c.MAX_NODES), ("LPLB_EXCHANGE_TRAP", _native.POLICIES["trap"]),
-                        ("LPLB_EXCHANGE_REPORT", _native.POLICIES["report"]), ("LPLB_EXCHANGE_TIMED_OUT", _exchange_c.TIMED_OUT),
-                        ("LPLB_EXCHANGE_ABORTED", _exchange_c.ABORTED), ("LPLB_EXCHANGE_LOST", _exchange_c.LOST),
-                        ("LPLB_EXCHANGE_DISAGREED", _exchange_c.DISAGREED)):
+    for name, value in (("LPLB_EXCHANGE_BLOB_BYTES", BLOB_BYTES), ("LPLB_EXCHANGE_TRAP", _native.POLICIES["trap"]),
+                        ("LPLB_EXCHANGE_REPORT", _native.POLICIES["report"]), ("LPLB_EXCHANGE_TIMED_OUT", library.TIMED_OUT),
+                        ("LPLB_EXCHANGE_ABORTED", library.ABORTED), ("LPLB_EXCHANGE_LOST", library.LOST),
+                        ("LPLB_EXCHANGE_DISAGREED", library.DISAGREED)):
         assert int(re.search(rf"\b{name}\s*=?\s*(\d+)", header).group(1)) == value, name
 
 
 @pytest.mark.parametrize("reason, aborted", [(None, False), ("disagreed", False), ("timed out", True), ("aborted", True), ("lost", True)])
 def test_only_what_may_still_wait_is_aborted_before_it_is_freed(reason, aborted):
     """Ranks that disagreed have all found out in the same call: nobody waits, and the rail's communicator serves the next exchange."""
-    from lplb._exchange import Report
-    from lplb._exchange_state import GroupState
+    from lplb.exchange.base import Report
+    from lplb.exchange.state import GroupState
 
     class Closed:
         done = ""

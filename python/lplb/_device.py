@@ -73,7 +73,7 @@ def check_exchange(exchange: Any, kinds: tuple[str, ...]) -> None:
     if isinstance(exchange, str):
         if exchange not in kinds:
             raise broken_rule("exchange", f"must be one of {', '.join(kinds)}", shown(exchange))
-    elif not isinstance(exchange, getattr(sys.modules.get("lplb._exchange"), "Exchange", ())):  # whose maker has loaded the module
+    elif not isinstance(exchange, getattr(sys.modules.get("lplb.exchange"), "Exchange", ())):  # whose maker has loaded the module
         raise broken_rule("exchange", f"must be one of {', '.join(kinds)} or an exchange of lplb.exchange", shown(exchange))
 
 

@@ -13,7 +13,7 @@ from . import _native
 from .errors import LplbError, WrongOrder, broken_rule
 
 if TYPE_CHECKING:
-    from ._exchange import Exchange
+    from .exchange import Exchange
 
 # Operators take numbers, not objects. Never 0 or 1, which torch.compile would specialise on.
 _numbers = itertools.count(2)

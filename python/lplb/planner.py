@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from ._exchange import Exchange
+    from .exchange import Exchange
 
-EXCHANGES = ("auto", "symm", "ipc", "nccl")
+EXCHANGES = ("auto", "ipc", "torch", "nccl", "symm")
 TOKENS = ("own", "same")
 _MAX_BLOCKS = _native.MAX_BLOCKS
 _TENSORS = {  # the arguments of an operator that are tensors, too: those that follow the first one
@@ -48,8 +48,8 @@ class Planner:
         divides ep_size, else 1.
     rank: which rank plans. None: the rank in group; without a group, the ids are those of all ranks together.
     solver: "flow" (exact, certified) or "ipm" (CUDA: interior point method, near-optimal).
-    exchange: how the counts of all ranks travel: "nccl" (torch.distributed, whatever its backend), "symm" or "ipc" (over NVLink, see
-        lplb.exchange), "auto" (the fastest there is), or an exchange that planners of one stream share: another planner's, which ends
+    exchange: how the counts of all ranks travel: "torch" (torch.distributed, whatever its backend), "ipc" (over NVLink, see
+        lplb.exchange), "auto" (the faster one that works), or an exchange that planners of one stream share: another planner's, which ends
         with the last planner that uses it, or one made by lplb.exchange.create, which the caller closes.
     tokens: "own": each rank of group has tokens of its own. "same": all ranks of group hold the same tokens, and every rank must choose
         the same replica for each: nothing is exchanged. Given "own" where the ranks hold the same tokens, each rank would take every
@@ -142,7 +142,7 @@ class Planner:
         """A failure inside is told to all ranks of the group, which wait for this one."""
         if self.ep_group is None:
             return nullcontext()
-        return importlib.import_module("._agree", __package__).telling(self.ep_group, self._collective_device())
+        return importlib.import_module(".exchange.agree", __package__).telling(self.ep_group, self._collective_device())
 
     def _collective_device(self) -> int:
         """The device whose collectives serve the planner's group, before and after the planner's own device is known."""
@@ -215,7 +215,7 @@ class Planner:
         """Agrees with the other ranks, makes the native planner, and joins the exchange. slots: a general placement."""
         config, group = self._config, self.ep_group
         if group is not None:
-            agree = importlib.import_module("._agree", __package__)
+            agree = importlib.import_module(".exchange.agree", __package__)
             kind = exchange if isinstance(exchange, str) else "a shared exchange"
             agree.settle(group, config, f"exchange={kind}, tokens={self.tokens}", None if slots is None else address(slots))
         with self._telling():
@@ -280,7 +280,7 @@ class Planner:
     def _agree_on_placement(self, **arrays: int | None) -> None:
         """Where nothing travels that could be compared later, a new placement is compared at once."""
         if self.tokens == "same" and self.ep_group is not None:
-            agree = importlib.import_module("._agree", __package__)
+            agree = importlib.import_module(".exchange.agree", __package__)
             agree.agree(self.ep_group, self._config, device=self._config.device, **arrays)
 
     def mapping(self) -> tuple[Array, Array, Array]:
@@ -478,18 +478,19 @@ class Planner:
             exchange.attach(self)
         elif self.ep_group is not None and self.tokens == "same":
             if self.debug:
-                handle.compare = importlib.import_module("._agree", __package__).same_tokens(self.ep_group, handle.device)
+                handle.compare = importlib.import_module(".exchange.agree", __package__).same_tokens(self.ep_group, handle.device)
         elif self.ep_group is not None:
             assert self.rank is not None
-            if exchange == "nccl" or (exchange == "auto" and handle.device < 0) or not handle.has_replicas:
-                from ._exchange import Layout, TorchExchange
+            if exchange in ("torch", "nccl") or (exchange == "auto" and handle.device < 0) or not handle.has_replicas:
+                from .exchange.base import Layout
+                from .exchange.by_torch import TorchExchange
 
                 TorchExchange(self.ep_group, Layout(1, 0, self.ep_size, self.rank), handle.width, "").attach(self)
             else:
                 importlib.import_module(".exchange", __package__).connect(self, exchange)
             assert handle.exchange is not None
             handle.exchange.owned = True
-        elif exchange not in ("auto", "nccl"):
+        elif exchange not in ("auto", "torch", "nccl"):
             raise broken_rule("group", f"must be given for exchange = {exchange!r}", None)
 
     # ---- life ----

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from .. import exchange, topology
 from .._cli import UsageError, write_json
-from .._exchange_ways import no_multicast
 from ..errors import Unsupported
 from ..planner import Planner
 from . import kit
@@ -167,15 +166,13 @@ def _exchange_alone(torch: Any, clock: Clock, ranks: int) -> Iterator[Row]:
     gathered = torch.empty((CALLS, ranks, N_COUNTS), dtype=torch.int32, device=device)
     ways: dict[str, list[Call]] = {}
     made = []
-    for kind in ("symm", "ipc"):
-        try:
-            one = exchange.create(dist.group.WORLD, device, N_COUNTS, kind)
-        except Unsupported as error:
-            if dist.get_rank() == 0:
-                print(error)
-            continue
+    try:
+        one = exchange.create(dist.group.WORLD, device, N_COUNTS, "ipc")
         made.append(one)
         ways[one.describe()] = [partial(one.all_gather, *pair) for pair in zip(counts, gathered)]
+    except Unsupported as error:
+        if dist.get_rank() == 0:
+            print(error)
     peer = "" if clock.shared else "NCCL all_gather"  # it and symmetric memory want a GPU for each rank
     if not clock.shared:
         ways[peer] = [partial(dist.all_gather_into_tensor, into, own) for own, into in zip(counts, gathered)]
@@ -204,9 +201,9 @@ def _one_shot(torch: Any, device: Any) -> Call | None:
     try:
         symmetric = importlib.import_module("torch.distributed._symmetric_memory")
         name = torch.distributed.group.WORLD.group_name
-        with no_multicast():
-            tensor = symmetric.empty(N_COUNTS, dtype=torch.float32, device=device).fill_(1)
-            symmetric.rendezvous(tensor, name)
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # it has no use for it
+        tensor = symmetric.empty(N_COUNTS, dtype=torch.float32, device=device).fill_(1)
+        symmetric.rendezvous(tensor, name)
         torch.ops.symm_mem.one_shot_all_reduce(tensor, "sum", name)
     except (ImportError, RuntimeError, AttributeError):
         return None

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _native
-from ._gather import SETTINGS, TOKENS, Waiting, gather_bytes
-from .errors import Disagreement, LplbError, PeerLost
+from .. import _native
+from ..errors import Disagreement, LplbError
+from .gather import SETTINGS, TOKENS, Callback, Waiting, gather_bytes, on_device
 
 TOKENS_LIMIT = 30.0  # seconds to wait for a peer's ids, as an exchange waits for its counts
-
-
-def _on(device: int) -> Any:
-    """Collectives of NCCL work on the current device."""
-    return torch.cuda.device(device) if device >= 0 and torch.cuda.is_available() else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -50,33 +45,17 @@ def agree(group: Any, config: _native.Config | None, *, settings: str = "", fail
           phy2log: int | None = None, device: int = _native.DEVICE_CPU) -> Agreement:
     """Compares the ranks' settings: on all of them the same agreement, or an error with the same words. history and phy2log: addresses of
     host arrays as in lplb.h. failure: why this rank cannot go on. Collective."""
-    lost: list[Exception] = []
-
     # A rank may be late for long, loading a model say: the limit of the process group counts.
     waiting = Waiting(f"planner: rank {dist.get_rank(group)} of {dist.get_world_size(group)}", 0)
-
-    def gather(context: int | None, mine: int, everyone: int, size: int) -> int:
-        try:
-            with _on(device):
-                rows = gather_bytes(group, SETTINGS, ctypes.string_at(mine, size), waiting)
-            ctypes.memmove(everyone, b"".join(row.ljust(size, b"\0")[:size] for row in rows), size * len(rows))
-            return 0
-        except Exception as error:  # nothing may pass through C
-            lost.append(error)
-            return 1
-
-    callback = _native.GATHER(gather)
+    gather = Callback(group, SETTINGS, waiting, device)
     request = _native.AgreeConfig(
         struct_size=ctypes.sizeof(_native.AgreeConfig), planner=None if config is None else ctypes.pointer(config), history=history,
         phy2log=phy2log, settings=settings.encode(), failure=None if failure is None else failure.encode("utf-8", "replace"),
-        n_ranks=dist.get_world_size(group), rank=dist.get_rank(group), gather=callback, context=None)
+        n_ranks=dist.get_world_size(group), rank=dist.get_rank(group), gather=gather.function, context=None)
     found = _native.AgreementStruct(struct_size=ctypes.sizeof(_native.AgreementStruct))
     message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
     status = _native.load().agree(ctypes.byref(request), ctypes.byref(found), message, len(message))
-    if lost:
-        if isinstance(lost[0], LplbError):
-            raise lost[0]
-        raise PeerLost(f"group: the settings of all ranks could not be gathered: {lost[0]}") from lost[0]
+    gather.check()
     if status:
         raise _native.failure(status, _native.text(message.value))
     return Agreement(found.n_nodes, found.number)
@@ -104,7 +83,7 @@ def same_tokens(group: Any, device: int) -> Callable[[Tensor], None]:
     def check(ids: Tensor) -> None:
         host = ids.detach().cpu().contiguous().to(torch.int64)
         mine = hashlib.blake2b(repr(list(host.shape)).encode() + host.numpy().tobytes(), digest_size=16).digest()
-        with _on(device):
+        with on_device(device):
             digests = gather_bytes(ranks(), TOKENS, mine, waiting)
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:

@@ -6,10 +6,12 @@ host cannot end it: there the time limit is that of the process group, after whi
 
 from __future__ import annotations
 
+import ctypes
 import pickle
 import re
 import struct
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
-from .errors import Disagreement, LplbError, PeerLost, PeerTimeout
+from .. import _native
+from ..errors import Disagreement, LplbError, PeerLost, PeerTimeout
 
 GRACE = 1.0  # seconds for the backend to notice by itself, in words that say more than ours
 SLICE = timedelta(seconds=0.05)  # how long a wait that may be aborted lasts at most
@@ -129,6 +132,40 @@ def gather_bytes(group: Any, kind: int, mine: bytes, waiting: Waiting) -> list[b
             parts[rank] += row[_HEADER.size :].tobytes()
         first += _ROOM
     return [bytes(part[:length]) for part, length in zip(parts, lengths)]
+
+
+class Callback:
+    """lplb_gather of lplb.h: what the library calls to bring the bytes of every rank to every rank."""
+
+    def __init__(self, group: Any, kind: int, waiting: Waiting, device: int) -> None:
+        self._of = (group, kind, waiting, device)
+        self._error: BaseException | None = None
+        self.function = _native.GATHER(self._gather)
+
+    def _gather(self, context: int | None, mine: int, everyone: int, size: int) -> int:
+        group, kind, waiting, device = self._of
+        try:
+            with on_device(device):
+                rows = gather_bytes(group, kind, ctypes.string_at(mine, size), waiting)
+            ctypes.memmove(everyone, b"".join(row.ljust(size, b"\0")[:size] for row in rows), size * len(rows))
+            return 0
+        except BaseException as error:  # nothing may pass through C
+            self._error = error
+            return 1
+
+    def check(self) -> None:
+        """Once, after the library's call: raises what went wrong here, which says more than its PEER_LOST."""
+        error, self._error = self._error, None
+        del self.function  # which holds this object, and so the group
+        if isinstance(error, LplbError) or not isinstance(error, (Exception, type(None))):
+            raise error
+        if error is not None:
+            raise PeerLost(f"group: the bytes of all ranks could not be gathered: {error}") from error
+
+
+def on_device(device: int) -> Any:
+    """Collectives of NCCL work on the current device."""
+    return torch.cuda.device(device) if device >= 0 and torch.cuda.is_available() else nullcontext()
 
 
 def gather_objects(group: Any, value: object, waiting: Waiting) -> list[Any]:

@@ -6,26 +6,49 @@ import ctypes
 import logging
 import os
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from . import _exchange_c, _native
-from ._exchange import Layout, Rail
-from ._gather import Waiting, abort_group
-from .errors import BY_STATUS, CudaError, LibraryError, PeerTimeout, broken_rule
+from .. import _native
+from ..errors import BY_STATUS, CudaError, LibraryError, PeerTimeout, broken_rule
+from . import library
+from .base import Layout, Refused
+from .gather import Waiting, abort_group
+from .state import GroupState
 
 RAILS = ("auto", "nccl", "nvshmem")
 UNIQUE_ID_BYTES = 128
 PLUGIN_ABI = 2
 NVSHMEM = "libnvshmem_host.so.3"
 
-Steps = Generator[Any, "list[Any]", None]
+#: Does what this rank does by itself, then returns what all ranks did; raises on all of them where one failed.
+Together = Callable[[Callable[[], Any]], "list[Any]"]
 
 log = logging.getLogger("lplb.exchange")
+
+
+class Rail:
+    """How counts travel between nodes. ops: what the library calls; it and all behind it must live as long as the exchange."""
+
+    kind: str
+    ops: library.RailOps
+    taken = False  #: an exchange of the library owns what is behind it, and frees it with itself
+
+    def prepare(self, together: Together) -> None:
+        """Everything that takes all ranks, before the rail is used."""
+
+    def set_limits(self, policy: int, timeout_ms: int) -> None:
+        """As the exchange's, where the rail waits on the GPU itself."""
+
+    def abandon(self) -> None:
+        """Makes free() do without the other ranks, which may be gone."""
+
+    def free(self) -> None:
+        """Frees what no exchange has taken; on all ranks together, unless it is abandoned."""
 
 
 class TorchRail(Rail):
@@ -38,9 +61,9 @@ class TorchRail(Rail):
         self.device, self._on_abort = device, on_abort
         self.words = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
         self._tensors: dict[tuple[int, int], torch.Tensor] = {}
-        self.ops = _exchange_c.RailOps(
-            struct_size=ctypes.sizeof(_exchange_c.RailOps), context=None, all_gather=_exchange_c.RAIL_GATHER(self._all_gather),
-            error=_exchange_c.RAIL_ERROR(self._error), destroy=_exchange_c.RAIL_DESTROY(), abort=_exchange_c.RAIL_ABORT(self._abort))
+        self.ops = library.RailOps(
+            struct_size=ctypes.sizeof(library.RailOps), context=None, all_gather=library.RAIL_GATHER(self._all_gather),
+            error=library.RAIL_ERROR(self._error), destroy=library.RAIL_DESTROY(), abort=library.RAIL_ABORT(self._abort))
 
     @property
     def group(self) -> Any:
@@ -103,37 +126,41 @@ class NvshmemRail(Rail):
 
     kind = "nvshmem"
 
-    def __init__(self, layout: Layout, device: int, n_counts: int, timeout: float) -> None:
-        self.layout, self.device, self.n_counts, self.timeout = layout, device, n_counts, timeout
-        self.ops = _exchange_c.RailOps()
+    def __init__(self, layout: Layout, device: int, n_counts: int, timeout_ms: int) -> None:
+        self.layout, self.device, self.n_counts, self.timeout_ms = layout, device, n_counts, timeout_ms
+        self.ops = library.RailOps()
 
-    def steps(self) -> Steps:
-        """As in _exchange_ways, but shown to all ranks of the group. Starts NVSHMEM for all of them unless somebody has."""
-        plugin = load_plugin()
+    def prepare(self, together: Together) -> None:
+        """Starts NVSHMEM for all ranks unless somebody has."""
         message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
+        at = self.layout
 
-        def check(status: int) -> None:
+        def call(name: str, *arguments: Any) -> None:
+            status = getattr(load_plugin(), name)(*arguments, message, len(message))
             if status:
                 raise _native.failure(status, _native.text(message.value))
 
-        started = (yield bool(plugin.lplb_nvshmem_started()))
-        if any(started) != all(started):
-            raise LibraryError("rail: NVSHMEM is running on some ranks only")
-        if not any(started):
+        def unique_id() -> bytes:
             unique = ctypes.create_string_buffer(UNIQUE_ID_BYTES)
-            if self.layout.rank == 0:
-                check(plugin.lplb_nvshmem_unique_id(unique, message, len(message)))
-            root = (yield unique.raw)[0]
-            check(plugin.lplb_nvshmem_start(self.device, root, self.layout.rank, self.layout.ranks, message, len(message)))
-        pes = yield int(plugin.lplb_nvshmem_pe())
-        mine = pes[self.layout.local_rank :: self.layout.per_node]  # this rail's, node by node
-        array = (ctypes.c_int32 * len(mine))(*mine)
+            if at.rank == 0:
+                call("lplb_nvshmem_unique_id", unique)
+            return unique.raw
+
+        def create(pes: list[int]) -> None:
+            mine = pes[at.local_rank :: at.per_node]  # this rail's, node by node
+            call("lplb_nvshmem_rail_create", self.device, (ctypes.c_int32 * len(mine))(*mine), at.n_nodes, at.node, self.n_counts,
+                 self.timeout_ms, ctypes.byref(self.ops))
+
+        started = together(lambda: bool(load_plugin().lplb_nvshmem_started()))
+        if any(started) != all(started):
+            raise Refused("rail: NVSHMEM is running on some ranks only")
+        if not any(started):
+            root = together(unique_id)[0]
+            together(lambda: call("lplb_nvshmem_start", self.device, root, at.rank, at.ranks))
+        pes = together(lambda: int(load_plugin().lplb_nvshmem_pe()))
         # Whatever can fail on one rank alone comes first, since the symmetric memory is allocated, and freed, by all of them together.
-        check(plugin.lplb_nvshmem_rail_create(
-            self.device, array, self.layout.n_nodes, self.layout.node, self.n_counts, round(self.timeout * 1000),
-            ctypes.byref(self.ops), message, len(message)))
-        yield None
-        check(plugin.lplb_nvshmem_rail_connect(ctypes.byref(self.ops), message, len(message)))
+        together(lambda: create(pes))
+        together(lambda: call("lplb_nvshmem_rail_connect", ctypes.byref(self.ops)))
 
     def set_limits(self, policy: int, timeout_ms: int) -> None:
         load_plugin().lplb_nvshmem_rail_limits(ctypes.byref(self.ops), policy, timeout_ms)
@@ -146,7 +173,7 @@ class NvshmemRail(Rail):
         """Of a rail that no exchange has taken."""
         if self.ops.context:
             self.ops.destroy(self.ops.context)
-            self.ops = _exchange_c.RailOps()
+            self.ops = library.RailOps()
 
 
 _plugin: Any = None
@@ -215,6 +242,18 @@ def _load_host_library() -> None:
         if library.is_file():
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             return
+
+
+def rail_group(group: Any, layout: Layout, device: int, state: GroupState) -> Any:
+    """The ranks along this rail as a group; that of an earlier exchange where it still exists."""
+    known = state.rail_group(layout.n_nodes)
+    if known is None:
+        along = dist.get_process_group_ranks(group)[layout.local_rank :: layout.per_node]
+        # NCCL whatever the group's own backend: that one may be gloo, or several ("cpu:gloo,cuda:nccl", which PyTorch calls "undefined").
+        backend = "nccl" if device >= 0 and dist.is_nccl_available() else dist.get_backend(group)
+        known = dist.new_group(along, backend=backend, use_local_synchronization=True)
+        state.keep_rail_group(layout.n_nodes, known)
+    return known
 
 
 def check_rail(rail: str) -> str:
