@@ -210,6 +210,9 @@ def swift_build(objects: list[Path]) -> Path:
                "-Xswiftc", "-use-ld=lld"]  # lld comes with Swift; unlike gold it refuses a name in lplb.map that nothing defines
     for flag in linker:
         command += ["-Xlinker", flag]
+    # SwiftPM does not notice a change of these headers by itself; another flag makes it compile again.
+    headers = hashlib.sha256(b"".join(path.read_bytes() for path in [ROOT / "include/lplb.h", *sorted((ROOT / "cuda").glob("*.h"))]))
+    command += ["-Xcc", f"-DLPLB_HEADERS_{headers.hexdigest()[:16]}"]
     env = {**os.environ, "LPLB_CUDA_OBJECTS": ":".join(map(str, objects))}
     subprocess.run(command, check=True, env=env, timeout=SWIFT_TIMEOUT)
     where = subprocess.run([*command, "--show-bin-path"], check=True, env=env, capture_output=True, text=True, timeout=300).stdout

@@ -146,7 +146,7 @@ typedef struct lplbk_backend {
 } lplbk_backend;
 
 /* The objects of cuda/ define it; a build without them has none. */
-extern const lplbk_backend *lplbk_cuda_backend(void) __attribute__((weak));
+extern const lplbk_backend *lplbk_cuda_backend(void) __attribute__((weak, visibility("hidden")));
 static inline const lplbk_backend *lplbk_cuda(void) { return lplbk_cuda_backend ? lplbk_cuda_backend() : 0; }
 
 #ifdef __cplusplus
