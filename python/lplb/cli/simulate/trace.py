@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .._files import DEFAULT_LIMIT, read_json, read_npy, read_npz
-from .._terminal import UsageError, harmless, shown
+from ..files import DEFAULT_LIMIT, read_json, read_npy, read_npz
+from ..terminal import UsageError, harmless, shown
 
 Int64Array = NDArray[np.int64]
 Kind = Literal["ids", "steps", "snapshot"]
@@ -59,7 +59,7 @@ class Trace:
 
 def load_sample(n_experts: int | None = None) -> Trace:
     """The trace that ships with the package."""
-    with resources.as_file(resources.files("lplb").joinpath("data").joinpath(SAMPLE)) as path:
+    with resources.as_file(resources.files("lplb.cli").joinpath("data").joinpath(SAMPLE)) as path:
         return load(str(path), n_experts)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-from .errors import LplbError
+from ..errors import LplbError
 
 MAX_SHOWN = 60     # characters of a value in a sentence
 MAX_LINE = 1_000   # characters of a sentence

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import check
-from .._terminal import UsageError
-from ..eplb import rebalance_experts
-from ..info import GroupInfo
-from ..planner import Planner
+from ..terminal import UsageError
+from ...eplb import rebalance_experts
+from ...info import GroupInfo
+from ...planner import Planner
 from .options import Layout
 from .policies import Replicas
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._cli import table
-from .._terminal import harmless, shown
+from ..common import table
+from ..terminal import harmless, shown
 from .play import EVEN, LPLB, NO_REPLICAS, PROPORTIONAL, Played, Series
 from .trace import Trace
 

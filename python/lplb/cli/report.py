@@ -12,12 +12,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-from . import _native
-from ._terminal import harmless, say, shown
-from .errors import LibraryError, LplbError
+from .. import _native
+from .terminal import harmless, say, shown
+from ..errors import LibraryError, LplbError
 
 State = Literal["ok", "off", "note"]
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import check
-from ..planner import Planner
+from ...planner import Planner
 from .kit import time_one
 
 Int64Array = NDArray[np.int64]

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import check
-from .._cli import progress
-from ..info import GroupInfo
-from ..solve import witness_bound
+from ..common import progress
+from ...info import GroupInfo
+from ...solve import witness_bound
 from . import policies
 from .engine import Engine, without_replicas
 from .options import Options

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _native
-from .._cli import table
+from ... import _native
+from ..common import table
 
 Float64Array = NDArray[np.float64]
 

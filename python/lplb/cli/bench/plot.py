@@ -1,7 +1,7 @@
 """
 The picture of a bench: every case's p50 and p99 on a logarithmic axis, beside its target and what other programs need.
 
-    python -m lplb.bench.plot BENCH.json FILE.png     draws what was measured on a machine without matplotlib
+    python -m lplb.cli.bench.plot BENCH.json FILE.png     draws what was measured on a machine without matplotlib
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .._cli import PICTURES, use_pyplot, write_picture
-from .._files import check_writable, read_json
-from .._terminal import UsageError, end, guarded, harmless, shown
+from ..common import PICTURES, use_pyplot, write_picture
+from ..files import check_writable, read_json
+from ..terminal import UsageError, end, guarded, harmless, shown
 from .kit import Row, number
 
 MAX_ROWS = 500  # of one picture

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import check
-from ..eplb import rebalance_experts
-from ..planner import Planner
+from ...eplb import rebalance_experts
+from ...planner import Planner
 from ..simulate.options import topology
-from ..solve import witness_bound
+from ...solve import witness_bound
 
 Int64Array = NDArray[np.int64]
 

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import exchange, topology
-from .._cli import UsageError, write_json
-from .._exchange_ways import no_multicast
-from ..errors import Unsupported
-from ..planner import Planner
+from ... import exchange, topology
+from ..common import UsageError, write_json
+from ..._exchange_ways import no_multicast
+from ...errors import Unsupported
+from ...planner import Planner
 from . import kit
 from .cpu import batches, percentiles
 from .kit import Row

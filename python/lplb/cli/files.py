@@ -24,7 +24,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._terminal import UsageError, shown
+from .terminal import UsageError, shown
 
 DEFAULT_LIMIT = 1 << 30  # bytes that one file may unpack to
 JSON_FACTOR = 16         # Python's objects take up to about this many times the bytes of their JSON text

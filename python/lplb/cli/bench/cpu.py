@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _native
-from .._cli import progress
-from ..eplb import rebalance_experts
-from ..planner import Planner
+from ... import _native
+from ..common import progress
+from ...eplb import rebalance_experts
+from ...planner import Planner
 from ..simulate.options import topology
 from . import peers
 from .cases import CASES, FAMILIES, Case, draw, instances, proven

@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from ._files import check_writable, write_file
-from ._terminal import UsageError as UsageError, say, shown
+from .files import check_writable, write_file
+from .terminal import UsageError as UsageError, say, shown
 
 T = TypeVar("T")
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _native
-from ._arrays import Int64s, host_integers, integer, to_host
-from .errors import InternalError, broken_rule
+from .. import _native
+from .._arrays import Int64s, host_integers, integer, to_host
+from ..errors import InternalError, broken_rule
 
 Int64Array = NDArray[np.int64]
 

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import check
-from .eplb import rebalance_experts
-from .info import GroupInfo
-from .planner import Planner
+from ..eplb import rebalance_experts
+from ..info import GroupInfo
+from ..planner import Planner
 from .simulate.options import topology
-from .solve import solve, witness_bound
+from ..solve import solve, witness_bound
 
 Int64Array = NDArray[np.int64]
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _native
-from .._cli import progress
-from ..planner import Planner
+from ... import _native
+from ..common import progress
+from ...planner import Planner
 from ..simulate.options import topology
 from .cases import CASES, CUDA_MAX_LOGICAL, FAMILIES, Case, draw, instances, proven, to_host
 from .cpu import batches, percentiles

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .._cli import use_pyplot, write_picture
-from .._terminal import harmless
+from ..common import use_pyplot, write_picture
+from ..terminal import harmless
 from .play import EVEN, LPLB, NO_REPLICAS, Played, Series
 from .report import imbalance
 

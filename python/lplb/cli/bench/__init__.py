@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .._cli import Parser, check_results, write_json
-from .._terminal import UsageError, complain, say, shown
+from ..common import Parser, check_results, write_json
+from ..terminal import UsageError, complain, say, shown
 
 SUITES = ("solve", "run", "eplb", "mapping", "exchange")
 CUDA_SUITES = ("solve", "run", "mapping")  # eplb is the host's work whatever the device
