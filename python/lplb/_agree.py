@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _native
+from . import _c as _native
 from ._gather import SETTINGS, TOKENS, Waiting, gather_bytes
 from .errors import Disagreement, LplbError, PeerLost
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _native
+from . import _c
 from ._arrays import is_tensor, loaded_torch
 from .errors import NoCuda, broken_rule, shown
 
@@ -20,10 +20,10 @@ def device_ordinal(device: Any, given: Any) -> int:
         if is_tensor(given) and given.is_cuda:
             return int(given.get_device())
         if torch is None or isinstance(given, np.ndarray) or not torch.cuda.is_available():
-            return _native.DEVICE_CPU
+            return _c.DEVICE_CPU
         return int(torch.cuda.current_device())
     if isinstance(device, str) and device == "cpu":
-        return _native.DEVICE_CPU
+        return _c.DEVICE_CPU
     if torch is None:
         if (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, int) and not isinstance(device, bool)):
             raise NoCuda(f"device: a planner on a GPU works on torch tensors, and torch is not imported (import torch first), "
@@ -36,7 +36,7 @@ def device_ordinal(device: Any, given: Any) -> int:
     except Exception:
         raise broken_rule("device", "must be 'cpu' or a CUDA device", shown(device)) from None
     if wanted.type == "cpu":
-        return _native.DEVICE_CPU
+        return _c.DEVICE_CPU
     if wanted.type != "cuda":
         raise broken_rule("device", "must be 'cpu' or a CUDA device", shown(device))
     _check_gpu(torch, device)
@@ -52,7 +52,7 @@ def _check_gpu(torch: Any, device: Any) -> None:
     elif not torch.cuda.is_available():
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         missing = "torch finds no usable GPU or driver" + (f" (CUDA_VISIBLE_DEVICES is {shown(hidden)})" if hidden is not None else "")
-    elif b"without CUDA" in _native.load().build_info():
+    elif b"without CUDA" in _c.load().build_info():
         missing = "this lplb was built without CUDA"
     else:
         return

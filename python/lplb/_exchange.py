@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _exchange_c, _native
+from . import _c as _native, _exchange_c
 from ._gather import Waiting, abort_group, gather_by_torch, gather_rows
 from .errors import PeerLost, PeerTimeout, WrongOrder, broken_rule
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any
 
-from . import _native
-from ._native import Address
+from . import _c as _native
+from ._c import Address
 
 BLOB_BYTES = 128
 MAX_RANKS = 72

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import _exchange_c, _native
+from . import _c as _native, _exchange_c
 from ._exchange import Layout, Rail, policy_number, timeout_ms
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _native
+from . import _c
 from ._arrays import address, is_masked, is_tensor, to_host
-from ._handle import Handle, find
+from ._c.handle import Handle, find
 from .errors import broken_rule
 
 IntArray = npt.NDArray[Any]
 
-_DTYPES = {np.dtype(np.int32): _native.INT32, np.dtype(np.int64): _native.INT64}
+_DTYPES = {np.dtype(np.int32): _c.INT32, np.dtype(np.int64): _c.INT64}
 
 
 def _checked(name: str, array: IntArray, handle: Handle) -> tuple[IntArray, int]:
@@ -27,8 +27,8 @@ def _checked(name: str, array: IntArray, handle: Handle) -> tuple[IntArray, int]
 
 
 def _contiguous(name: str, array: IntArray) -> IntArray:
-    if array.size > _native.MAX_IDS:  # too large for the library, and perhaps for the memory, if the elements share some
-        raise broken_rule(name, f"must have at most {_native.MAX_IDS} elements", f"shape {list(array.shape)}")
+    if array.size > _c.MAX_IDS:  # too large for the library, and perhaps for the memory, if the elements share some
+        raise broken_rule(name, f"must have at most {_c.MAX_IDS} elements", f"shape {list(array.shape)}")
     return np.ascontiguousarray(array).reshape(array.shape)
 
 
@@ -53,7 +53,7 @@ def _ids(idx: IntArray, handle: Handle) -> tuple[IntArray, int]:
 def _counter(counter: Any, handle: Handle) -> tuple[int | None, int]:
     """counter: an array or a CPU tensor of one integer, or None."""
     if counter is None:
-        return None, _native.INT64
+        return None, _c.INT64
     if not isinstance(counter, np.ndarray):
         if not (is_tensor(counter) and counter.device.type == "cpu"):
             raise broken_rule("avail_counter", "must be an array or a CPU tensor, as idx is an array", type(counter).__name__)
@@ -120,7 +120,7 @@ def redirect_by_ratio(idx: IntArray, o_weight: npt.NDArray[Any], cumulative: Int
     ids, dtype = _checked("idx", idx, handle)
     arrays = []
     for name, value, wanted in (("o_weight", o_weight, np.float32), ("local_workload_by_sm", cumulative, np.int32)):
-        array = to_host(name, value, most=_native.MAX_IDS)
+        array = to_host(name, value, most=_c.MAX_IDS)
         if array.dtype != wanted:
             raise broken_rule(name, f"must be {np.dtype(wanted).name}", array.dtype)
         arrays.append(np.ascontiguousarray(array))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import _exchange_c, _native
+from . import _c as _native, _exchange_c
 from ._exchange import Layout, Rail
 from ._gather import Waiting, abort_group
 from .errors import BY_STATUS, CudaError, LibraryError, PeerTimeout, broken_rule

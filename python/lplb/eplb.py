@@ -5,13 +5,12 @@ A pure function of its arguments, on the host: equal weights give equal placemen
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _native
+from . import _c
 from ._arrays import Array, Int64s, address, enough_memory, host_integers, host_numbers, integer, is_tensor, loaded_torch
 from .errors import Unsupported, broken_rule
 
@@ -55,8 +54,8 @@ def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, 
             raise broken_rule(ranks_name, f"must be a multiple of num_nodes = {nodes}", ranks)
         if n_logical % groups:
             raise broken_rule("num_groups", f"must divide the {n_logical} logical experts", groups)
-    if replicas > _native.MAX_EPLB_PHYSICAL:
-        raise Unsupported(f"num_replicas: must be at most {_native.MAX_EPLB_PHYSICAL}, got {replicas}")
+    if replicas > _c.MAX_EPLB_PHYSICAL:
+        raise Unsupported(f"num_replicas: must be at most {_c.MAX_EPLB_PHYSICAL}, got {replicas}")
     with enough_memory("num_replicas"):
         return _placed(weights, replicas, groups, nodes, ranks)
 
@@ -66,12 +65,8 @@ def _placed(weights: npt.NDArray[np.float32], replicas: int, groups: int, nodes:
     phy2log = np.empty((layers, replicas), dtype=np.int64)
     replica = np.empty((layers, replicas), dtype=np.int64)
     logcnt = np.empty((layers, n_logical), dtype=np.int64)
-    message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
-    status = _native.load().eplb_rebalance(
-        address(weights), layers, n_logical, replicas, groups, nodes, ranks, address(phy2log), address(replica), address(logcnt),
-        message, len(message))
-    if status:
-        raise _native.failure(status, _native.text(message.value))
+    _c.call(_c.load().eplb_rebalance, address(weights), layers, n_logical, replicas, groups, nodes, ranks, address(phy2log),
+            address(replica), address(logcnt))
     log2phy = np.full((layers, n_logical, int(logcnt.max()) if logcnt.size else 1), -1, dtype=np.int64)
     log2phy[np.arange(layers)[:, None], phy2log, replica] = np.arange(replicas)
     return phy2log, log2phy, logcnt

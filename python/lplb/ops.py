@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
-from ._handle import Handle, closed, find, handles
+from . import _c
+from ._c.handle import Handle, closed, find, handles
 from .errors import InvalidArgument, LplbError, broken_rule
 
-_DTYPES = {torch.int32: _native.INT32, torch.int64: _native.INT64}
+_DTYPES = {torch.int32: _c.INT32, torch.int64: _c.INT64}
 _CONTIGUOUS = torch.contiguous_format
 
 is_compiling = torch.compiler.is_compiling
@@ -57,8 +57,8 @@ def explain(error: Exception, **arguments: object) -> None:
 
 
 def _contiguous(name: str, tensor: Tensor) -> Tensor:
-    if tensor.numel() > _native.MAX_IDS:  # too large for the library, and perhaps for the memory, if the elements share some
-        raise broken_rule(name, f"must have at most {_native.MAX_IDS} elements", f"shape {list(tensor.shape)}")
+    if tensor.numel() > _c.MAX_IDS:  # too large for the library, and perhaps for the memory, if the elements share some
+        raise broken_rule(name, f"must have at most {_c.MAX_IDS} elements", f"shape {list(tensor.shape)}")
     return tensor.contiguous()
 
 
@@ -73,7 +73,7 @@ def _checked(name: str, tensor: Tensor, handle: Handle) -> tuple[Tensor, int]:
 def _counter(counter: Tensor | None, handle: Handle) -> tuple[int | None, int]:
     """Address and type of the counter."""
     if counter is None:
-        return None, _native.INT64
+        return None, _c.INT64
     dtype = _DTYPES.get(counter.dtype)
     if dtype is None or counter.get_device() != handle.device:
         raise _bad_tensor("avail_counter", counter, handle)

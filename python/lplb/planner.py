@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _native, _numpy_ops
+from . import _c, _numpy_ops
 from ._arrays import (
     Array, Int32s, Int64s, address, as_tensor, host_integers, host_numbers, integer, is_tensor, loaded_torch, shape_of,
     truth)
 from ._device import check_exchange, check_group, default_nodes, device_ordinal
-from ._handle import Handle
+from ._c.handle import Handle
 from .errors import broken_rule, shown
 from .info import Info, Locality, group_info
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 EXCHANGES = ("auto", "symm", "ipc", "nccl")
 TOKENS = ("own", "same")
-_MAX_BLOCKS = _native.MAX_BLOCKS
+_MAX_BLOCKS = _c.MAX_BLOCKS
 _TENSORS = {  # the arguments of an operator that are tensors, too: those that follow the first one
     "run": ("avail_counter",), "solve": ("avail_counter",), "redirect_by_ratio": ("o_weight", "local_workload_by_sm")}
 
@@ -86,7 +86,7 @@ class Planner:
     def _start(self, redundant_to_original: Array, n_routed_experts: int, n_logical_routed_experts: int, device: Any,
                n_nodes: int | None, solver: str, exchange: str | Exchange, debug: bool) -> Int32s:
         """Checks the arguments of a planner with a topology. Returns r2o."""
-        r2o: Int32s = host_integers("redundant_to_original", redundant_to_original, 2, np.int32, _native.MAX_PHYSICAL)
+        r2o: Int32s = host_integers("redundant_to_original", redundant_to_original, 2, np.int32, _c.MAX_PHYSICAL)
         group_size, num_redundants = r2o.shape
         if group_size == 0:
             raise broken_rule("redundant_to_original", "must have at least one row", f"shape {list(r2o.shape)}")
@@ -121,7 +121,7 @@ class Planner:
         self = cls.__new__(cls)
         self._group(ep_size, group, rank, tokens)
         with self._telling():
-            slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32, _native.MAX_PHYSICAL)
+            slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32, _c.MAX_PHYSICAL)
             if not slots.size:
                 raise broken_rule("phy2log", "must have at least one slot", f"shape {list(slots.shape)}")
             self.n_routed_experts = slots.size
@@ -150,7 +150,7 @@ class Planner:
         if config is not None:
             return int(config.device)
         torch = loaded_torch()
-        return int(torch.cuda.current_device()) if torch is not None and torch.cuda.is_available() else _native.DEVICE_CPU
+        return int(torch.cuda.current_device()) if torch is not None and torch.cuda.is_available() else _c.DEVICE_CPU
 
     def _group(self, ep_size: int | None, group: Any, rank: int | None, tokens: str) -> None:
         """Sets ep_size, ep_group, rank and tokens."""
@@ -183,8 +183,8 @@ class Planner:
     def _configure(self, given: Any, r2o: Int32s | None, group_size: int, device: Any, n_nodes: int | None, solver: str,
                    exchange: str | Exchange, debug: bool) -> None:
         """Fills in what the native planner is made from, and the attributes that follow from the sizes."""
-        if not isinstance(solver, str) or solver not in _native.SOLVERS:
-            raise broken_rule("solver", f"must be one of {', '.join(_native.SOLVERS)}", shown(solver))
+        if not isinstance(solver, str) or solver not in _c.SOLVERS:
+            raise broken_rule("solver", f"must be one of {', '.join(_c.SOLVERS)}", shown(solver))
         check_exchange(exchange, EXCHANGES)
         debug = truth("debug", debug)
         ordinal = device_ordinal(device, given)
@@ -192,12 +192,12 @@ class Planner:
         if nodes and self.ep_size % nodes:
             raise broken_rule("n_nodes", f"must divide ep_size = {self.ep_size}", nodes)
         whole_batch = self.rank is None or self.tokens == "same"
-        self._config = _native.Config(
-            struct_size=ctypes.sizeof(_native.Config), device=ordinal, solver=_native.SOLVERS[solver], ep_size=self.ep_size,
-            rank=_native.WHOLE_BATCH if whole_batch else self.rank, n_nodes=nodes, n_logical=self.n_logical_routed_experts,
+        self._config = _c.Config(
+            struct_size=ctypes.sizeof(_c.Config), device=ordinal, solver=_c.SOLVERS[solver], ep_size=self.ep_size,
+            rank=_c.WHOLE_BATCH if whole_batch else self.rank, n_nodes=nodes, n_logical=self.n_logical_routed_experts,
             n_physical=self.n_routed_experts, group_size=group_size, n_redundant=0 if r2o is None else r2o.shape[1],
             r2o=None if r2o is None else address(r2o),
-            policy=0 if isinstance(exchange, str) else _native.POLICIES[exchange.policy])
+            policy=0 if isinstance(exchange, str) else _c.POLICIES[exchange.policy])
         self._kept = r2o  # the config holds its address
         self._general = r2o is None
         torch = loaded_torch()
@@ -219,7 +219,7 @@ class Planner:
             kind = exchange if isinstance(exchange, str) else "a shared exchange"
             agree.settle(group, config, f"exchange={kind}, tokens={self.tokens}", None if slots is None else address(slots))
         with self._telling():
-            handle = self._handle = Handle(_native.load(), config)
+            handle = self._handle = Handle(_c.load(), config)
             self._finalizer = weakref.finalize(self, handle.close)
             self.number = handle.number  #: how the operators of lplb.ops name this planner
             handle.debug = self.debug
@@ -254,7 +254,7 @@ class Planner:
         self._check_kind("update_redundancy_mapping", general=False, instead="update_placement")
         handle, history = self._handle, None
         if workload is not None:
-            history = host_numbers("workload", workload, np.float64, most=_native.MAX_LOGICAL).reshape(-1)
+            history = host_numbers("workload", workload, np.float64, most=_c.MAX_LOGICAL).reshape(-1)
             if history.size != handle.n_logical:
                 raise broken_rule("workload", f"must have n_logical_routed_experts = {handle.n_logical} elements", history.size)
         pointer = None if history is None else address(history)
@@ -267,7 +267,7 @@ class Planner:
     def update_placement(self, phy2log: Array) -> tuple[Array, Array, Array]:
         """Sets another placement of the same sizes on a planner made by from_placement. Returns mapping(). Waits for the device."""
         self._check_kind("update_placement", general=True, instead="update_redundancy_mapping")
-        slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32, _native.MAX_PHYSICAL)
+        slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32, _c.MAX_PHYSICAL)
         if slots.size != self.n_routed_experts:
             raise broken_rule("phy2log", f"must have {self.n_routed_experts} slots as before", slots.size)
         handle = self._handle
@@ -312,7 +312,7 @@ class Planner:
         if n_sms is None:
             n_sms = 0
         elif type(n_sms) is not int or not 0 < n_sms <= _MAX_BLOCKS:
-            n_sms = integer("n_sms", n_sms, 1, _native.MAX_BLOCKS)
+            n_sms = integer("n_sms", n_sms, 1, _c.MAX_BLOCKS)
         operators = self._ops
         if operators is not None and isinstance(idx, operators.Tensor):  # first, since this is counted in tenths of a microsecond
             if operators.is_compiling():
@@ -328,7 +328,7 @@ class Planner:
 
     def count_workload(self, idx: Array, n_sms: int) -> tuple[Array, Array]:
         """(tokens per logical expert int32 [n_logical], cumulative counts int32 [n_sms, n_logical] for weighted_select_target)."""
-        n_sms = integer("n_sms", n_sms, 1, _native.MAX_CHUNKS)
+        n_sms = integer("n_sms", n_sms, 1, _c.MAX_CHUNKS)
         counts: tuple[Array, Array] = self._call("count", idx, self.number, n_sms, self.n_logical_routed_experts)
         return counts
 
@@ -352,7 +352,7 @@ class Planner:
         o_weight: from solve_probs; local_workload_by_sm, n_sms: as count_workload returned and took it, for the same idx.
         """
         self._check_kind("weighted_select_target", general=False, instead="solve and redirect")
-        n_sms = integer("n_sms", n_sms, 1, _native.MAX_CHUNKS)
+        n_sms = integer("n_sms", n_sms, 1, _c.MAX_CHUNKS)
         rows = shape_of(local_workload_by_sm)
         if len(rows) != 2 or rows[0] != n_sms:
             what = f"shape {rows}" if rows else type(local_workload_by_sm).__name__
@@ -375,7 +375,7 @@ class Planner:
 
     def redirect(self, idx: Array, n_sms: int | None = None) -> Array:
         """Physical ids by the latest plan. The loads equal the plan exactly if idx are the ids that were counted."""
-        blocks = 0 if n_sms is None else integer("n_sms", n_sms, 1, _native.MAX_BLOCKS)
+        blocks = 0 if n_sms is None else integer("n_sms", n_sms, 1, _c.MAX_BLOCKS)
         physical: Array = self._call("redirect", idx, self._token(), self.number, blocks)
         return physical
 
@@ -430,9 +430,9 @@ class Planner:
     def info(self) -> Info:
         """What the latest plan achieved, and its certificate. Waits for the GPU. WrongOrder before the first plan."""
         handle = self._handle
-        plan = _native.PlanInfoStruct(struct_size=ctypes.sizeof(_native.PlanInfoStruct))
-        groups = (_native.GroupInfoStruct * self.n_group)()
-        handle.check(handle.library.planner_info(handle.opened(), ctypes.byref(plan), groups, self.n_group, self._stream()))
+        plan = _c.PlanInfoStruct(struct_size=ctypes.sizeof(_c.PlanInfoStruct))
+        groups = (_c.GroupInfoStruct * self.n_group)()
+        handle.check(handle.library.planner_info(handle.opened(), ctypes.byref(plan), ctypes.byref(groups), self.n_group, self._stream()))
         return Info(
             groups=[group_info(group, self.group_size, index * self.group_size) for index, group in enumerate(groups)],
             invalid_ids=plan.invalid_ids,
@@ -447,7 +447,7 @@ class Planner:
         """The part of split() that comes from this planner's rank (all of it where the planner has none). Waits for the GPU."""
         return self._tokens(self._handle.library.planner_assignment)
 
-    def _tokens(self, read: Callable[[_native.Address, _native.Address, int, _native.Address], int]) -> Array:
+    def _tokens(self, read: Callable[[_c.Address, _c.Address, int, _c.Address], int]) -> Array:
         tokens: Int64s = np.empty(self.n_routed_experts, dtype=np.int64)
         self._handle.check(read(self._handle.opened(), address(tokens), tokens.size, self._stream()))
         return self._output(tokens)

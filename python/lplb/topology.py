@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from ._arrays import Array, integer
-from ._native import MAX_RANKS
+from ._c import MAX_RANKS
 from .errors import Unsupported
 
 CUBE_8P2E: Array

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import _native
+from .. import _c
 from .._arrays import Int64s, host_integers, integer, to_host
 from ..errors import InternalError, broken_rule
 
@@ -17,7 +17,7 @@ Int64Array = NDArray[np.int64]
 
 def hosts(phy2log: ArrayLike, n_logical: int, ep_size: int) -> NDArray[np.bool_]:
     """[n_logical, ep_size]: True where the rank holds a replica of the expert. phy2log: [n_physical], in rank order."""
-    experts, ranks = integer("n_logical", n_logical, 1, _native.MAX_LOGICAL), integer("ep_size", ep_size, 1)
+    experts, ranks = integer("n_logical", n_logical, 1, _c.MAX_LOGICAL), integer("ep_size", ep_size, 1)
     slots = _slots(phy2log, experts)
     if slots.size == 0 or slots.size % ranks:
         raise broken_rule("phy2log", f"must have a multiple of ep_size = {ranks} slots, one at least", slots.size)
@@ -32,12 +32,12 @@ def exhaustive_optimum(loads: ArrayLike, held: NDArray[np.bool_]) -> int:
     The optimum of one group: the largest bound over all non-empty rank sets. held: [n_logical, group_size], at most 16 ranks; experts
     that no rank of the group holds are left out. Cost: 2^group_size * group_size.
     """
-    held = to_host("held", held, 2, 16 * _native.MAX_LOGICAL)
+    held = to_host("held", held, 2, 16 * _c.MAX_LOGICAL)
     size = held.shape[1]
     if held.dtype != np.bool_ or not 1 <= size <= 16:
         raise broken_rule("held", "must be [n_logical, ranks] of bools, at most 16 ranks, which can be searched exhaustively",
                           f"shape {list(held.shape)}, {held.dtype}")
-    tokens_of: Int64s = host_integers("loads", loads, 1, np.int64, _native.MAX_LOGICAL)
+    tokens_of: Int64s = host_integers("loads", loads, 1, np.int64, _c.MAX_LOGICAL)
     if tokens_of.size != len(held):
         raise broken_rule("loads", f"must have {len(held)} elements, the rows of held", tokens_of.size)
     captive = np.zeros(1 << size, dtype=np.int64)
@@ -54,7 +54,7 @@ def exhaustive_optimum(loads: ArrayLike, held: NDArray[np.bool_]) -> int:
 
 def rank_loads(tokens_per_slot: ArrayLike, ep_size: int) -> Int64Array:
     """[ep_size] tokens per rank from tokens per physical expert [n_physical]."""
-    tokens: Int64s = host_integers("tokens_per_slot", tokens_per_slot, 1, np.int64, _native.MAX_EPLB_PHYSICAL)
+    tokens: Int64s = host_integers("tokens_per_slot", tokens_per_slot, 1, np.int64, _c.MAX_EPLB_PHYSICAL)
     ranks = integer("ep_size", ep_size, 1)
     if tokens.size == 0 or tokens.size % ranks:
         raise broken_rule("tokens_per_slot", f"must have a multiple of ep_size = {ranks} elements, one at least", tokens.size)
@@ -78,7 +78,7 @@ def conserve(taken: ArrayLike, counts: ArrayLike, phy2log: ArrayLike) -> None:
 
 
 def _slots(phy2log: ArrayLike, n_logical: int) -> Int64Array:
-    slots: Int64s = host_integers("phy2log", phy2log, 1, np.int64, _native.MAX_EPLB_PHYSICAL)
+    slots: Int64s = host_integers("phy2log", phy2log, 1, np.int64, _c.MAX_EPLB_PHYSICAL)
     for slot in np.flatnonzero((slots < 0) | (slots >= n_logical))[:1]:
         raise broken_rule(f"phy2log[{slot}]", f"must lie in 0 ... {n_logical - 1}", slots[slot])
     return slots
@@ -86,6 +86,6 @@ def _slots(phy2log: ArrayLike, n_logical: int) -> Int64Array:
 
 def _rows(name: str, value: ArrayLike) -> Int64Array:
     """[n_sources, n], or one source's [n]."""
-    array = to_host(name, value, most=_native.MAX_EP_SIZE * _native.MAX_PHYSICAL)
+    array = to_host(name, value, most=_c.MAX_EP_SIZE * _c.MAX_PHYSICAL)
     rows: Int64s = host_integers(name, array, 1 if array.ndim == 1 else 2, np.int64)
     return np.atleast_2d(rows)

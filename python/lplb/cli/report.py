@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-from .. import _native
+from .. import _c
 from .terminal import harmless, say, shown
 from ..errors import LibraryError, LplbError
 
@@ -36,7 +36,7 @@ def include_dir() -> str:
 
 def library() -> str:
     try:
-        return _native.find()
+        return _c.find()
     except OSError as error:  # a path that may not be looked at, or is too long
         raise LibraryError(f"lplb: the library cannot be looked for: {error}") from None
 
@@ -57,12 +57,12 @@ def findings() -> Iterator[Finding]:
     yield from _package()
     try:
         library()
-        loaded = _native.load()
+        loaded = _c.load()
     except (LplbError, OSError) as error:
         yield Finding("library", "off", str(error).removeprefix("lplb: "))
         return
     yield Finding("library", "ok", loaded.path)
-    yield Finding("build", "ok", _native.text(loaded.build_info()))
+    yield Finding("build", "ok", _c.text(loaded.build_info()))
     yield _header(loaded.version())
     yield from _python_packages()
     yield from _cuda()
@@ -92,7 +92,7 @@ def _package() -> Iterator[Finding]:
     except Exception as error:  # a damaged installation
         yield Finding("package", "off", f"its metadata cannot be read: {_reason(error)}")
         return
-    expected = ".".join(map(str, _native.VERSION))
+    expected = ".".join(map(str, _c.VERSION))
     state: State = "ok" if version is not None and version.startswith(expected) else "off"
     yield Finding("package", state, f"lplb {version} at {PACKAGE}" + ("" if state == "ok" else f", but its code is {expected}"))
 
@@ -123,7 +123,7 @@ def _python_packages() -> Iterator[Finding]:
 
 
 def _cuda() -> Iterator[Finding]:
-    built = "without CUDA" not in _native.text(_native.load().build_info())
+    built = "without CUDA" not in _c.text(_c.load().build_info())
     try:
         import torch
     except ImportError:

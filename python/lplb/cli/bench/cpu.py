@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import _native
+from ... import _c
 from ..common import progress
 from ...eplb import rebalance_experts
 from ...planner import Planner
@@ -41,7 +41,7 @@ def _solve(case: Case, family: str) -> Row:
     with instances(case, family, "cpu") as todo:
         solve_c = todo.planners[0]._handle.library.planner_solve
         pointers = [planner._handle.pointer for planner in todo.planners]
-        calls = [(pointers[which], loads.ctypes.data, _native.INT64, 1, None, None, None, _native.INT64, None)
+        calls = [(pointers[which], loads.ctypes.data, _c.INT64, 1, None, None, None, _c.INT64, None)
                  for which, loads in zip(todo.planner, todo.loads)]
         # Calls that are refused at once run in the same rounds: what is taken off was measured under the same load of the machine.
         together = time_calls(solve_c, calls + [REFUSED] * N_REFUSED, ROUNDS if case.ranks < 512 else 3)
@@ -77,7 +77,7 @@ def run(overhead_us: float) -> Iterator[Row]:
         for n_tokens, target in ((4096, 150.0), (16384, None)):
             ids = batches(n_tokens, 8, n_logical, BATCHES)
             out = np.empty_like(ids[0])
-            calls = [(handle.pointer, each.ctypes.data, _native.INT64, each.size, None, out.ctypes.data, None, _native.INT64, 0, None)
+            calls = [(handle.pointer, each.ctypes.data, _c.INT64, each.size, None, out.ctypes.data, None, _c.INT64, 0, None)
                      for each in ids]
             net = np.maximum(time_calls(handle.library.planner_run, calls, ROUNDS) - overhead_us, 0)
             n_proven = 0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import _native
+from ... import _c
 from ..common import progress
 from ...planner import Planner
 from ..simulate.options import topology
@@ -112,8 +112,8 @@ def solve(overhead_us: float) -> Iterator[Row]:
 def _solve(case: Case, family: str) -> Row:
     with instances(case, family, "cuda") as todo:
         counts = torch.from_numpy(todo.loads.astype(np.int32)).cuda()
-        calls = [_checked(todo.planners[which], todo.planners[which]._handle.library.planner_solve, counts[i].data_ptr(), _native.INT32, 1,
-                          None, None, None, _native.INT64) for i, which in enumerate(todo.planner)]
+        calls = [_checked(todo.planners[which], todo.planners[which]._handle.library.planner_solve, counts[i].data_ptr(), _c.INT32, 1,
+                          None, None, None, _c.INT64) for i, which in enumerate(todo.planner)]
         alone, together = timed(calls)
         n_proven = 0
         for call, which, loads in zip(calls, todo.planner, todo.loads):
@@ -150,8 +150,8 @@ def _run(planner: Planner, n_tokens: int) -> Iterator[Row]:
     counts = torch.stack([torch.bincount(each.flatten(), minlength=256) for each in ids]).int()
     library, name = planner._handle.library, f"{n_tokens:,} x 8 ids"
     size = ids[0].numel()
-    calls = [_checked(planner, library.planner_run, each.data_ptr(), _native.INT64, size, None, out.data_ptr(), counter.data_ptr(),
-                      _native.INT64, 0) for each in ids]
+    calls = [_checked(planner, library.planner_run, each.data_ptr(), _c.INT64, size, None, out.data_ptr(), counter.data_ptr(),
+                      _c.INT64, 0) for each in ids]
     alone, together = timed(calls)
     n_proven = 0
     for call, each in zip(calls, host):
@@ -167,11 +167,11 @@ def _run(planner: Planner, n_tokens: int) -> Iterator[Row]:
               extra={"rotation_us": together, "whole": True, "published": LPLB if n_tokens == 4096 else None,
                      "published_us": 123.7 if n_tokens == 4096 else None})
     single = {
-        "count": [_checked(planner, library.planner_count, each.data_ptr(), _native.INT64, size, counted.data_ptr(), None, 1)
+        "count": [_checked(planner, library.planner_count, each.data_ptr(), _c.INT64, size, counted.data_ptr(), None, 1)
                   for each in ids],
-        "solve": [_checked(planner, library.planner_solve, each.data_ptr(), _native.INT32, 1, None, None, None, _native.INT64)
+        "solve": [_checked(planner, library.planner_solve, each.data_ptr(), _c.INT32, 1, None, None, None, _c.INT64)
                   for each in counts],
-        "redirect": [_checked(planner, library.planner_redirect, each.data_ptr(), _native.INT64, size, out.data_ptr(), 0) for each in ids],
+        "redirect": [_checked(planner, library.planner_redirect, each.data_ptr(), _c.INT64, size, out.data_ptr(), 0) for each in ids],
     }
     for step, its_calls in single.items():
         alone, together = timed(its_calls)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import _native
+from ... import _c
 from ..common import table
 
 Float64Array = NDArray[np.float64]
@@ -60,7 +60,7 @@ class Row:
         return cls(**known, extra={key: value for key, value in row.items() if key not in (*names, "met")})
 
 
-REFUSED = (None, None, _native.INT64, 1, None, None, None, _native.INT64, None)  # arguments of lplb_planner_solve without a planner
+REFUSED = (None, None, _c.INT64, 1, None, None, None, _c.INT64, None)  # arguments of lplb_planner_solve without a planner
 
 
 @contextmanager
@@ -111,13 +111,13 @@ def refused_call_us() -> float:
     What a call through ctypes costs before the library does anything: lplb_planner_solve, refused at once because the planner is NULL.
     The clock's own cost is in it too.
     """
-    return float(np.median(time_calls(_native.load().planner_solve, [REFUSED] * 2000, 5)))
+    return float(np.median(time_calls(_c.load().planner_solve, [REFUSED] * 2000, 5)))
 
 
 def machine(device: str) -> dict[str, Any]:
     """CPU, GPU, driver and versions."""
     info: dict[str, Any] = {"cpu": cpu_model(), "system": platform.platform(), "python": platform.python_version(),
-                            "numpy": np.__version__, "library": _native.text(_native.load().build_info())}
+                            "numpy": np.__version__, "library": _c.text(_c.load().build_info())}
     if device == "cuda":
         import torch
 

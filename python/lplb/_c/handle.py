@@ -9,11 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import _native
-from .errors import LplbError, WrongOrder, broken_rule
+from ..errors import LplbError, WrongOrder, broken_rule
+from .library import Library, call, failure, text
+from .structs import ERROR_BUSY, MAX_CHUNKS, MAX_PHYSICAL, Config
 
 if TYPE_CHECKING:
-    from ._exchange import Exchange
+    from .._exchange import Exchange
 
 # Operators take numbers, not objects. Never 0 or 1, which torch.compile would specialise on.
 _numbers = itertools.count(2)
@@ -29,7 +30,7 @@ class Native:
 
     __slots__ = ("address", "library", "at_end")
 
-    def __init__(self, library: _native.Library, address: int) -> None:
+    def __init__(self, library: Library, address: int) -> None:
         self.address = address
         self.library = library
         self.at_end: Callable[[], None] | None = None
@@ -51,12 +52,9 @@ class Handle:
     __slots__ = ("library", "native", "pointer", "number", "device", "n_logical", "n_physical", "ep_size", "rank", "exchange",
                  "debug", "compare", "width", "has_replicas", "n_ratios", "planner_run")
 
-    def __init__(self, library: _native.Library, config: _native.Config) -> None:
+    def __init__(self, library: Library, config: Config) -> None:
         pointer = ctypes.c_void_p()
-        message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
-        status = library.planner_create(ctypes.byref(config), ctypes.byref(pointer), message, len(message))
-        if status:
-            raise _native.failure(status, _native.text(message.value))
+        call(library.planner_create, ctypes.byref(config), ctypes.byref(pointer))
         self.library = library
         assert pointer.value is not None
         self.native: Native | None = Native(library, pointer.value)  #: None after close()
@@ -101,8 +99,7 @@ class Handle:
         if native is None:
             return closed()
         # The words on the planner belong to the thread that is inside it, so a refused one must not read them.
-        busy = status == _native.ERROR_BUSY
-        return _native.failure(status, "" if busy else _native.text(self.library.planner_error(native)))
+        return failure(status, "" if status == ERROR_BUSY else text(self.library.planner_error(native)))
 
     def check_sizes(self, name: str, size: int, wanted: int) -> None:
         """The header's calls take no size for these arrays, so it is checked before an address is handed over."""
@@ -111,8 +108,8 @@ class Handle:
 
     def check_chunks(self, n_chunks: int) -> None:
         """Before n_chunks rows are allocated."""
-        if not 1 <= n_chunks <= _native.MAX_CHUNKS:
-            raise broken_rule("n_chunks", f"must lie in 1 ... {_native.MAX_CHUNKS}", n_chunks)
+        if not 1 <= n_chunks <= MAX_CHUNKS:
+            raise broken_rule("n_chunks", f"must lie in 1 ... {MAX_CHUNKS}", n_chunks)
 
     def check_shapes(self, ratio_shape: list[int], scaled_shape: list[int]) -> None:
         """The shapes of solve's outputs, before they are allocated. Without ratios the library writes none, and any number will do that a
@@ -121,7 +118,7 @@ class Handle:
             if any(size < 0 for size in shape):
                 raise broken_rule(name, "must hold sizes of at least 0", list(shape))
         self.check_sizes("scaled_shape", math.prod(scaled_shape), self.n_logical)
-        n_ratios, most = math.prod(ratio_shape), self.ep_size * _native.MAX_PHYSICAL
+        n_ratios, most = math.prod(ratio_shape), self.ep_size * MAX_PHYSICAL
         if self.n_ratios:
             self.check_sizes("ratio_shape", n_ratios, self.n_ratios)
         elif n_ratios > most:
