@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ._arrays import integer
+from ._ops.arguments import integer
 from ._exchange import Exchange, Layout, NativeExchange, Report, TorchExchange, policy_number, timeout_ms
 from ._exchange_c import MAX_NODES, MAX_RANKS
 from ._exchange_state import Attempt, log, state_of

@@ -36,9 +36,9 @@ class GroupInfo:
 class Locality:
     """Where the tokens of the planner's rank go; all zero for a planner without a rank."""
 
-    own_rank: int
-    own_node: int  #: another rank of the same node
-    other_nodes: int
+    to_own_rank: int
+    to_own_node: int  #: to another rank of the same node
+    to_other_nodes: int
 
 
 @dataclass(frozen=True)

@@ -5,24 +5,25 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Generic
 
 import numpy as np
 
 from . import _c
-from ._arrays import Array, Int32s, Int64s, address, host_integers, integer, is_tensor, loaded_torch
+from ._ops.arguments import integer
+from ._ops.host import A, Array, Int32s, Int64s, address_of, as_given, host_integers
 from .errors import broken_rule, shown
 from .info import GroupInfo, group_info
 
 
 @dataclass(frozen=True)
-class Solution(GroupInfo):
+class Solution(GroupInfo, Generic[A]):
     """The result of solve: GroupInfo, and the tokens of every slot."""
 
-    tokens: Array  #: int64 [n_physical]
+    tokens: A  #: int64 [n_physical]
 
 
-def solve(loads: Array, phy2log: Array, ep_size: int) -> Solution:
+def solve(loads: A, phy2log: Array, ep_size: int) -> Solution[A]:
     """Splits the tokens of every expert over its replicas so that the busiest rank has as few as possible.
 
     loads: integers [n_logical], 0 .. 2**40 tokens per logical expert. phy2log: integers [n_physical], the logical expert of every
@@ -36,9 +37,8 @@ def solve(loads: Array, phy2log: Array, ep_size: int) -> Solution:
         raise broken_rule("loads", "must have one expert at least", f"shape {list(tokens_of.shape)}")
     tokens = np.empty(slots.size, dtype=np.int64)
     info = _c.GroupInfoStruct()
-    _c.call(_c.load().solve, address(tokens_of), tokens_of.size, address(slots), slots.size, ranks, address(tokens), ctypes.byref(info))
-    result = cast(Array, loaded_torch().from_numpy(tokens)) if is_tensor(loads) else tokens
-    return Solution(**vars(group_info(info, ranks)), tokens=result)
+    _c.call(_c.load().solve, address_of(tokens_of), tokens_of.size, address_of(slots), slots.size, ranks, address_of(tokens), ctypes.byref(info))
+    return Solution(**vars(group_info(info, ranks)), tokens=as_given(tokens, loads))
 
 
 def witness_bound(loads: Array, phy2log: Array, ep_size: int, witness: Iterable[int]) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _c
-from .._arrays import Int64s, host_integers, integer, to_host
+from .._ops.arguments import integer
+from .._ops.host import Int64s, host_integers, to_host
 from ..errors import InternalError, broken_rule
 
 Int64Array = NDArray[np.int64]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import LplbError, OutOfMemory, Unsupported, broken_rule, shown
+from ..errors import LplbError, OutOfMemory, Unsupported, broken_rule, shown
 
 if TYPE_CHECKING:
     import torch
 
 Array = Union["npt.NDArray[Any]", "torch.Tensor"]
+A = TypeVar("A", "npt.NDArray[Any]", "torch.Tensor")  # the kind of arrays that goes in and comes out
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
@@ -30,28 +30,6 @@ def loaded_torch() -> Any:
 def is_tensor(value: object) -> bool:
     torch = loaded_torch()
     return torch is not None and isinstance(value, torch.Tensor)
-
-
-def integer(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
-    """value as int, minimum .. maximum. No bool, which is never meant as a number."""
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value)
-    except Exception:  # of the value's own methods
-        raise broken_rule(name, "must be an integer", shown(value)) from None
-    if number < minimum:
-        raise broken_rule(name, f"must be at least {minimum}", number)
-    if number > maximum:
-        raise broken_rule(name, f"must be at most {maximum}", number)
-    return number
-
-
-def truth(name: str, value: Any) -> bool:
-    """value as bool: True or False, or 1 or 0."""
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    raise broken_rule(name, "must be True or False", shown(value))
 
 
 def to_host(name: str, value: Any, dimensions: int | None = None, most: int | None = None) -> npt.NDArray[Any]:
@@ -155,18 +133,17 @@ def enough_memory(name: str) -> Iterator[None]:
         raise OutOfMemory(f"{name}: there is not enough memory for what it asks for ({error})") from None
 
 
-def address(array: npt.NDArray[Any]) -> int:
+def address_of(array: npt.NDArray[Any]) -> int:
     """Where the array's data begins. Several times cheaper than array.ctypes.data."""
     pointer: int = array.__array_interface__["data"][0]
     return pointer
 
 
-def as_tensor(name: str, value: Any) -> Any:
-    """An array as a CPU tensor that shares its memory if it is contiguous and writable; anything else as it is."""
-    if not isinstance(value, np.ndarray):
-        return value
-    array = np.ascontiguousarray(value).reshape(value.shape)
-    try:
-        return loaded_torch().from_numpy(array if array.flags.writeable else array.copy())
-    except TypeError:
-        raise broken_rule(name, "must be of a type that PyTorch knows", value.dtype) from None
+def as_tensor(array: Array) -> torch.Tensor:
+    return loaded_torch().from_numpy(np.array(array)) if isinstance(array, np.ndarray) else array
+
+
+def as_given(array: npt.NDArray[Any], given: A) -> A:
+    """A result in the kind of what was given: a CPU tensor for a tensor."""
+    result: Any = loaded_torch().from_numpy(array) if is_tensor(given) else array
+    return result  # type: ignore[no-any-return]
