@@ -6,7 +6,7 @@ import ctypes
 import importlib
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -15,9 +15,10 @@ import numpy as np
 
 from . import _c
 from ._c.handle import Handle
-from ._ops.arguments import check_exchange, default_nodes, device_ordinal, integer, one_of, ranks_of, truth
+from ._ops.arguments import check_exchange, default_nodes, device_ordinal, integer, one_of, truth
 from ._ops.calls import Calls, numpy_calls
 from ._ops.host import A, Array, Int32s, Int64s, address_of, host_integers, host_numbers, is_tensor, loaded_torch, shape_of
+from ._ops.ranks import Ranks
 from ._ops.shape import Shape, shape_by_placement, shape_by_topology
 from .errors import broken_rule
 from .info import Info, Locality, group_info
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-TOKENS = ("own", "same")
 _MAX_BLOCKS = _c.MAX_BLOCKS
 
 
@@ -73,9 +73,9 @@ class Planner:
                  group: torch.distributed.ProcessGroup | None = None, *, device: Device = None, n_nodes: int | None = None,
                  rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto", tokens: str = "own",
                  debug: bool = False, _shape: Callable[[int], Shape] | None = None) -> None:
-        self.tokens = one_of("tokens", tokens, TOKENS)
-        self.ep_size, self.rank, self._group_of_ranks = ranks_of(ep_size, group, rank)
-        with self._telling():
+        ranks = self._ranks = Ranks(ep_size, group, rank, tokens)
+        self.ep_size, self.rank, self.tokens = ranks.size, ranks.own, ranks.tokens
+        with ranks.telling():
             shape = (_shape or partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts))(self.ep_size)
             exchange = check_exchange(exchange)
             self._configure(shape, redundant_to_original, device, n_nodes, solver, exchange, truth("debug", debug))
@@ -97,21 +97,6 @@ class Planner:
         """
         return cls(phy2log, 0, 0, ep_size, group, device=device, n_nodes=n_nodes, rank=rank, solver=solver, exchange=exchange, tokens=tokens,
                    debug=debug, _shape=partial(shape_by_placement, phy2log, n_logical, group_size))  # which says the sizes
-
-    def _telling(self) -> AbstractContextManager[None]:
-        """A failure inside is told to all ranks of the group, which wait for this one."""
-        if self.ep_group is None:
-            return nullcontext()
-        telling: AbstractContextManager[None] = _agree().telling(self.ep_group, self._collective_device())
-        return telling
-
-    def _collective_device(self) -> int:
-        """The device whose collectives serve the planner's group, before and after the planner's own device is known."""
-        config = getattr(self, "_config", None)
-        if config is not None:
-            return int(config.device)
-        torch = loaded_torch()
-        return int(torch.cuda.current_device()) if torch is not None and torch.cuda.is_available() else _c.DEVICE_CPU
 
     def _configure(self, shape: Shape, given: object, device: Device, n_nodes: int | None, solver: str, exchange: str | Exchange,
                    debug: bool) -> None:
@@ -136,8 +121,7 @@ class Planner:
         self.n_routed_experts, self.n_logical_routed_experts = shape.n_physical, shape.n_logical
         self.n_local_routed_experts = shape.n_physical // self.ep_size
         self.n_local_logical_routed_experts = shape.n_logical // self.ep_size
-        self.group_size = shape.group_size
-        self.n_group = self.ep_size // shape.group_size
+        self.group_size, self.n_group = shape.group_size, self.ep_size // shape.group_size
         self.num_redundants = shape.r2o.shape[1]
         spare = self.n_local_routed_experts - self.n_local_logical_routed_experts
         self.combined_redundant_experts = spare // self.num_redundants if self.num_redundants else 0
@@ -146,33 +130,25 @@ class Planner:
 
     def _create(self, exchange: str | Exchange, slots: Int32s | None = None) -> None:
         """Agrees with the other ranks, makes the native planner, and joins the exchange. slots: a general placement."""
-        config, group = self._config, self.ep_group
-        if group is not None:
-            kind = exchange if isinstance(exchange, str) else "a shared exchange"
-            _agree().settle(group, config, f"exchange={kind}, tokens={self.tokens}", None if slots is None else address_of(slots))
-        with self._telling():
-            handle = self._handle = Handle(_c.load(), config)
-            self._finalizer = weakref.finalize(self, handle.close)
-            self.number = handle.number  #: how the operators of lplb.ops name this planner
-            handle.debug = self.debug
-            self.n_nodes: int = config.n_nodes or default_nodes(self.ep_size)
-            torch = loaded_torch()
-            if torch is not None:
-                self._load_ops()
-            self._plan = torch.empty(1, dtype=torch.int32, device=self.device) if torch else None
-            try:
+        config, ranks = self._config, self._ranks
+        ranks.settle(config, exchange, None if slots is None else address_of(slots))
+        with ExitStack() as undo:
+            with ranks.telling(config.device):
+                handle = self._handle = Handle(_c.load(), config)
+                self._finalizer = weakref.finalize(self, handle.close)
+                undo.callback(self.close)
+                self.number = handle.number  #: how the operators of torch.ops.lplb name this planner
+                handle.debug = self.debug
+                self.n_nodes: int = config.n_nodes or default_nodes(self.ep_size)
+                torch = loaded_torch()
+                if torch is not None:
+                    self._load_ops()
+                self._plan = torch.empty(1, dtype=torch.int32, device=self.device) if torch else None
                 if slots is not None:
                     handle.check(handle.library.planner_set_placement(handle.opened(), address_of(slots), slots.size, self._stream()))
-            except BaseException:
-                self.close()
-                raise
-        try:
-            if group is not None:
-                _agree().agree(group, config, device=config.device)  # every rank has made its planner
-            self._connect(exchange)
-        except BaseException:
-            self.close()
-            raise
+            ranks.agree(config)  # every rank has made its planner
+            ranks.connect(self, exchange, self.debug)
+            undo.pop_all()
 
     # ---- placement ----
 
@@ -190,11 +166,8 @@ class Planner:
             if history.size != handle.n_logical:
                 raise broken_rule("workload", f"must have n_logical_routed_experts = {handle.n_logical} elements", history.size)
         pointer = None if history is None else address_of(history)
-        self._agree_on_placement(history=pointer)
-        handle.check(handle.library.planner_place(handle.opened(), pointer, self._stream()))
-        mapping = self.mapping()
-        self.phy2log = mapping[0]
-        return mapping
+        self._ranks.compare_placement(self._config, history=pointer)
+        return self._placed(handle.library.planner_place(handle.opened(), pointer, self._stream()))
 
     def update_placement(self, phy2log: Array) -> tuple[Array, Array, Array]:
         """Sets another placement of the same sizes on a planner made by from_placement. Returns mapping(). Waits for the device."""
@@ -203,16 +176,14 @@ class Planner:
         if slots.size != self.n_routed_experts:
             raise broken_rule("phy2log", f"must have {self.n_routed_experts} slots as before", slots.size)
         handle = self._handle
-        self._agree_on_placement(phy2log=address_of(slots))
-        handle.check(handle.library.planner_set_placement(handle.opened(), address_of(slots), slots.size, self._stream()))
+        self._ranks.compare_placement(self._config, phy2log=address_of(slots))
+        return self._placed(handle.library.planner_set_placement(handle.opened(), address_of(slots), slots.size, self._stream()))
+
+    def _placed(self, status: int) -> tuple[Array, Array, Array]:
+        self._handle.check(status)
         mapping = self.mapping()
         self.phy2log = mapping[0]
         return mapping
-
-    def _agree_on_placement(self, **arrays: int | None) -> None:
-        """Where nothing travels that could be compared later, a new placement is compared at once."""
-        if self.tokens == "same" and self.ep_group is not None:
-            _agree().agree(self.ep_group, self._config, device=self._config.device, **arrays)
 
     def mapping(self) -> tuple[Array, Array, Array]:
         """The placement: (phy2log int32 [n_physical], log2phy int32 [n_logical, max(2, most replicas)], -1 padded, original first,
@@ -313,7 +284,7 @@ class Planner:
         return self._explained(("idx",), self._calls("idx", idx).redirect, idx, self._token(), self.number, blocks)
 
     def _token(self) -> torch.Tensor | None:
-        """What stands for the plan inside the planner where a compiler must see who writes and who reads it, see lplb._ops.operators."""
+        """What stands for the plan inside the planner where a compiler must see who writes and who reads it, see _ops/operators.py."""
         torch = loaded_torch()
         return self._plan if torch is not None and torch.compiler.is_compiling() else None
 
@@ -383,7 +354,7 @@ class Planner:
     @property
     def ep_group(self) -> torch.distributed.ProcessGroup | None:
         """The process group of the ranks; None without one, once it is destroyed, and after close()."""
-        return None if self._group_of_ranks is None else self._group_of_ranks()
+        return self._ranks.group
 
     @property
     def exchange(self) -> Exchange | None:
@@ -397,34 +368,13 @@ class Planner:
             importlib.import_module(".exchange", __package__).join_deep_ep(self, buffer)
         self.deep_ep_initialized = True
 
-    def _connect(self, exchange: str | Exchange) -> None:
-        """Sets up how counts travel. Collective where the counts can go over NVLink."""
-        handle = self._handle
-        if not isinstance(exchange, str):
-            exchange.attach(self)
-        elif self.ep_group is not None and self.tokens == "same":
-            if self.debug:
-                handle.compare = _agree().same_tokens(self.ep_group, handle.device)
-        elif self.ep_group is not None:
-            assert self.rank is not None
-            if exchange == "torch" or (exchange == "auto" and handle.device < 0) or not handle.has_replicas:
-                from ._exchange import Layout, TorchExchange
-
-                TorchExchange(self.ep_group, Layout(1, 0, self.ep_size, self.rank), handle.width, "").attach(self)
-            else:
-                importlib.import_module(".exchange", __package__).connect(self, exchange)
-            assert handle.exchange is not None
-            handle.exchange.owned = True
-        elif exchange not in ("auto", "torch"):
-            raise broken_rule("group", f"must be given for exchange = {exchange!r}", None)
-
     # ---- life ----
 
     def close(self) -> None:
         """Frees the planner's memory; on CUDA waits for the device. Also done when the planner is garbage. A call that another thread is
         in the middle of comes to its end first; every later one raises WrongOrder."""
         self._finalizer()
-        self._group_of_ranks = None
+        self._ranks.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -449,8 +399,3 @@ class Planner:
         if not self._as_tensors:
             return array  # type: ignore[no-any-return]
         return loaded_torch().from_numpy(array).to(self.device)  # type: ignore[no-any-return]
-
-
-def _agree() -> Any:
-    """lplb._agree, which imports torch."""
-    return importlib.import_module("._agree", __package__)

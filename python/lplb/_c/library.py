@@ -1,3 +1,4 @@
+# mypy: disable-error-code="empty-body"
 """The functions of lplb.h: finds and loads the library, checks its version, and turns statuses into exceptions.
 
 Nothing is loaded at import; load() does it at the first use and says where it looked if that fails.
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_type_hints
 
 from ..errors import BY_STATUS, InternalError, LibraryError, LplbError
 from .structs import MESSAGE_SIZE, VERSION
@@ -39,72 +40,48 @@ I32 = Annotated[int, c_int32]
 I64 = Annotated[int, c_int64]
 
 
-class Library:
-    """The loaded library. One attribute per function of lplb.h, without the prefix; arrays are passed as addresses."""
+class Functions:
+    """The functions of lplb.h without the prefix; see there. Arrays are passed as addresses."""
 
-    # int32_t lplb_version(void);
-    version: Callable[[], I32]
-    # const char *lplb_status_string(lplb_status status);
-    status_string: Callable[[I32], Text]
-    # const char *lplb_build_info(void);
-    build_info: Callable[[], Text]
-    # lplb_status lplb_planner_create(const lplb_config *config, lplb_planner **planner, char *message, int64_t message_size);
-    planner_create: Callable[[Reference, Reference, Message, I64], I32]
-    # void lplb_planner_destroy(lplb_planner *planner);
-    planner_destroy: Callable[[Pointer], None]
-    # const char *lplb_planner_error(const lplb_planner *planner);
-    planner_error: Callable[[Pointer], Text]
-    # lplb_status lplb_planner_place(lplb_planner *planner, const double *history, void *stream);
-    planner_place: Callable[[Pointer, Pointer, Pointer], I32]
-    # lplb_status lplb_planner_set_placement(lplb_planner *planner, const int32_t *phy2log, int64_t n_physical, void *stream);
-    planner_set_placement: Callable[[Pointer, Pointer, I64, Pointer], I32]
-    # lplb_status lplb_planner_max_replicas(lplb_planner *planner, int64_t *max_replicas);
-    planner_max_replicas: Callable[[Pointer, Reference], I32]
-    # lplb_status lplb_planner_phy2log(lplb_planner *planner, int32_t *phy2log, int64_t n_physical);
-    planner_phy2log: Callable[[Pointer, Pointer, I64], I32]
-    # lplb_status lplb_planner_log2phy(lplb_planner *planner, int32_t *log2phy, int64_t n_logical, int64_t max_replicas);
-    planner_log2phy: Callable[[Pointer, Pointer, I64, I64], I32]
-    # lplb_status lplb_planner_logcnt(lplb_planner *planner, int32_t *logcnt, int64_t n_logical);
-    planner_logcnt: Callable[[Pointer, Pointer, I64], I32]
-    # lplb_status lplb_planner_count(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, int32_t *counts,
-    #     int32_t *cumulative, int64_t n_chunks, void *stream);
-    planner_count: Callable[[Pointer, Pointer, I32, I64, Pointer, Pointer, I64, Pointer], I32]
-    # lplb_status lplb_planner_solve(lplb_planner *planner, const void *counts, lplb_dtype counts_dtype, int64_t n_sources, float *ratios,
-    #     float *scaled, void *counter, lplb_dtype counter_dtype, void *stream);
-    planner_solve: Callable[[Pointer, Pointer, I32, I64, Pointer, Pointer, Pointer, I32, Pointer], I32]
-    # int64_t lplb_counts_width(int64_t n_logical);
-    counts_width: Callable[[I64], I64]
-    # lplb_status lplb_agree(const lplb_agree_config *config, lplb_agreement *agreement, char *message, int64_t message_size);
-    agree: Callable[[Reference, Reference, Message, I64], I32]
-    # lplb_status lplb_planner_count_row(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, int32_t *row,
-    #     void *stream);
-    planner_count_row: Callable[[Pointer, Pointer, I32, I64, Pointer, Pointer], I32]
-    # lplb_status lplb_planner_make_row(lplb_planner *planner, const void *counts, lplb_dtype counts_dtype, int32_t *row, void *stream);
-    planner_make_row: Callable[[Pointer, Pointer, I32, Pointer, Pointer], I32]
-    # lplb_status lplb_planner_solve_rows(lplb_planner *planner, const int32_t *rows, float *ratios, float *scaled, void *counter,
-    #     lplb_dtype counter_dtype, void *stream);
-    planner_solve_rows: Callable[[Pointer, Pointer, Pointer, Pointer, Pointer, I32, Pointer], I32]
-    # lplb_status lplb_planner_redirect(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, void *out, int64_t
-    #     max_blocks, void *stream);
-    planner_redirect: Callable[[Pointer, Pointer, I32, I64, Pointer, I64, Pointer], I32]
-    # lplb_status lplb_planner_redirect_by_ratio(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, const
-    #     float *ratios, const int32_t *cumulative, int64_t n_chunks, void *out, void *stream);
-    planner_redirect_by_ratio: Callable[[Pointer, Pointer, I32, I64, Pointer, Pointer, I64, Pointer, Pointer], I32]
-    # lplb_status lplb_planner_run(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids, const int32_t *gathered,
-    #     void *out, void *counter, lplb_dtype counter_dtype, int64_t max_blocks, void *stream);
-    planner_run: Callable[[Pointer, Pointer, I32, I64, Pointer, Pointer, Pointer, I32, I64, Pointer], I32]
-    # lplb_status lplb_planner_info(lplb_planner *planner, lplb_plan_info *plan, lplb_group_info *groups, int64_t n_groups, void *stream);
-    planner_info: Callable[[Pointer, Reference, Reference, I64, Pointer], I32]
-    # lplb_status lplb_planner_split(lplb_planner *planner, int64_t *tokens, int64_t n_physical, void *stream);
-    planner_split: Callable[[Pointer, Pointer, I64, Pointer], I32]
-    # lplb_status lplb_planner_assignment(lplb_planner *planner, int64_t *tokens, int64_t n_physical, void *stream);
-    planner_assignment: Callable[[Pointer, Pointer, I64, Pointer], I32]
-    # lplb_status lplb_eplb_rebalance(const float *weight, int64_t n_layers, int64_t n_logical, int64_t n_physical, int64_t n_groups,
-    #     int64_t n_nodes, int64_t n_ranks, int64_t *phy2log, int64_t *replica, int64_t *logcnt, char *message, int64_t message_size);
-    eplb_rebalance: Callable[[Pointer, I64, I64, I64, I64, I64, I64, Pointer, Pointer, Pointer, Message, I64], I32]
-    # lplb_status lplb_solve(const int64_t *loads, int64_t n_logical, const int32_t *phy2log, int64_t n_physical, int64_t ep_size,
-    #     int64_t *tokens, lplb_group_info *info, char *message, int64_t message_size);
-    solve: Callable[[Pointer, I64, Pointer, I64, I64, Pointer, Reference, Message, I64], I32]
+    def version(self) -> I32: ...
+    def status_string(self, status: I32) -> Text: ...
+    def build_info(self) -> Text: ...
+    def planner_create(self, config: Reference, planner: Reference, message: Message, message_size: I64) -> I32: ...
+    def planner_destroy(self, planner: Pointer) -> None: ...
+    def planner_error(self, planner: Pointer) -> Text: ...
+    def planner_place(self, planner: Pointer, history: Pointer, stream: Pointer) -> I32: ...
+    def planner_set_placement(self, planner: Pointer, phy2log: Pointer, n_physical: I64, stream: Pointer) -> I32: ...
+    def planner_max_replicas(self, planner: Pointer, max_replicas: Reference) -> I32: ...
+    def planner_phy2log(self, planner: Pointer, phy2log: Pointer, n_physical: I64) -> I32: ...
+    def planner_log2phy(self, planner: Pointer, log2phy: Pointer, n_logical: I64, max_replicas: I64) -> I32: ...
+    def planner_logcnt(self, planner: Pointer, logcnt: Pointer, n_logical: I64) -> I32: ...
+    def planner_count(self, planner: Pointer, ids: Pointer, ids_dtype: I32, n_ids: I64, counts: Pointer, cumulative: Pointer, n_chunks: I64,
+                      stream: Pointer) -> I32: ...
+    def planner_solve(self, planner: Pointer, counts: Pointer, counts_dtype: I32, n_sources: I64, ratios: Pointer, scaled: Pointer,
+                      counter: Pointer, counter_dtype: I32, stream: Pointer) -> I32: ...
+    def counts_width(self, n_logical: I64) -> I64: ...
+    def agree(self, config: Reference, agreement: Reference, message: Message, message_size: I64) -> I32: ...
+    def planner_count_row(self, planner: Pointer, ids: Pointer, ids_dtype: I32, n_ids: I64, row: Pointer, stream: Pointer) -> I32: ...
+    def planner_make_row(self, planner: Pointer, counts: Pointer, counts_dtype: I32, row: Pointer, stream: Pointer) -> I32: ...
+    def planner_solve_rows(self, planner: Pointer, rows: Pointer, ratios: Pointer, scaled: Pointer, counter: Pointer, counter_dtype: I32,
+                           stream: Pointer) -> I32: ...
+    def planner_redirect(self, planner: Pointer, ids: Pointer, ids_dtype: I32, n_ids: I64, out: Pointer, max_blocks: I64,
+                         stream: Pointer) -> I32: ...
+    def planner_redirect_by_ratio(self, planner: Pointer, ids: Pointer, ids_dtype: I32, n_ids: I64, ratios: Pointer, cumulative: Pointer,
+                                  n_chunks: I64, out: Pointer, stream: Pointer) -> I32: ...
+    def planner_run(self, planner: Pointer, ids: Pointer, ids_dtype: I32, n_ids: I64, gathered: Pointer, out: Pointer, counter: Pointer,
+                    counter_dtype: I32, max_blocks: I64, stream: Pointer) -> I32: ...
+    def planner_info(self, planner: Pointer, plan: Reference, groups: Reference, n_groups: I64, stream: Pointer) -> I32: ...
+    def planner_split(self, planner: Pointer, tokens: Pointer, n_physical: I64, stream: Pointer) -> I32: ...
+    def planner_assignment(self, planner: Pointer, tokens: Pointer, n_physical: I64, stream: Pointer) -> I32: ...
+    def eplb_rebalance(self, weight: Pointer, n_layers: I64, n_logical: I64, n_physical: I64, n_groups: I64, n_nodes: I64, n_ranks: I64,
+                       phy2log: Pointer, replica: Pointer, logcnt: Pointer, message: Message, message_size: I64) -> I32: ...
+    def solve(self, loads: Pointer, n_logical: I64, phy2log: Pointer, n_physical: I64, ep_size: I64, tokens: Pointer, info: Reference,
+              message: Message, message_size: I64) -> I32: ...
+
+
+class Library(Functions):
+    """The loaded library, whose own functions stand in place of the declarations above."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -113,10 +90,11 @@ class Library:
         except OSError as error:
             raise LibraryError(f"lplb: cannot load the library {path}: {error}") from error
         try:
-            for name, declared in get_type_hints(Library, include_extras=True).items():
-                parameters, result = get_args(declared)
-                kinds = (getattr(kind, "__metadata__", (None,))[0] for kind in (result, *parameters))  # None: void
-                setattr(self, name, self._bind(f"lplb_{name}", *kinds))
+            for name, declared in vars(Functions).items():
+                if callable(declared):
+                    kinds = get_type_hints(declared, include_extras=True).values()
+                    *parameters, result = (getattr(kind, "__metadata__", (None,))[0] for kind in kinds)
+                    setattr(self, name, self._bind(f"lplb_{name}", result, *parameters))
                 if name == "version":
                     self._check_version()
         except AttributeError as error:

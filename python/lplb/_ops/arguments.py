@@ -5,8 +5,6 @@ from __future__ import annotations
 import operator
 import os
 import sys
-import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
@@ -96,31 +94,6 @@ def one_of(name: str, value: str, names: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in names:
         raise broken_rule(name, f"must be one of {', '.join(names)}", shown(value))
     return value
-
-
-def ranks_of(ep_size: int | None, group: Any, rank: int | None
-             ) -> tuple[int, int | None, Callable[[], torch.distributed.ProcessGroup | None] | None]:
-    """How many ranks plan together, which one this is, and their process group."""
-    size = None if ep_size is None else integer("ep_size", ep_size, 1)
-    own = None if rank is None else integer("rank", rank, 0)
-    if group is not None:
-        check_group(group)
-        import torch.distributed as dist
-
-        if size is not None and size != group.size():
-            raise broken_rule("ep_size", f"must be the size of group, {group.size()}", ep_size)
-        size, place = group.size(), dist.get_rank(group)
-        if place < 0:
-            raise broken_rule("group", "must contain this process", group)
-        if own is not None and own != place:
-            raise broken_rule("rank", f"must be this process's rank in group, {place}", rank)
-        own = place
-    if size is None:
-        raise broken_rule("ep_size", "must be given where group is not", None)
-    if own is not None and own >= size:
-        raise broken_rule("rank", f"must be below ep_size = {size}", own)
-    # Weak: it belongs to torch.distributed, and gloo's processes end badly if it outlives destroy_process_group.
-    return size, own, None if group is None else weakref.ref(group)
 
 
 def check_group(group: Any) -> None:

@@ -35,9 +35,6 @@ class Arrays(ABC, Generic[A]):
         """On the device of `beside`."""
 
     @abstractmethod
-    def ones(self, shape: Sequence[int], dtype: Any, beside: A) -> A: ...
-
-    @abstractmethod
     def empty_like(self, array: A, /) -> A:
         """Contiguous."""
 
@@ -93,9 +90,6 @@ class NumpyArrays(Arrays["npt.NDArray[Any]"]):
 
     def empty(self, shape: Sequence[int], dtype: Any, beside: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.empty(shape, dtype=dtype)
-
-    def ones(self, shape: Sequence[int], dtype: Any, beside: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return np.ones(shape, dtype=dtype)
 
     def counter(self, value: Array, handle: Handle) -> tuple[int, int]:
         """A tensor may count, too; its memory is shared, so the caller sees it grow."""

@@ -81,8 +81,9 @@ class Calls(Generic[A]):
         address, dtype, _, counts = arrays.buffer("workload", workload, handle)
         counter, counter_dtype = (None, INT64) if avail_counter is None else arrays.counter(avail_counter, handle)
         sources, stream = handle.sources("workload", counts.shape), self._stream(handle)
-        # Without replicas nothing is decided: every share stays at its original, and the library knows no ratios.
-        ratios = (arrays.empty if handle.n_ratios else arrays.ones)(ratio_shape, arrays.float32, counts)
+        ratios = arrays.empty(ratio_shape, arrays.float32, counts)
+        if not handle.n_ratios:  # nothing is decided: every share stays at its original, and the library knows no ratios
+            ratios[...] = 1
         scaled = arrays.empty(scaled_shape, arrays.float32, counts)
         outputs = (arrays.address(ratios) if handle.n_ratios else None, arrays.address(scaled), counter, counter_dtype, stream)
         if handle.exchange is None:

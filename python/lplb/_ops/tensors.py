@@ -41,9 +41,6 @@ class TensorArrays(Arrays[Tensor]):
     def empty(self, shape: Sequence[int], dtype: Any, beside: Tensor) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=beside.device)
 
-    def ones(self, shape: Sequence[int], dtype: Any, beside: Tensor) -> Tensor:
-        return torch.ones(shape, dtype=dtype, device=beside.device)
-
     def counter(self, value: Tensor, handle: Handle) -> tuple[int, int]:
         dtype = INTEGERS.get(value.dtype)
         if dtype is None or value.get_device() != handle.device or value.numel() != 1:
