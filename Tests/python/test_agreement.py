@@ -52,6 +52,7 @@ EQUAL_ON_ALL = {
     "same_tokens_and_other_histories": "Disagreement: history: must be equal on all ranks, got one with digest",
     "tokens_modes": "Disagreement: settings: must be equal on all ranks, got 'exchange=auto, tokens=same' on rank 0",
     "same_tokens_that_differ": "Disagreement: idx: must be equal on all ranks, since the planner was made with tokens='same', got other ids on ranks 1",
+    "same_tokens_in_arrays_that_differ": "Disagreement: idx: must be equal on all ranks, since the planner was made with tokens='same', got other ids on ranks 1",
 }
 
 

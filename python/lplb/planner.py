@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from . import _c
 from ._c.handle import Handle
@@ -65,6 +66,7 @@ class Planner:
     time: concurrent calls raise Busy. Errors are subclasses of LplbError.
     """
 
+    device: str | torch.device
     r2o: Array  #: [group_size, num_redundants] int32
     o2r: Array  #: its inverse: rank o2r[r, d] holds the copy of slot d of rank r
     phy2log: Array  #: [n_routed_experts] int32, the logical expert of every slot
@@ -116,7 +118,7 @@ class Planner:
         self._general = slots is None
         torch = loaded_torch()
         self._as_tensors = torch is not None and (ordinal >= 0 or not isinstance(given, np.ndarray))
-        self.device: Any = torch.device("cuda", ordinal) if ordinal >= 0 else torch.device("cpu") if torch else "cpu"
+        self.device = torch.device("cuda", ordinal) if ordinal >= 0 else torch.device("cpu") if torch else "cpu"
         self._ops: Any = None
         self.n_routed_experts, self.n_logical_routed_experts = shape.n_physical, shape.n_logical
         self.n_local_routed_experts = shape.n_physical // self.ep_size
@@ -394,8 +396,8 @@ class Planner:
         device = self._handle.device
         return None if device < 0 or self._ops is None else self._ops.stream(device)
 
-    def _output(self, array: Any) -> Array:
+    def _output(self, array: npt.NDArray[Any]) -> Array:
         """A host array as the planner hands out arrays: a tensor on its device, or the array itself."""
         if not self._as_tensors:
-            return array  # type: ignore[no-any-return]
+            return array
         return loaded_torch().from_numpy(array).to(self.device)  # type: ignore[no-any-return]

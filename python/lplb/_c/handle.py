@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import LplbError, WrongOrder, broken_rule
 from .library import Library, call, failure, text
 from .structs import ERROR_BUSY, MAX_CHUNKS, MAX_PHYSICAL, Config
 
 if TYPE_CHECKING:
+    import torch
+
     from .._exchange import Exchange
 
 # Operators take numbers, not objects. Never 0 or 1, which torch.compile would specialise on.
@@ -67,7 +69,7 @@ class Handle:
         self.rank: int = config.rank
         self.exchange: Exchange | None = None  # None: the counts given are everybody's
         self.debug = False
-        self.compare: Callable[[Any], None] | None = None  # of the ids with those of the other ranks
+        self.compare: Callable[[torch.Tensor], None] | None = None  # of the ids with those of the other ranks
         self.width: int = library.counts_width(config.n_logical)
         self.has_replicas = self.n_physical > self.n_logical
         self.n_ratios: int = config.ep_size * config.n_redundant  # 0: no slot classes, and so no ratios
@@ -124,7 +126,7 @@ class Handle:
         elif n_ratios > most:
             raise broken_rule("ratio_shape", f"must have at most {most} elements", n_ratios)
 
-    def sources(self, name: str, shape: Any) -> int:
+    def sources(self, name: str, shape: Sequence[int]) -> int:
         """How many ranks' counts an array of this shape holds: one's (or everybody's sum), or each rank's."""
         size = math.prod(shape)
         if size == self.n_logical:
