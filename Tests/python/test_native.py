@@ -157,6 +157,10 @@ def test_a_limit_of_one_solver_is_named_with_its_value():
 
 
 def test_limits_equal_the_header(header):
-    for name in ("RANKS", "EP_SIZE", "LOGICAL", "PHYSICAL"):
+    for name in ("RANKS", "EP_SIZE", "LOGICAL", "PHYSICAL", "LOGICAL_CUDA"):
         assert getattr(_c, f"MAX_{name}") == int(re.search(rf"#define LPLB_MAX_{name} (\d+)", header).group(1)), name
     assert int(re.search(r"#define LPLB_MAX_LOAD \(INT64_C\(1\) << (\d+)\)", header).group(1)) == _c.MAX_LOAD.bit_length() - 1
+    powers = {2**20: "2^20", 2**31 - 1: "2^31 - 1"}  # limits that the header gives in words
+    comments = HEADER.read_text()
+    for words in (f"n_chunks lies in 1 .. {_c.MAX_CHUNKS} ", f"n_physical <= {powers[_c.MAX_EPLB_PHYSICAL]};", f"n_ids (at most {powers[_c.MAX_IDS]})"):
+        assert words in comments, words

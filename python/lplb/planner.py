@@ -78,7 +78,8 @@ class Planner:
         ranks = self._ranks = Ranks(ep_size, group, rank, tokens)
         self.ep_size, self.rank, self.tokens = ranks.size, ranks.own, ranks.tokens
         with ranks.telling():
-            shape = (_shape or partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts))(self.ep_size)
+            by_topology = partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts)
+            shape = (_shape or by_topology)(self.ep_size)
             exchange = check_exchange(exchange)
             self._configure(shape, redundant_to_original, device, n_nodes, solver, exchange, truth("debug", debug))
         self._create(exchange, shape.phy2log)
@@ -97,8 +98,9 @@ class Planner:
         logical expert stands at least once. n_logical: None takes max(phy2log) + 1. group_size: ranks that balance among themselves
         and hold all replicas of an expert between them, None: ep_size. The rest as for Planner.
         """
-        return cls(phy2log, 0, 0, ep_size, group, device=device, n_nodes=n_nodes, rank=rank, solver=solver, exchange=exchange, tokens=tokens,
-                   debug=debug, _shape=partial(shape_by_placement, phy2log, n_logical, group_size))  # which says the sizes
+        shape = partial(shape_by_placement, phy2log, n_logical, group_size)  # which finds the sizes
+        return cls(phy2log, 0, 0, ep_size, group, device=device, n_nodes=n_nodes, rank=rank, solver=solver, exchange=exchange,
+                   tokens=tokens, debug=debug, _shape=shape)
 
     def _configure(self, shape: Shape, given: object, device: Device, n_nodes: int | None, solver: str, exchange: str | Exchange,
                    debug: bool) -> None:
@@ -119,7 +121,7 @@ class Planner:
         torch = loaded_torch()
         self._as_tensors = torch is not None and (ordinal >= 0 or not isinstance(given, np.ndarray))
         self.device = torch.device("cuda", ordinal) if ordinal >= 0 else torch.device("cpu") if torch else "cpu"
-        self._ops: Any = None
+        self._ops: Any = None  # the module of the operators, once torch is there
         self.n_routed_experts, self.n_logical_routed_experts = shape.n_physical, shape.n_logical
         self.n_local_routed_experts = shape.n_physical // self.ep_size
         self.n_local_logical_routed_experts = shape.n_logical // self.ep_size
@@ -194,8 +196,7 @@ class Planner:
         pointer, library = handle.opened(), handle.library
         most = ctypes.c_int64()
         handle.check(library.planner_max_replicas(pointer, ctypes.byref(most)))
-        phy2log = np.empty(handle.n_physical, dtype=np.int32)
-        width = max(2, most.value)
+        width, phy2log = max(2, most.value), np.empty(handle.n_physical, dtype=np.int32)
         log2phy = np.empty((handle.n_logical, width), dtype=np.int32)
         logcnt = np.empty(handle.n_logical, dtype=np.int32)
         handle.check(library.planner_phy2log(pointer, address_of(phy2log), phy2log.size))
@@ -247,9 +248,9 @@ class Planner:
         global workload float32 [n_group, group_size, n_local_logical], the sum over ranks by logical expert, scaled to maximum 1).
         """
         self._check_kind("solve_probs", general=False, instead="solve and redirect")
-        ratio_shape = [self.n_group, self.group_size, self.num_redundants]
-        scaled_shape = [self.n_group, self.group_size, self.n_local_logical_routed_experts]
-        return self._solve(workload, avail_counter, ratio_shape, scaled_shape)
+        groups, ranks = self.n_group, self.group_size
+        return self._solve(workload, avail_counter, [groups, ranks, self.num_redundants],
+                           [groups, ranks, self.n_local_logical_routed_experts])
 
     def weighted_select_target(self, idx: A, o_weight: A, local_workload_by_sm: A, n_sms: int) -> A:
         """Physical ids by ratios: of the c occurrences of an expert in idx the first round(ratio * c) go to the original.
@@ -260,8 +261,8 @@ class Planner:
         n_sms = integer("n_sms", n_sms, 1, _c.MAX_CHUNKS)
         rows = shape_of(local_workload_by_sm)
         if len(rows) != 2 or rows[0] != n_sms:
-            what = f"shape {rows}" if rows else type(local_workload_by_sm).__name__
-            raise broken_rule("local_workload_by_sm", f"must have n_sms = {n_sms} rows of n_logical = {self._handle.n_logical} counts", what)
+            rule = f"must have n_sms = {n_sms} rows of n_logical = {self._handle.n_logical} counts"
+            raise broken_rule("local_workload_by_sm", rule, f"shape {rows}" if rows else type(local_workload_by_sm).__name__)
         if not self._handle.has_replicas:
             return self.run(idx, None)  # there is nothing to weigh
         return self._explained(("idx", "o_weight", "local_workload_by_sm"), self._calls("idx", idx).redirect_by_ratio, idx, o_weight,
@@ -298,7 +299,7 @@ class Planner:
                 raise broken_rule(name, f"must be a tensor on the planner's device cuda:{device}", "a numpy array")
             return numpy_calls
         if not is_tensor(array):
-            raise broken_rule(name, f"must be {'a torch tensor' if device >= 0 else 'a torch tensor or a numpy array'}", type(array).__name__)
+            raise broken_rule(name, f"must be a torch tensor{' or a numpy array' if device < 0 else ''}", type(array).__name__)
         operators: Calls[A] = self._ops or self._load_ops()
         return operators
 
@@ -315,7 +316,6 @@ class Planner:
             raise
 
     def _load_ops(self) -> Any:
-        """The operators, for a planner that was made before torch was imported."""
         self._ops = importlib.import_module("._ops.operators", __package__)
         return self._ops
 
@@ -333,10 +333,8 @@ class Planner:
         groups = (_c.GroupInfoStruct * self.n_group)()
         handle.check(handle.library.planner_info(handle.opened(), ctypes.byref(plan), ctypes.byref(groups), self.n_group, self._stream()))
         return Info(
-            groups=[group_info(group, self.group_size, index * self.group_size) for index, group in enumerate(groups)],
-            invalid_ids=plan.invalid_ids,
-            locality=Locality(plan.own_rank, plan.own_node, plan.other_nodes),
-            overflow=plan.overflow)
+            [group_info(group, self.group_size, index * self.group_size) for index, group in enumerate(groups)],
+            plan.invalid_ids, Locality(plan.own_rank, plan.own_node, plan.other_nodes), plan.overflow)
 
     def split(self) -> Array:
         """Tokens per physical expert in the latest plan, from all ranks together: int64 [n_physical]. Waits for the GPU."""
@@ -393,8 +391,7 @@ class Planner:
                 f"group_size={self.group_size}, num_redundants={self.num_redundants}, {what})")
 
     def _stream(self) -> int | None:
-        device = self._handle.device
-        return None if device < 0 or self._ops is None else self._ops.stream(device)
+        return None if self._handle.device < 0 else self._ops.stream(self._handle.device)
 
     def _output(self, array: npt.NDArray[Any]) -> Array:
         """A host array as the planner hands out arrays: a tensor on its device, or the array itself."""

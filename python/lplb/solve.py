@@ -37,7 +37,8 @@ def solve(loads: A, phy2log: Array, ep_size: int) -> Solution[A]:
         raise broken_rule("loads", "must have one expert at least", f"shape {list(tokens_of.shape)}")
     tokens = np.empty(slots.size, dtype=np.int64)
     info = _c.GroupInfoStruct()
-    _c.call(_c.load().solve, address_of(tokens_of), tokens_of.size, address_of(slots), slots.size, ranks, address_of(tokens), ctypes.byref(info))
+    _c.call(_c.load().solve, address_of(tokens_of), tokens_of.size, address_of(slots), slots.size, ranks, address_of(tokens),
+            ctypes.byref(info))
     return Solution(**vars(group_info(info, ranks)), tokens=as_given(tokens, loads))
 
 

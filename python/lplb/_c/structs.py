@@ -18,6 +18,7 @@ MAX_RANKS = 1024  # LPLB_MAX_RANKS, and so on: limits of the header
 MAX_EP_SIZE = 8192
 MAX_LOGICAL = 4096
 MAX_PHYSICAL = 8192
+MAX_LOGICAL_CUDA = 1024
 MAX_CHUNKS = 65536  # of lplb_planner_count
 MAX_EPLB_PHYSICAL = 2**20  # of lplb_eplb_rebalance
 MAX_LOAD = 2**40

@@ -78,7 +78,8 @@ for _schema, _kernel, _fake in (
     ("solve(Tensor workload, Tensor(a!)? avail_counter, Tensor(b!)? plan, SymInt planner, int[] ratio_shape, int[] scaled_shape)"
      " -> (Tensor, Tensor)", _calls.solve, _solve_fake),
     ("redirect(Tensor idx, Tensor? plan, SymInt planner, int n_sms) -> Tensor", _calls.redirect, _redirect_fake),
-    ("redirect_by_ratio(Tensor idx, Tensor o_weight, Tensor cumulative, SymInt planner) -> Tensor", _calls.redirect_by_ratio, _redirect_by_ratio_fake),
+    ("redirect_by_ratio(Tensor idx, Tensor o_weight, Tensor cumulative, SymInt planner) -> Tensor", _calls.redirect_by_ratio,
+     _redirect_by_ratio_fake),
 ):
     _name = _schema[: _schema.index("(")]
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

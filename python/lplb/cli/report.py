@@ -13,8 +13,8 @@ from time import perf_counter
 from typing import Any, Literal
 
 from .. import _c
-from .terminal import harmless, say, shown
 from ..errors import LibraryError, LplbError
+from .terminal import harmless, say, shown
 
 State = Literal["ok", "off", "note"]
 PACKAGE = Path(__file__).resolve().parents[1]

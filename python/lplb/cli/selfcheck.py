@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import check
 from ..eplb import rebalance_experts
 from ..info import GroupInfo
 from ..planner import Planner
-from .simulate.options import topology
 from ..solve import solve, witness_bound
+from . import check
+from .simulate.options import topology
 
 Int64Array = NDArray[np.int64]
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import check
 from ...eplb import rebalance_experts
 from ...planner import Planner
-from ..simulate.options import topology
 from ...solve import witness_bound
+from .. import check
+from ..simulate.options import topology
 
 Int64Array = NDArray[np.int64]
 
@@ -57,7 +57,6 @@ CASES = (
     Case("EPLB 256 experts, 64 ranks, 320 slots", None, 64, 256, 320, None, (20, 40)),
     Case("EPLB 4096 experts, 512 ranks, 4608 slots", None, 512, 4096, 4608),
 )
-CUDA_MAX_LOGICAL = 1024
 
 
 def draw(family: str, shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import _c
-from ..common import progress
 from ...eplb import rebalance_experts
 from ...planner import Planner
+from ..common import progress
 from ..simulate.options import topology
 from . import peers
 from .cases import CASES, FAMILIES, Case, draw, instances, proven

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import _c
-from ..common import progress
 from ...planner import Planner
+from ..common import progress
 from ..simulate.options import topology
-from .cases import CASES, CUDA_MAX_LOGICAL, FAMILIES, Case, draw, instances, proven, to_host
+from .cases import CASES, FAMILIES, Case, draw, instances, proven, to_host
 from .cpu import batches, percentiles
 from .kit import Row, time_calls, time_one
 
@@ -104,7 +104,7 @@ def _checked(planner: Planner, function: Callable[..., int], *arguments: Any) ->
 
 def solve(overhead_us: float) -> Iterator[Row]:
     """lplb_planner_solve from counts on the device to plan, one row for each case and load family."""
-    todo = [(case, family) for case in CASES if case.n_logical <= CUDA_MAX_LOGICAL for family in FAMILIES]
+    todo = [(case, family) for case in CASES if case.n_logical <= _c.MAX_LOGICAL_CUDA for family in FAMILIES]
     for case, family in progress(todo, len(todo), "solve"):
         yield _solve(case, family)
 

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import exchange, topology
-from ..common import UsageError, write_json
 from ..._exchange_ways import no_multicast
 from ...errors import Unsupported
 from ...planner import Planner
+from ..common import UsageError, write_json
 from . import kit
 from .cpu import batches, percentiles
 from .kit import Row

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import check
 from ...planner import Planner
+from .. import check
 from .kit import time_one
 
 Int64Array = NDArray[np.int64]

@@ -8,11 +8,11 @@ from time import perf_counter_ns
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import check
-from ..terminal import UsageError
 from ...eplb import rebalance_experts
 from ...info import GroupInfo
 from ...planner import Planner
+from .. import check
+from ..terminal import UsageError
 from .options import Layout
 from .policies import Replicas
 

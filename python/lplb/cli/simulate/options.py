@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...topology import _COLUMNS
 from ..common import Parser, check_results, whole
 from ..files import DEFAULT_LIMIT, read_npy
 from ..terminal import UsageError, shown
-from ...topology import _COLUMNS
 from .trace import Cut, Trace, cut, load, load_sample
 
 DEFAULT_RANKS = 8

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import check
-from ..common import progress
 from ...info import GroupInfo
 from ...solve import witness_bound
+from .. import check
+from ..common import progress
 from . import policies
 from .engine import Engine, without_replicas
 from .options import Options
