@@ -322,7 +322,7 @@ setup(
     extras_require={"cli": CLI, "test": TEST, "torch": ["torch>=2.4"]},
     package_dir={"": "python"},
     packages=find_packages("python"),
-    package_data={"lplb": ["py.typed", "data/*"]},
+    package_data={"lplb": ["py.typed"], "lplb.cli": ["data/*"]},
     cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel, "develop": Develop},
     distclass=BinaryDistribution,
     zip_safe=False,

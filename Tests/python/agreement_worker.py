@@ -175,6 +175,11 @@ def same_tokens_that_differ(rank):
 
 
 @case
+def same_tokens_in_arrays_that_differ(rank):
+    square(tokens="same", debug=True).run(ids(rank == 1).numpy(), None)
+
+
+@case
 def same_tokens_and_other_histories(rank):
     square(tokens="same").update_redundancy_mapping(history(rank // 3))
 

@@ -62,9 +62,9 @@ def why_no_gpu() -> str | None:
 
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    from lplb import _native
+    from lplb import _c
 
-    if b"without CUDA" in _native.load().build_info():
+    if b"without CUDA" in _c.load().build_info():
         return "the library was built without CUDA"
     return None
 

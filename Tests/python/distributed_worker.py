@@ -65,7 +65,7 @@ def plan(group, name, out):
             key = f"{name}_{kind}_{case}"
             out.update({f"{key}_ids": ids, f"{key}_out": physical, f"{key}_split": planner.split(), f"{key}_mine": planner.assignment(),
                         f"{key}_bound": info.groups[0].bound, f"{key}_certified": info.certified,
-                        f"{key}_local": [info.locality.own_rank, info.locality.own_node, info.locality.other_nodes],
+                        f"{key}_local": [info.locality.to_own_rank, info.locality.to_own_node, info.locality.to_other_nodes],
                         f"{key}_phy2log": planner.phy2log})
             planner.solve(torch.bincount(ids[ids >= 0], minlength=n_logical))
             assert torch.equal(planner.redirect(ids), physical)

@@ -41,7 +41,7 @@ from lplb_structs import BLOB_BYTES, ExchangeConfig, function
 N_COUNTS = 256
 FAULTS = ("late", "abort", "killed")
 RAIL_FAULTS = ("nvshmem-late", "nvshmem-killed", "nvshmem-abort", "nccl-abort")  # "-late" of NCCL is its watchdog's, after minutes
-DATA = Path(__file__).resolve().parents[2] / "python/lplb/data/deepseek_v2_lite_summary_sample.npz"
+DATA = Path(__file__).resolve().parents[2] / "python/lplb/cli/data/deepseek_v2_lite_summary_sample.npz"
 
 
 class Checks:

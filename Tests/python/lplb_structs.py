@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_int32, c_int64
 
-from lplb import _native
+from lplb import _c
 from lplb.exchange import library
 
 BLOB_BYTES = 128
@@ -21,4 +21,4 @@ class ExchangeConfig(ctypes.Structure):
 
 def function(name, *parameters):
     """A function of lplb.h that returns a status."""
-    return _native.load()._bind(f"lplb_{name}", c_int32, *parameters)
+    return _c.load()._bind(f"lplb_{name}", c_int32, *parameters)

@@ -44,7 +44,7 @@ EQUAL_ON_ALL = {
     "kinds_of_planner": "Disagreement: n_redundant: must be equal on all ranks, got -1 on rank 3 and 0 on rank 0",
     "placements": "Disagreement: phy2log: must be equal on all ranks, got one with digest",
     "nodes": "Disagreement: n_nodes: must be equal on all ranks, got 1 on rank 2 and 2 on rank 0 (differing: ranks 2, 3)",
-    "exchanges": "Disagreement: settings: must be equal on all ranks, got 'exchange=nccl, tokens=own' on rank 0 and 'exchange=auto, tokens=own'",
+    "exchanges": "Disagreement: settings: must be equal on all ranks, got 'exchange=torch, tokens=own' on rank 0 and 'exchange=auto, tokens=own'",
     "histories": f"{SAME_PLANNER}rank 3 than from the other 3 of 4",
     "histories_and_solve_probs": SAME_PLANNER.replace("gathered", "rows") + "rank 0 than from the other 3 of 4",
     "layers_in_another_order": f"{SAME_PLANNER}rank 1 than from the other 3 of 4",
@@ -52,6 +52,7 @@ EQUAL_ON_ALL = {
     "same_tokens_and_other_histories": "Disagreement: history: must be equal on all ranks, got one with digest",
     "tokens_modes": "Disagreement: settings: must be equal on all ranks, got 'exchange=auto, tokens=same' on rank 0",
     "same_tokens_that_differ": "Disagreement: idx: must be equal on all ranks, since the planner was made with tokens='same', got other ids on ranks 1",
+    "same_tokens_in_arrays_that_differ": "Disagreement: idx: must be equal on all ranks, since the planner was made with tokens='same', got other ids on ranks 1",
 }
 
 

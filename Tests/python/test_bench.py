@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from lplb import eplb, solve
-from lplb.__main__ import main
-from lplb.bench import cases, cpu, kit, peers, plot
+from lplb.cli.main import main
+from lplb.cli.bench import cases, cpu, kit, peers, plot
 from lplb.planner import Planner
-from lplb.selfcheck import EPLB_RESULT, EPLB_WEIGHT
-from lplb.simulate.options import topology
+from lplb.cli.selfcheck import EPLB_RESULT, EPLB_WEIGHT
+from lplb.cli.simulate.options import topology
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from lplb import check, selfcheck
-from lplb.__main__ import main
+from lplb.cli import check, selfcheck
+from lplb.cli.main import main
 
 
 def command(*words, **environment):

@@ -17,11 +17,11 @@ import time
 import numpy as np
 import pytest
 
-from lplb import _cli, _files, report, selfcheck
-from lplb.__main__ import main
-from lplb._terminal import UsageError, guarded, harmless, shown
-from lplb.bench import plot as bench_plot
-from lplb.simulate import engine
+from lplb.cli import common, files, report, selfcheck
+from lplb.cli.main import main
+from lplb.cli.terminal import UsageError, guarded, harmless, shown
+from lplb.cli.bench import plot as bench_plot
+from lplb.cli.simulate import engine
 
 LPLB = [sys.executable, "-m", "lplb"]
 
@@ -146,7 +146,7 @@ def test_ctrl_c_in_the_report(delay):
     """While the library and torch are loaded, and in a check that takes long."""
     program = """if True:
         import runpy, sys, time
-        from lplb import selfcheck
+        from lplb.cli import selfcheck
         selfcheck.CHECKS = (("slow", lambda: time.sleep(60)),)
         sys.argv = ["lplb"]
         runpy.run_module("lplb", run_name="__main__")"""
@@ -237,8 +237,8 @@ def test_too_little_memory(tmp_path):
                      f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({MIB // 2}, 1, 128), }}".encode().ljust(80))
         stream.truncate(stream.tell() + 512 * MIB)  # zeros, and no blocks on the disk
     program = """if True:
-        import resource, sys, lplb.simulate.options
-        from lplb.__main__ import main
+        import resource, sys, lplb.cli.simulate.options
+        from lplb.cli.main import main
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (200 << 20)
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
         sys.exit(main(["simulate", sys.argv[1]]))"""
@@ -273,7 +273,7 @@ def test_results_that_may_not_be_written(small):
     try:
         for path in (small.parent / "out.json", small.parent / "fixed" / "out.json"):
             with pytest.raises(UsageError, match="may not be written|Permission denied|does not exist"):
-                _files.check_writable(str(path), "--json")
+                files.check_writable(str(path), "--json")
     finally:
         if root:
             os.seteuid(0)
@@ -302,10 +302,10 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        _cli.write_json(str(path), {})
+        common.write_json(str(path), {})
     assert path.read_text() == "before" and len(os.listdir(tmp_path)) == 2
     monkeypatch.setattr(os, "replace", honest)
-    _cli.write_json(str(tmp_path / "link.json"), {"a": np.float32(1)})
+    common.write_json(str(tmp_path / "link.json"), {"a": np.float32(1)})
     assert json.loads(path.read_text()) == {"a": 1.0} and path.stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "link.json").is_symlink() and len(os.listdir(tmp_path)) == 2
 
@@ -347,8 +347,8 @@ def test_drawing_a_bench_again_ends_in_sentences(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps({"rows": [{"p50_us": 1, "p99_us": 2}], "device": "cpu"}))
     for words, says in (([], "two arguments"), (["gone.json", "a.png"], "no such file"), (["rows.json", "a.txt"], ".png, .svg or .pdf"),
                         (["rows.json", "none/a.png"], "does not exist"), (["rows.json", "rows.json"], "would overwrite")):
-        one_sentence(command(*words, module="lplb.bench.plot", cwd=tmp_path), says, 2)
-    assert command("rows.json", "a.png", module="lplb.bench.plot", cwd=tmp_path).returncode == 0
+        one_sentence(command(*words, module="lplb.cli.bench.plot", cwd=tmp_path), says, 2)
+    assert command("rows.json", "a.png", module="lplb.cli.bench.plot", cwd=tmp_path).returncode == 0
 
 
 # ---- what stands around the command ----

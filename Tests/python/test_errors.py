@@ -47,7 +47,7 @@ CREATION = [
     (lambda: planner(solver="ipm"), "solver|CUDA"),
     (lambda: planner(solver=["flow"]), r"solver: .*flow, ipm, got \['flow'\]"),
     (lambda: planner(exchange="pigeon"), "exchange: .*got 'pigeon'"),
-    (lambda: planner(exchange=3), "exchange: must be one of auto, ipc, torch, nccl, symm or an exchange of lplb.exchange, got 3"),
+    (lambda: planner(exchange=3), "exchange: must be one of auto, ipc, torch or an exchange of lplb.exchange, got 3"),
     (lambda: planner(exchange=None), "exchange: .*got None"),
     (lambda: planner(debug="no"), "debug: must be True or False, got 'no'"),
     (lambda: Planner(CUBE, 80, 64, 2**40), "ep_size|n_logical_routed_experts"),

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lplb import _native, errors
+from lplb import _c, errors
 
 torch = pytest.importorskip("torch")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
@@ -215,7 +215,7 @@ def config(**changes):
 
 
 def call(function, *arguments):
-    message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
+    message = ctypes.create_string_buffer(_c.MESSAGE_SIZE)
     status = function(*arguments, message, len(message))
     return status, message.value.decode()
 
@@ -294,8 +294,8 @@ def test_structs_equal_the_header():
         for (kind, field), (_, c_type) in zip(fields, struct._fields_):
             scalar = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32}.get(kind)
             assert scalar is c_type or ctypes.sizeof(c_type) == ctypes.sizeof(ctypes.c_void_p), f"{name}.{field}"
-    for name, value in (("LPLB_EXCHANGE_BLOB_BYTES", BLOB_BYTES), ("LPLB_EXCHANGE_TRAP", _native.POLICIES["trap"]),
-                        ("LPLB_EXCHANGE_REPORT", _native.POLICIES["report"]), ("LPLB_EXCHANGE_TIMED_OUT", library.TIMED_OUT),
+    for name, value in (("LPLB_EXCHANGE_BLOB_BYTES", BLOB_BYTES), ("LPLB_EXCHANGE_TRAP", _c.POLICIES["trap"]),
+                        ("LPLB_EXCHANGE_REPORT", _c.POLICIES["report"]), ("LPLB_EXCHANGE_TIMED_OUT", library.TIMED_OUT),
                         ("LPLB_EXCHANGE_ABORTED", library.ABORTED), ("LPLB_EXCHANGE_LOST", library.LOST),
                         ("LPLB_EXCHANGE_DISAGREED", library.DISAGREED)):
         assert int(re.search(rf"\b{name}\s*=?\s*(\d+)", header).group(1)) == value, name

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import lplb
-from lplb import Planner, check, eplb, topology
+from lplb import Planner, eplb, topology
+from lplb.cli import check
 
 try:
     import torch

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lplb
-from lplb import _native, errors
+from lplb import _c, errors
 
 HEADER = Path(__file__).resolve().parents[2] / "include" / "lplb.h"
 
@@ -42,7 +42,7 @@ def declared_kind(kind):
 
 
 def test_signatures_equal_the_header(header):
-    library = _native.load()
+    library = _c.load()
     prototypes = re.findall(r"^((?:const char \*|lplb_status |int32_t |int64_t |void )\s*)(lplb_\w+)\(([^;]*)\);", header, flags=re.M)
     assert len(prototypes) >= 21
     for result, name, parameters in prototypes:
@@ -56,7 +56,7 @@ def test_signatures_equal_the_header(header):
 
 def test_structs_equal_the_header(header):
     c_types = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "const int32_t *": ctypes.c_void_p}
-    for name, struct in (("lplb_config", _native.Config), ("lplb_group_info", _native.GroupInfoStruct), ("lplb_plan_info", _native.PlanInfoStruct)):
+    for name, struct in (("lplb_config", _c.Config), ("lplb_group_info", _c.GroupInfoStruct), ("lplb_plan_info", _c.PlanInfoStruct)):
         body = re.search(rf"typedef struct {name} \{{(.*?)\}}", header, flags=re.S).group(1)
         fields = re.findall(r"^\s*(const int32_t \*|int64_t|int32_t|uint32_t)\s*(\w+)(\[[^\]]*\])?;", body, flags=re.M)
         assert [field for _, field, _ in fields] == [field[0] for field in struct._fields_], name
@@ -72,30 +72,30 @@ def constant(header, name):
 
 
 def test_constants_equal_the_header(header):
-    assert _native.VERSION == tuple(constant(header, f"LPLB_VERSION_{part}") for part in ("MAJOR", "MINOR", "PATCH"))
-    assert lplb.__version__ == ".".join(map(str, _native.VERSION))
+    assert _c.VERSION == tuple(constant(header, f"LPLB_VERSION_{part}") for part in ("MAJOR", "MINOR", "PATCH"))
+    assert lplb.__version__ == ".".join(map(str, _c.VERSION))
     statuses = dict(re.findall(r"LPLB_ERROR_(\w+) = (\d+)", header))
     assert sorted(errors.BY_STATUS) == sorted(int(number) for number in statuses.values())
-    assert _native.ERROR_BUSY == int(statuses["BUSY"])
+    assert _c.ERROR_BUSY == int(statuses["BUSY"])
     for name in ("INT32", "INT64", "DEVICE_CPU", "WHOLE_BATCH"):
-        assert getattr(_native, name) == constant(header, f"LPLB_{name}"), name
-    assert _native.SOLVERS == {"flow": constant(header, "LPLB_SOLVER_FLOW"), "ipm": constant(header, "LPLB_SOLVER_IPM")}
-    assert _native.MAX_RANKS == constant(header, "LPLB_MAX_RANKS")
+        assert getattr(_c, name) == constant(header, f"LPLB_{name}"), name
+    assert _c.SOLVERS == {"flow": constant(header, "LPLB_SOLVER_FLOW"), "ipm": constant(header, "LPLB_SOLVER_IPM")}
+    assert _c.MAX_RANKS == constant(header, "LPLB_MAX_RANKS")
 
 
 def test_loaded_library_is_this_version():
-    number = _native.load().version()
-    assert (number // 10000, number // 100 % 100) == _native.VERSION[:2]
-    assert _native.load().build_info()
-    assert _native.load().status_string(1) == b"invalid argument"
+    number = _c.load().version()
+    assert (number // 10000, number // 100 % 100) == _c.VERSION[:2]
+    assert _c.load().build_info()
+    assert _c.load().status_string(1) == b"invalid argument"
 
 
 def test_exceptions_are_the_matching_python_ones():
     for status, kind in errors.BY_STATUS.items():
-        error = _native.failure(status, "words")
+        error = _c.failure(status, "words")
         assert type(error) is kind and isinstance(error, lplb.LplbError) and str(error) == "words"
-        assert str(_native.failure(status, "")) == _native.load().status_string(status).decode()
-    assert isinstance(_native.failure(77, "odd"), lplb.InternalError)
+        assert str(_c.failure(status, "")) == _c.load().status_string(status).decode()
+    assert isinstance(_c.failure(77, "odd"), lplb.InternalError)
     assert issubclass(lplb.InvalidArgument, ValueError) and issubclass(lplb.LibraryError, ImportError)
     assert issubclass(lplb.OutOfMemory, MemoryError) and issubclass(lplb.PeerTimeout, TimeoutError)
     assert issubclass(lplb.Unsupported, NotImplementedError)
@@ -148,15 +148,19 @@ def test_other_library_is_refused(tmp_path, version, words):
 
 def test_a_limit_of_one_solver_is_named_with_its_value():
     """Before a GPU is looked for, so that the words are the same on every machine."""
-    config = _native.Config(struct_size=ctypes.sizeof(_native.Config), device=0, solver=_native.SOLVERS["ipm"], ep_size=256, rank=_native.WHOLE_BATCH,
+    config = _c.Config(struct_size=ctypes.sizeof(_c.Config), device=0, solver=_c.SOLVERS["ipm"], ep_size=256, rank=_c.WHOLE_BATCH,
                             n_nodes=1, n_logical=512, n_physical=768, group_size=256)
-    planner, message = ctypes.c_void_p(), ctypes.create_string_buffer(_native.MESSAGE_SIZE)
-    status = _native.load().planner_create(ctypes.byref(config), ctypes.byref(planner), message, len(message))
+    planner, message = ctypes.c_void_p(), ctypes.create_string_buffer(_c.MESSAGE_SIZE)
+    status = _c.load().planner_create(ctypes.byref(config), ctypes.byref(planner), message, len(message))
     assert errors.BY_STATUS[status] is errors.Unsupported and planner.value is None
     assert message.value == b"group_size: must be at most 128 for LPLB_SOLVER_IPM, got 256"
 
 
 def test_limits_equal_the_header(header):
-    for name in ("RANKS", "EP_SIZE", "LOGICAL", "PHYSICAL"):
-        assert getattr(_native, f"MAX_{name}") == int(re.search(rf"#define LPLB_MAX_{name} (\d+)", header).group(1)), name
-    assert int(re.search(r"#define LPLB_MAX_LOAD \(INT64_C\(1\) << (\d+)\)", header).group(1)) == _native.MAX_LOAD.bit_length() - 1
+    for name in ("RANKS", "EP_SIZE", "LOGICAL", "PHYSICAL", "LOGICAL_CUDA"):
+        assert getattr(_c, f"MAX_{name}") == int(re.search(rf"#define LPLB_MAX_{name} (\d+)", header).group(1)), name
+    assert int(re.search(r"#define LPLB_MAX_LOAD \(INT64_C\(1\) << (\d+)\)", header).group(1)) == _c.MAX_LOAD.bit_length() - 1
+    powers = {2**20: "2^20", 2**31 - 1: "2^31 - 1"}  # limits that the header gives in words
+    comments = HEADER.read_text()
+    for words in (f"n_chunks lies in 1 .. {_c.MAX_CHUNKS} ", f"n_physical <= {powers[_c.MAX_EPLB_PHYSICAL]};", f"n_ids (at most {powers[_c.MAX_IDS]})"):
+        assert words in comments, words

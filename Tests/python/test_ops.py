@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.library import opcheck  # noqa: E402
 
 import lplb  # noqa: E402
-from lplb import Planner, _numpy_ops, topology  # noqa: E402
+from lplb import Planner, topology  # noqa: E402
+from lplb._ops.calls import numpy_calls  # noqa: E402
 
 
 def cube(spare=2):
@@ -180,7 +181,7 @@ def test_operators_trust_no_size(idx, index, module):
         if module == "torch":
             call(planner._ops, planner.number, idx, counts)
         else:
-            call(_numpy_ops, planner.number, idx.numpy(), counts.numpy())
+            call(numpy_calls, planner.number, idx.numpy(), counts.numpy())
     assert planner.info() == before
 
 

@@ -325,13 +325,13 @@ def test_rank_and_assignment():
         assert torch.equal(torch.bincount(out[out >= 0], minlength=40), mine)
         where = planner.info().locality
         target = torch.arange(40) // 5
-        assert where.own_rank == mine[target == rank].sum()
-        assert where.own_node == mine[(target // 4 == rank // 4) & (target != rank)].sum()
-        assert where.other_nodes == mine[target // 4 != rank // 4].sum()
+        assert where.to_own_rank == mine[target == rank].sum()
+        assert where.to_own_node == mine[(target // 4 == rank // 4) & (target != rank)].sum()
+        assert where.to_other_nodes == mine[target // 4 != rank // 4].sum()
         plan = torch.as_tensor(planner.split()) if plan is None else plan
         assert torch.equal(torch.as_tensor(planner.split()), plan)
         total += mine
-        locality += torch.tensor([where.own_rank, where.own_node, where.other_nodes])
+        locality += torch.tensor([where.to_own_rank, where.to_own_node, where.to_other_nodes])
     assert torch.equal(total, plan)
     assert locality.sum() == gathered.sum()
     whole = Planner.from_placement(phy2log, ep_size=8, n_nodes=2, device="cpu")

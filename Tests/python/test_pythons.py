@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lplb
-from lplb import _native
+from lplb import _c
 
 PACKAGE = Path(lplb.__file__).parent
 OLDEST, NEWEST = 10, 13
@@ -87,7 +87,7 @@ FOUND = interpreters()
 def test_this_python(version: str) -> None:
     if version not in FOUND:
         pytest.skip(f"there is no Python {version} here")
-    environment = {**os.environ, "LPLB_LIBRARY": _native.find()}
+    environment = {**os.environ, "LPLB_LIBRARY": _c.find()}
     done = subprocess.run([FOUND[version], "-I", "-B", "-c", CODE, str(PACKAGE)], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[1] == version

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from lplb import check
-from lplb.__main__ import main
+from lplb.cli import check
+from lplb.cli.main import main
 from lplb.errors import InternalError
-from lplb.simulate import engine, options, play, policies, report, trace
+from lplb.cli.simulate import engine, options, play, policies, report, trace
 
 SCHEMA = {"policy", "imbalance_mean", "imbalance_p50", "imbalance_p99", "imbalance_max", "gap_solver_max", "gap_placement_mean",
           "certified_fraction", "plan_us_p50"}
@@ -102,7 +102,7 @@ def test_named_counts_are_steps_in_file_order(tmp_path):
 def test_the_shipped_sample_is_small_and_names_its_source():
     from importlib import resources
 
-    assert resources.files("lplb").joinpath("data", trace.SAMPLE).stat().st_size < 1_000_000
+    assert resources.files("lplb.cli").joinpath("data", trace.SAMPLE).stat().st_size < 1_000_000
     sample = trace.load_sample()
     assert sample.n_experts == 64 and "github.com/deepseek-ai/ESFT" in sample.source
 
@@ -218,7 +218,7 @@ def test_counts_without_tokens_are_played_too(tmp_path, capsys):
 
 
 def parsed(*words):
-    from lplb.__main__ import parser
+    from lplb.cli.main import parser
 
     return parser().parse_args(["simulate", *map(str, words)])
 

@@ -15,10 +15,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from lplb import _files
-from lplb._terminal import UsageError
-from lplb.bench import plot as bench_plot
-from lplb.simulate import options, trace
+from lplb.cli import files
+from lplb.cli.terminal import UsageError
+from lplb.cli.bench import plot as bench_plot
+from lplb.cli.simulate import options, trace
 
 MIB = 1 << 20
 
@@ -69,11 +69,11 @@ def test_arrays_are_read_as_numpy_reads_them(tmp_path, dtype, order):
     array = np.asarray(np.random.default_rng(1).integers(0, 100, (5, 3, 7)), dtype=dtype, order=order)
     for version in ((1, 0), (2, 0), (3, 0)):
         (tmp_path / "a.npy").write_bytes(array_bytes(array, version=version))
-        ours = _files.read_npy(str(tmp_path / "a.npy"))
+        ours = files.read_npy(str(tmp_path / "a.npy"))
         assert ours.dtype == array.dtype and (ours == array).all()
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "a.npz", one=array, two=np.array(7), three=np.zeros(9))
-        found, names = _files.read_npz(str(tmp_path / "a.npz"), {"two": 100, "one": MIB, "none": 5})
+        found, names = files.read_npz(str(tmp_path / "a.npz"), {"two": 100, "one": MIB, "none": 5})
         assert names == ["one", "two", "three"] and list(found) == ["two", "one"]
         assert (found["one"] == array).all() and found["two"].shape == () and found["two"] == 7
 

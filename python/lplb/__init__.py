@@ -9,7 +9,7 @@ Importing needs numpy alone. The library is loaded and torch is used when the fi
 """
 
 from . import eplb, topology
-from ._native import VERSION
+from ._c import VERSION
 from .errors import (
     Busy, CudaError, Disagreement, InternalError, InvalidArgument, LibraryError, LplbError, NoCuda, OutOfMemory, PeerLost, PeerTimeout,
     Unsupported, WrongOrder)

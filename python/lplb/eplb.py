@@ -5,22 +5,20 @@ A pure function of its arguments, on the host: equal weights give equal placemen
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _native
-from ._arrays import Array, Int64s, address, enough_memory, host_integers, host_numbers, integer, is_tensor, loaded_torch
+from . import _c
+from ._ops.arguments import integer
+from ._ops.host import A, Array, Int64s, address_of, as_given, enough_memory, host_integers, host_numbers
 from .errors import Unsupported, broken_rule
 
 MOST_SLOTS = 2**31 - 1  # of all layers of a placement that is taken as the old one
 
-Triple = tuple[Array, Array, Array]
 
-
-def rebalance_experts(weight: Array, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> Triple:
+def rebalance_experts(weight: A, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> tuple[A, A, A]:
     """DeepSeek's EPLB for several layers: replicate the heaviest experts, pack the replicas evenly on the GPUs.
 
     weight: tokens per logical expert [layers, n_logical], finite, >= 0. num_replicas: physical experts in all, a multiple of
@@ -31,10 +29,7 @@ def rebalance_experts(weight: Array, num_replicas: int, num_groups: int, num_nod
     int64: CPU tensors for a tensor, arrays for an array.
     """
     phy2log, log2phy, logcnt = _rebalance(weight, num_replicas, num_groups, num_nodes, num_gpus, "num_gpus")
-    if not is_tensor(weight):
-        return phy2log, log2phy, logcnt
-    torch = loaded_torch()
-    return torch.from_numpy(phy2log), torch.from_numpy(log2phy), torch.from_numpy(logcnt)
+    return as_given(phy2log, weight), as_given(log2phy, weight), as_given(logcnt, weight)
 
 
 def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int, ranks_name: str
@@ -55,8 +50,8 @@ def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, 
             raise broken_rule(ranks_name, f"must be a multiple of num_nodes = {nodes}", ranks)
         if n_logical % groups:
             raise broken_rule("num_groups", f"must divide the {n_logical} logical experts", groups)
-    if replicas > _native.MAX_EPLB_PHYSICAL:
-        raise Unsupported(f"num_replicas: must be at most {_native.MAX_EPLB_PHYSICAL}, got {replicas}")
+    if replicas > _c.MAX_EPLB_PHYSICAL:
+        raise Unsupported(f"num_replicas: must be at most {_c.MAX_EPLB_PHYSICAL}, got {replicas}")
     with enough_memory("num_replicas"):
         return _placed(weights, replicas, groups, nodes, ranks)
 
@@ -66,12 +61,8 @@ def _placed(weights: npt.NDArray[np.float32], replicas: int, groups: int, nodes:
     phy2log = np.empty((layers, replicas), dtype=np.int64)
     replica = np.empty((layers, replicas), dtype=np.int64)
     logcnt = np.empty((layers, n_logical), dtype=np.int64)
-    message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
-    status = _native.load().eplb_rebalance(
-        address(weights), layers, n_logical, replicas, groups, nodes, ranks, address(phy2log), address(replica), address(logcnt),
-        message, len(message))
-    if status:
-        raise _native.failure(status, _native.text(message.value))
+    _c.call(_c.load().eplb_rebalance, address_of(weights), layers, n_logical, replicas, groups, nodes, ranks, address_of(phy2log),
+            address_of(replica), address_of(logcnt))
     log2phy = np.full((layers, n_logical, int(logcnt.max()) if logcnt.size else 1), -1, dtype=np.int64)
     log2phy[np.arange(layers)[:, None], phy2log, replica] = np.arange(replicas)
     return phy2log, log2phy, logcnt
@@ -81,8 +72,8 @@ class EplbPolicy:
     """EPLB in the form of vLLM's policies."""
 
     @classmethod
-    def rebalance_experts(cls, weight: Array, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int,
-                          old_global_expert_indices: Array | None = None) -> Array:
+    def rebalance_experts(cls, weight: A, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int,
+                          old_global_expert_indices: Array | None = None) -> A:
         """phy2log int64 [layers, num_replicas]; arguments as for the function of this name.
 
         old_global_expert_indices: the placement in force, [layers, num_replicas]. Experts that stay on a rank then keep their slots, so
@@ -93,7 +84,7 @@ class EplbPolicy:
             old = host_integers("old_global_expert_indices", old_global_expert_indices, 2, np.int64, MOST_SLOTS)
             if old.shape == phy2log.shape:  # another number of slots: every slot is new
                 phy2log = keep_slots(phy2log, old, num_ranks)
-        return cast(Array, loaded_torch().from_numpy(phy2log)) if is_tensor(weight) else phy2log
+        return as_given(phy2log, weight)
 
 
 def keep_slots(phy2log: Int64s, old: Int64s, num_ranks: int) -> Int64s:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from . import _native
+from . import _c
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class GroupInfo:
 class Locality:
     """Where the tokens of the planner's rank go; all zero for a planner without a rank."""
 
-    own_rank: int
-    own_node: int  #: another rank of the same node
-    other_nodes: int
+    to_own_rank: int
+    to_own_node: int  #: to another rank of the same node
+    to_other_nodes: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Info:
         return all(group.certified for group in self.groups)
 
 
-def group_info(struct: _native.GroupInfoStruct, group_size: int, first_rank: int = 0) -> GroupInfo:
+def group_info(struct: _c.GroupInfoStruct, group_size: int, first_rank: int = 0) -> GroupInfo:
     """The dataclass of an lplb_group_info whose rank 0 is first_rank of the EP group."""
     words = struct.witness
     witness = [first_rank + rank for rank in range(group_size) if words[rank >> 5] >> (rank & 31) & 1]

@@ -5,51 +5,48 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Generic
 
 import numpy as np
 
-from . import _native
-from ._arrays import Array, Int32s, Int64s, address, host_integers, integer, is_tensor, loaded_torch
+from . import _c
+from ._ops.arguments import integer
+from ._ops.host import A, Array, Int32s, Int64s, address_of, as_given, host_integers
 from .errors import broken_rule, shown
 from .info import GroupInfo, group_info
 
 
 @dataclass(frozen=True)
-class Solution(GroupInfo):
+class Solution(GroupInfo, Generic[A]):
     """The result of solve: GroupInfo, and the tokens of every slot."""
 
-    tokens: Array  #: int64 [n_physical]
+    tokens: A  #: int64 [n_physical]
 
 
-def solve(loads: Array, phy2log: Array, ep_size: int) -> Solution:
+def solve(loads: A, phy2log: Array, ep_size: int) -> Solution[A]:
     """Splits the tokens of every expert over its replicas so that the busiest rank has as few as possible.
 
     loads: integers [n_logical], 0 .. 2**40 tokens per logical expert. phy2log: integers [n_physical], the logical expert of every
     slot; rank r owns n_physical / ep_size consecutive slots. All ranks balance among themselves. Host only; tokens are a CPU
     tensor where loads are a tensor. For the same placement again and again make a Planner.
     """
-    tokens_of: Int64s = host_integers("loads", loads, 1, np.int64, _native.MAX_LOGICAL)
-    slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32, _native.MAX_PHYSICAL)
+    tokens_of: Int64s = host_integers("loads", loads, 1, np.int64, _c.MAX_LOGICAL)
+    slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32, _c.MAX_PHYSICAL)
     ranks = integer("ep_size", ep_size, 1)
     if tokens_of.size == 0:
         raise broken_rule("loads", "must have one expert at least", f"shape {list(tokens_of.shape)}")
     tokens = np.empty(slots.size, dtype=np.int64)
-    info = _native.GroupInfoStruct()
-    message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
-    status = _native.load().solve(
-        address(tokens_of), tokens_of.size, address(slots), slots.size, ranks, address(tokens), ctypes.byref(info), message, len(message))
-    if status:
-        raise _native.failure(status, _native.text(message.value))
-    result = cast(Array, loaded_torch().from_numpy(tokens)) if is_tensor(loads) else tokens
-    return Solution(**vars(group_info(info, ranks)), tokens=result)
+    info = _c.GroupInfoStruct()
+    _c.call(_c.load().solve, address_of(tokens_of), tokens_of.size, address_of(slots), slots.size, ranks, address_of(tokens),
+            ctypes.byref(info))
+    return Solution(**vars(group_info(info, ranks)), tokens=as_given(tokens, loads))
 
 
 def witness_bound(loads: Array, phy2log: Array, ep_size: int, witness: Iterable[int]) -> int:
     """The lower bound that a set of ranks proves: the tokens of the experts whose replicas all stand on these ranks must stay there,
     so one of the ranks has at least ceil(tokens / ranks). Recomputes GroupInfo.bound from the loads alone, without the library."""
-    tokens_of: Int64s = host_integers("loads", loads, 1, np.int64, _native.MAX_LOGICAL)
-    slots: Int64s = host_integers("phy2log", phy2log, 1, np.int64, _native.MAX_PHYSICAL)
+    tokens_of: Int64s = host_integers("loads", loads, 1, np.int64, _c.MAX_LOGICAL)
+    slots: Int64s = host_integers("phy2log", phy2log, 1, np.int64, _c.MAX_PHYSICAL)
     ranks = integer("ep_size", ep_size, 1)
     _check_instance(tokens_of, slots, ranks)
     inside = np.zeros(ranks, dtype=bool)
@@ -65,8 +62,8 @@ def _check_instance(loads: Int64s, slots: Int64s, ranks: int) -> None:
         raise broken_rule("phy2log", f"must have a multiple of ep_size = {ranks} slots, one at least", slots.size)
     if loads.size == 0:
         raise broken_rule("loads", "must have one expert at least", f"shape {list(loads.shape)}")
-    for index in np.flatnonzero((loads < 0) | (loads > _native.MAX_LOAD))[:1]:
-        raise broken_rule(f"loads[{index}]", f"must lie in 0 ... {_native.MAX_LOAD}", loads[index])
+    for index in np.flatnonzero((loads < 0) | (loads > _c.MAX_LOAD))[:1]:
+        raise broken_rule(f"loads[{index}]", f"must lie in 0 ... {_c.MAX_LOAD}", loads[index])
     for index in np.flatnonzero((slots < 0) | (slots >= loads.size))[:1]:
         raise broken_rule(f"phy2log[{index}]", f"must lie in 0 ... {loads.size - 1}", slots[index])
     for expert in np.flatnonzero(np.bincount(slots, minlength=loads.size) == 0)[:1]:

@@ -16,8 +16,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from ._arrays import Array, integer
-from ._native import MAX_RANKS
+from ._c import MAX_RANKS
+from ._ops.arguments import integer
+from ._ops.host import Array
 from .errors import Unsupported
 
 CUBE_8P2E: Array

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import _native
-from .._arrays import integer
+from .. import _c as _native
+from .._ops.arguments import EXCHANGES as KINDS, FORMER_EXCHANGES, integer
 from ..errors import Disagreement, LplbError, Unsupported, broken_rule
 from . import library
 from .base import Exchange, Layout, Refused, Report, policy_number, timeout_ms
@@ -35,8 +35,6 @@ from .state import Facts, state_of
 
 __all__ = ["KINDS", "Exchange", "Report", "connect", "create", "release"]
 
-KINDS = ("auto", "ipc", "torch")
-FORMER_KINDS = {"nccl": "torch", "symm": "ipc"}
 TRIAL_MS = 30_000  # the longest that the library's trial waits
 TRIAL_GRACE = 10.0  # seconds: a rank whose trial has failed waits for those whose trial times out
 
@@ -64,7 +62,7 @@ def create(group: Any, device: Any, n_counts: int, kind: str = "auto", *, n_node
     """
     ordinal = _ordinal(device)
     n_counts = integer("n_counts", n_counts, 1)
-    kind = FORMER_KINDS.get(kind, kind)
+    kind = FORMER_EXCHANGES.get(kind, kind)
     if kind not in KINDS:
         raise broken_rule("kind", f"must be one of {', '.join(KINDS)}", repr(kind))
     if n_nodes is not None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _native
+from .. import _c as _native
 from ..errors import Disagreement, LplbError
 from .gather import SETTINGS, TOKENS, Callback, Waiting, gather_bytes, on_device
 

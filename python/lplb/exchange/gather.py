@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
-from .. import _native
+from .. import _c as _native
 from ..errors import Disagreement, LplbError, PeerLost, PeerTimeout
 
 GRACE = 1.0  # seconds for the backend to notice by itself, in words that say more than ours

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 
-from .. import _native
+from .. import _c as _native
 
 FINE, TIMED_OUT, ABORTED, LOST, DISAGREED = 0, 1, 2, 3, 4
 REASONS = {TIMED_OUT: "timed out", ABORTED: "aborted", LOST: "lost", DISAGREED: "disagreed"}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _c as _native
 from ..errors import broken_rule
 from . import library
 from .base import Exchange, Layout, Report, policy_number, timeout_ms

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import _native
+from .. import _c as _native
 from ..errors import BY_STATUS, CudaError, LibraryError, PeerTimeout, broken_rule
 from . import library
 from .base import Layout, Refused

@@ -1,0 +1,72 @@
+"""Constants, limits and structs of lplb.h. Tests compare each of them with the header."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
+
+VERSION = (0, 2, 0)  # LPLB_VERSION_*
+
+OK = 0
+ERROR_BUSY = 4
+INT32, INT64 = 0, 1  # LPLB_INT32, LPLB_INT64
+DEVICE_CPU = -1
+WHOLE_BATCH = -1
+SOLVERS = {"flow": 0, "ipm": 1}
+POLICIES = {"trap": 0, "report": 1}  # LPLB_EXCHANGE_TRAP, LPLB_EXCHANGE_REPORT
+MAX_RANKS = 1024  # LPLB_MAX_RANKS, and so on: limits of the header
+MAX_EP_SIZE = 8192
+MAX_LOGICAL = 4096
+MAX_PHYSICAL = 8192
+MAX_LOGICAL_CUDA = 1024
+MAX_CHUNKS = 65536  # of lplb_planner_count
+MAX_EPLB_PHYSICAL = 2**20  # of lplb_eplb_rebalance
+MAX_LOAD = 2**40
+MAX_IDS = 2**31 - 1  # n_ids of a call
+MAX_BLOCKS = 2**31 - 1  # max_blocks of lplb_planner_run and lplb_planner_redirect
+MESSAGE_SIZE = 1024
+
+
+class Config(ctypes.Structure):
+    """lplb_config"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("device", c_int32), ("solver", c_int32), ("ep_size", c_int64), ("rank", c_int64), ("n_nodes", c_int64),
+        ("n_logical", c_int64), ("n_physical", c_int64), ("group_size", c_int64), ("n_redundant", c_int64), ("r2o", c_void_p),
+        ("number", c_int64), ("policy", c_int32), ("unused", c_int32)]
+
+
+# int32_t (*lplb_gather)(void *context, const void *mine, void *all, int64_t bytes);
+GATHER = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64)
+
+
+class AgreeConfig(ctypes.Structure):
+    """lplb_agree_config"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("planner", POINTER(Config)), ("history", c_void_p), ("phy2log", c_void_p), ("settings", c_char_p),
+        ("failure", c_char_p), ("n_ranks", c_int64), ("rank", c_int64), ("gather", GATHER), ("context", c_void_p)]
+
+
+class AgreementStruct(ctypes.Structure):
+    """lplb_agreement"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("n_nodes", c_int64), ("n_hosts", c_int64), ("number", c_int64), ("row_dtype", c_int32),
+        ("all_cuda", c_int32)]
+
+
+class GroupInfoStruct(ctypes.Structure):
+    """lplb_group_info"""
+
+    _fields_ = [
+        ("max_load", c_int64), ("bound", c_int64), ("total", c_int64), ("moved", c_int64), ("rounds", c_int64), ("certified", c_int32),
+        ("witness_size", c_int32), ("witness", c_uint32 * (MAX_RANKS // 32))]
+
+
+class PlanInfoStruct(ctypes.Structure):
+    """lplb_plan_info"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("n_groups", c_int64), ("invalid_ids", c_int64), ("own_rank", c_int64), ("own_node", c_int64),
+        ("other_nodes", c_int64), ("overflow", c_int64)]

@@ -1,0 +1,94 @@
+"""The planner's calls as PyTorch operators (torch.ops.lplb.*), so that torch.compile and fake tensors go through them.
+
+Importing this module imports torch; Planner does it when tensors are in use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LplbError, broken_rule
+from .calls import Calls
+from .tensors import TensorArrays
+
+is_compiling = torch.compiler.is_compiling
+stream = TensorArrays.stream
+
+
+def explain(error: Exception, **arguments: object) -> None:
+    """PyTorch refuses some arguments before the library sees them: raises what names the first one that is no plain tensor, if that is why.
+    """
+    if isinstance(error, LplbError) or not any(isinstance(value, Tensor) for value in arguments.values()):
+        return
+    for name, value in arguments.items():
+        if value is None and name == "avail_counter":
+            continue
+        if not isinstance(value, Tensor):
+            raise broken_rule(name, f"must be a torch tensor, as {next(iter(arguments))} is one", type(value).__name__) from None
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            raise broken_rule(name, "must be a dense, plain tensor", f"{value.layout}, {value.dtype}") from None
+        if type(value) is not Tensor:
+            raise broken_rule(name, "must be a plain tensor, or all of them of one kind", type(value).__name__) from None
+
+
+def _on_one_device(first: str, *tensors: Tensor | None) -> None:
+    """Meta tensors go with meta tensors: PyTorch asks for shapes alone as soon as one argument is one."""
+    for tensor in tensors:
+        if tensor is not None and tensors[0] is not None and tensor.device != tensors[0].device:
+            raise broken_rule(first, f"must be on one device with the other tensors ({tensor.device})", tensors[0].device)
+
+
+def _run_fake(idx: Tensor, avail_counter: Tensor | None, planner: int, n_sms: int, plan: Tensor | None = None) -> Tensor:
+    _on_one_device("idx", idx, avail_counter)
+    return torch.empty_like(idx, memory_format=torch.contiguous_format)
+
+
+def _redirect_fake(idx: Tensor, plan: Tensor | None, planner: int, n_sms: int) -> Tensor:
+    return torch.empty_like(idx, memory_format=torch.contiguous_format)
+
+
+def _redirect_by_ratio_fake(idx: Tensor, o_weight: Tensor, cumulative: Tensor, planner: int) -> Tensor:
+    _on_one_device("idx", idx, o_weight, cumulative)
+    return torch.empty_like(idx, memory_format=torch.contiguous_format)
+
+
+def _count_fake(idx: Tensor, planner: int, n_chunks: int, n_logical: int) -> tuple[Tensor, Tensor]:
+    return idx.new_empty((n_logical,), dtype=torch.int32), idx.new_empty((n_chunks, n_logical), dtype=torch.int32)
+
+
+def _solve_fake(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | None, planner: int, ratio_shape: list[int],
+                scaled_shape: list[int]) -> tuple[Tensor, Tensor]:
+    _on_one_device("workload", workload, avail_counter)
+    return workload.new_empty(ratio_shape, dtype=torch.float32), workload.new_empty(scaled_shape, dtype=torch.float32)
+
+
+# define/impl costs a quarter of what torch.library.custom_op does per call. The planner's number is a SymInt, so that one compiled
+# graph serves the planners of all layers. `plan` stands for the plan inside the planner, which run and solve write and redirect reads:
+# nothing is stored in it, and eager calls give none, but without it a compiler would see no reason to keep them, in this order. For run it
+# comes last, where a call that leaves it out costs nothing.
+_calls = Calls(TensorArrays())
+_define: Any = torch.library.Library  # untyped in PyTorch
+_library = _define("lplb", "DEF")
+for _schema, _kernel, _fake in (
+    ("run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int n_sms, Tensor(b!)? plan=None) -> Tensor", _calls.run, _run_fake),
+    ("count(Tensor idx, SymInt planner, int n_chunks, int n_logical) -> (Tensor, Tensor)", _calls.count, _count_fake),
+    ("solve(Tensor workload, Tensor(a!)? avail_counter, Tensor(b!)? plan, SymInt planner, int[] ratio_shape, int[] scaled_shape)"
+     " -> (Tensor, Tensor)", _calls.solve, _solve_fake),
+    ("redirect(Tensor idx, Tensor? plan, SymInt planner, int n_sms) -> Tensor", _calls.redirect, _redirect_fake),
+    ("redirect_by_ratio(Tensor idx, Tensor o_weight, Tensor cumulative, SymInt planner) -> Tensor", _calls.redirect_by_ratio,
+     _redirect_by_ratio_fake),
+):
+    _name = _schema[: _schema.index("(")]
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"lplb::{_name}", _fake, lib=_library)
+
+run = torch.ops.lplb.run.default
+count = torch.ops.lplb.count.default
+solve = torch.ops.lplb.solve.default
+redirect = torch.ops.lplb.redirect.default
+redirect_by_ratio = torch.ops.lplb.redirect_by_ratio.default

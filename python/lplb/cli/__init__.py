@@ -1,0 +1,1 @@
+"""The command line, `python -m lplb`: report and self-check, `simulate`, `bench`. Nothing of the library imports it."""

@@ -1,0 +1,112 @@
+"""Plans of all ranks of an EP group, each made by a planner of its own from the gathered counts, as the processes of a training job do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...eplb import rebalance_experts
+from ...info import GroupInfo
+from ...planner import Planner
+from .. import check
+from ..terminal import UsageError
+from .options import Layout
+from .policies import Replicas
+
+Int64Array = NDArray[np.int64]
+
+MAX_SHARES = 1 << 27  # source ranks * experts * replicas: the policies hold several arrays of so many int64
+
+
+@dataclass(frozen=True)
+class RankPlans:
+    """taken: [ranks, n_physical], from the redirected ids themselves where the trace has ids. microseconds: one rank's solve."""
+
+    taken: Int64Array
+    split: Int64Array
+    groups: list[GroupInfo]
+    microseconds: float
+
+
+class Engine:
+    """One placement at a time; `place` replaces it for the next layer."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._planners: list[Planner] = []
+
+    def close(self) -> None:
+        for planner in self._planners:
+            planner.close()
+        self._planners = []
+
+    def place(self, history: Int64Array) -> NDArray[np.int32]:
+        """The placement for a history [n_logical], by the topology or by EPLB: phy2log [n_physical]. All zero: no history."""
+        layout = self.layout
+        if layout.r2o is not None:
+            if not self._planners:
+                self._planners = [Planner(layout.r2o, layout.n_physical, layout.n_logical, layout.ranks, rank=rank, n_nodes=layout.nodes,
+                                          device="cpu") for rank in range(layout.ranks)]
+            for planner in self._planners:
+                planner.update_redundancy_mapping(history if history.any() else None)
+        else:
+            slots = eplb(history, layout.n_physical, layout.ranks)
+            if not self._planners:
+                self._planners = [Planner.from_placement(slots, ep_size=layout.ranks, n_logical=layout.n_logical, rank=rank,
+                                                         n_nodes=layout.nodes, device="cpu") for rank in range(layout.ranks)]
+            for planner in self._planners:
+                planner.update_placement(slots)
+        return np.asarray(self._planners[0].phy2log, dtype=np.int32)
+
+    def replicas(self) -> Replicas:
+        log2phy = np.asarray(self._planners[0].mapping()[1], dtype=np.int32)
+        if self.layout.ranks * log2phy.size > MAX_SHARES:
+            raise UsageError(f"--ranks: {self.layout.ranks} ranks, {len(log2phy)} experts and up to {log2phy.shape[1]} replicas of an "
+                             f"expert are too many to simulate: their product must be at most {MAX_SHARES}")
+        return Replicas(log2phy, self.layout.n_physical, self.layout.ranks, self.layout.nodes)
+
+    def plan(self, counts: Int64Array, ids: Int64Array | None, phy2log: NDArray[np.int32]) -> RankPlans:
+        """
+        counts: [ranks, n_logical]; ids: [ranks, n] logical ids with these counts, or None. InternalError if a token does not reach a slot
+        of its expert.
+        """
+        taken = np.empty((len(counts), self.layout.n_physical), dtype=np.int64)
+        elapsed = np.empty(len(counts))
+        for rank, planner in enumerate(self._planners):
+            start = perf_counter_ns()
+            planner.solve(counts)
+            elapsed[rank] = (perf_counter_ns() - start) / 1000
+            if ids is None:
+                taken[rank] = np.asarray(planner.assignment())
+                continue
+            physical = np.asarray(planner.redirect(ids[rank]))
+            chosen = physical[physical >= 0]
+            astray = ((physical < 0) != (ids[rank] < 0)).any() or (phy2log[chosen] != ids[rank][physical >= 0]).any()
+            taken[rank] = -1 if astray else np.bincount(chosen, minlength=taken.shape[1])  # -1: conserve refuses it
+        check.conserve(taken, counts, phy2log)
+        first = self._planners[0]
+        return RankPlans(taken, np.asarray(first.split(), dtype=np.int64), first.info().groups, float(np.median(elapsed)))
+
+
+def eplb(history: Int64Array, n_physical: int, ranks: int) -> NDArray[np.int32]:
+    """EPLB's global placement of one layer: phy2log [n_physical]. Without history all experts count the same."""
+    weight = (history if history.any() else np.ones_like(history))[None].astype(np.float32)
+    slots: NDArray[np.int32] = np.asarray(rebalance_experts(weight, n_physical, 1, 1, ranks)[0], dtype=np.int32)[0]
+    return slots
+
+
+def without_replicas(history: Int64Array, layout: Layout, replicas: Replicas) -> Replicas | None:
+    """
+    The baseline: EPLB's reordering of the experts by the same history, one replica each. With a topology that is where the originals
+    stand; with an EPLB placement it is EPLB without redundant experts, or None where the experts cannot be dealt out evenly.
+    """
+    if layout.r2o is not None:
+        slots = np.argsort(replicas.rank[:, 0], kind="stable").astype(np.int32)
+    elif layout.n_logical % layout.ranks == 0:
+        slots = eplb(history, layout.n_logical, layout.ranks)
+    else:
+        return None
+    return Replicas(np.argsort(slots).astype(np.int32)[:, None], layout.n_logical, layout.ranks, layout.nodes)

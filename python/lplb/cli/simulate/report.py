@@ -1,0 +1,160 @@
+"""The table, the sentence and the JSON of a simulation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common import table
+from ..terminal import harmless, shown
+from .play import EVEN, LPLB, NO_REPLICAS, PROPORTIONAL, Played, Series
+from .trace import Trace
+
+Float64Array = NDArray[np.float64]
+
+
+def imbalance(series: Series) -> Float64Array:
+    """max/mean load of the ranks, one figure a play."""
+    loads = np.stack(series.loads)
+    return np.asarray(loads.max(axis=1) / loads.mean(axis=1), dtype=np.float64)
+
+
+def idle(series: Series) -> float:
+    """Share of the expert layers' time that the average rank waits for the busiest one, time being proportional to tokens."""
+    loads = np.stack(series.loads)
+    return float(1 - loads.mean(axis=1).sum() / loads.max(axis=1).sum())
+
+
+def rows(played: Played) -> list[dict[str, Any]]:
+    """The "rows" of the JSON file. Figures that a policy does not have are None."""
+    result = []
+    for series in played.series:
+        ratio = imbalance(series)
+        tokens = sum(int(loads.sum()) for loads in series.loads)
+        bound = series.loads if series.policy == NO_REPLICAS else None
+        placement = ratio - 1 if bound is not None else _placement_gap(played, series)
+        result.append({
+            "policy": series.policy,
+            "imbalance_mean": float(ratio.mean()),
+            "imbalance_p50": float(np.percentile(ratio, 50)),
+            "imbalance_p99": float(np.percentile(ratio, 99)),
+            "imbalance_max": float(ratio.max()),
+            "gap_solver_max": float(np.max(series.gap)),
+            "gap_solver_mean": float(np.mean(series.gap)),
+            "gap_placement_mean": float(placement.mean()),
+            "certified_fraction": float(np.mean(series.at_optimum)),
+            "plan_us_p50": float(np.percentile(played.microseconds, 50)) if series.policy == LPLB else None,
+            "idle_share": idle(series),
+            "own_rank_share": series.on_rank / tokens if played.options.cut.has_sources else None,
+            "own_node_share": series.on_node / tokens if played.options.cut.has_sources else None,
+            "plays": len(series.loads),
+        })
+    return result
+
+
+def _placement_gap(played: Played, series: Series) -> Float64Array:
+    mean = np.stack(series.loads).mean(axis=1)
+    return np.asarray(np.array(played.bound) / mean - 1, dtype=np.float64)
+
+
+def as_json(played: Played) -> dict[str, Any]:
+    return {"config": played.options.config() | {"plays": len(played.played), "skipped_empty": played.skipped}, "rows": rows(played)}
+
+
+def as_text(played: Played) -> str:
+    return "\n".join([*_heading(played), "", as_table(played), "", *_footnotes(played), "", sentence(played)])
+
+
+def as_table(played: Played) -> str:
+    """The Markdown table, one line a policy."""
+    sources = played.options.cut.has_sources
+    nodes = sources and played.options.layout.nodes > 1
+    header = ["policy", "max/mean: mean", "p50", "p99", "max", "solver gap (max)", "placement gap", "at optimum"]
+    header += ["own rank"] if sources else []
+    header += ["own node"] if nodes else []
+    header.append("plan us")
+    lines = []
+    for row in rows(played):
+        alone = row["policy"] == NO_REPLICAS
+        cells = [row["policy"], *(f"{row['imbalance_' + what]:.3f}" for what in ("mean", "p50", "p99", "max"))]
+        cells += ["-" if alone else percent(row["gap_solver_max"]), percent(row["gap_placement_mean"])]
+        cells += ["-" if alone else percent(row["certified_fraction"], 0)]
+        if sources:
+            cells.append(percent(row["own_rank_share"]))
+        if nodes:
+            cells.append(percent(row["own_node_share"]))
+        lines.append([*cells, "-" if row["plan_us_p50"] is None else f"{row['plan_us_p50']:.1f}"])
+    return table(header, lines)
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share for people; it says 0% or 100% only of exactly 0 or 1."""
+    if share in (0.0, 1.0):
+        return f"{share:.0%}"
+    text = f"{share:.{digits}%}"
+    if float(text[:-1]) == 0:
+        return f"<{10.0 ** -digits:.{digits}f}%"
+    return f">{100 - 10.0 ** -digits:.{digits}f}%" if float(text[:-1]) == 100 else text
+
+
+def _heading(played: Played) -> list[str]:
+    options = played.options
+    layout, cut = options.layout, options.cut
+    extra = (layout.n_physical - layout.n_logical) / layout.ranks
+    unit = {"ids": "tokens", "steps": "steps", "snapshot": ""}[options.trace.kind]
+    batch = f"{len(options.layers)} layers x {cut.n_batches} micro-batches"
+    if options.trace.kind != "steps":
+        batch += f" of {layout.ranks} x {cut.tokens_per_rank} tokens"
+    lines = [options.trace.describe()]
+    if options.trace.source:
+        lines.append(f"source: {shown(options.trace.source, 500)}")
+    groups = "" if layout.group_size == layout.ranks else f", {layout.ranks // layout.group_size} groups of {layout.group_size} ranks"
+    lines.append(f"{layout.ranks} ranks on {layout.nodes} node{'s' * (layout.nodes > 1)}, {harmless(layout.name)} placement{groups}, "
+                 f"{layout.n_physical} slots ({extra:.3g} redundant a rank)")
+    if isinstance(options.history, Trace):
+        history = f"all of {harmless(options.history.name)}"
+    elif not unit:
+        history = "the whole snapshot"
+    else:
+        history = f"the first {cut.n_history} {unit}" if cut.n_history else "none"
+    lines.append(f"history: {history}; played: {batch}")
+    return lines
+
+
+def _footnotes(played: Played) -> list[str]:
+    trace, layout = played.options.trace, played.options.layout
+    lines = ["solver gap: busiest rank over the proven optimum of its placement; placement gap: that optimum over the mean load (mean).",
+             f"'{NO_REPLICAS}' has the same EPLB reordering by the same history, without copies." if played.of(NO_REPLICAS) else
+             f"'{NO_REPLICAS}' is left out: {layout.n_logical} experts cannot be dealt out evenly to {layout.ranks} ranks.",
+             f"'{PROPORTIONAL}' is lplb's split dispatched as LPLB does: every source rank sends the same share to each replica, rounded."]
+    if trace.kind == "steps":
+        lines.append("The counts name no source ranks: every rank was given an equal share of each expert's tokens.")
+    if trace.kind == "snapshot":
+        lines.append("The snapshot has no order: its micro-batches were drawn from it at random, so real drift is not in them.")
+    if played.skipped:
+        lines.append(f"{played.skipped} empty micro-batches were left out.")
+    return lines
+
+
+def sentence(played: Played) -> str:
+    """What it means for the step."""
+    def busiest(policy: str) -> float:
+        series = played.of(policy)
+        return float(np.stack(series.loads).max(axis=1).sum()) if series else float("nan")
+
+    waits = []
+    for policy, words in ((NO_REPLICAS, "without replicas"), (EVEN, "with an even split"), (LPLB, "with lplb")):
+        series = played.of(policy)
+        if series:
+            waits.append(f"{percent(idle(series))} {words}")
+    exact = played.of(LPLB)
+    assert exact is not None
+    proven = sum(exact.at_optimum)
+    versus = [f"{busiest(other) / busiest(LPLB):.2f} times as fast as {words}"
+              for other, words in ((NO_REPLICAS, "without replicas"), (EVEN, "with the even split")) if played.of(other)]
+    left = "all that is left is the placement's" if proven == len(exact.at_optimum) else "NOT all of what is left is the placement's"
+    return (f"Of the time of the expert layers the average GPU waits for the busiest one {', '.join(waits)}: they run "
+            f"{' and '.join(versus)} (time taken as proportional to tokens, communication not counted). "
+            f"{proven} of {len(exact.at_optimum)} plans are proven optimal; {left}.")
