@@ -57,7 +57,7 @@ CREATION = [
     (lambda: Planner(CUBE, 80, 64, True, device="cpu"), "ep_size: must be an integer, got True"),
     (lambda: Planner(np.broadcast_to(np.int64(0), (2**20, 2**20)), 80, 64, 8, device="cpu"), "redundant_to_original: .*8192 elements"),
     (lambda: planner(device=True), "device: .*got True"),
-    (lambda: planner(exchange="symm"), "group: .*exchange = 'symm', got None"),
+    (lambda: planner(exchange="symm"), "group: .*exchange = 'ipc', got None"),
     (lambda: planner(n_nodes=3), "n_nodes: .*ep_size = 8, got 3"),
     (lambda: planner(n_nodes=0), "n_nodes: .*got 0"),
     (lambda: planner(rank=8), "rank: .*ep_size = 8, got 8"),
