@@ -379,6 +379,7 @@ def beside_a_spinning_kernel(place: Place) -> tuple[bool, str]:
 
 
 def correct(args: argparse.Namespace) -> list[dict[str, Any]]:
+    faulthandler.dump_traceback_later(0.9 * args.limit)  # where it hangs, if it does
     place = start(args)
     device, own_gpu = place.device, place.own_gpu
     check = Checks(place.rank)
