@@ -279,6 +279,9 @@ def disagreeing(place: Place, kind: str, **more: Any) -> tuple[bool, str]:
         first, second = (Planner(*sizes, group=dist.group.WORLD, device=device, exchange=shared) for _ in range(2))
         ids = torch.randint(0, n_experts, (200_000 if case == "several launches" else 512, 2), device=device)
         counts = torch.bincount(ids.flatten(), minlength=n_experts)
+        # Where ranks share a GPU, memory that one of them asks for has to wait for the kernels of the others, which wait for that rank.
+        torch.cuda.synchronize()
+        dist.barrier()
         for planner in (first, second):
             planner.run(ids, None)
         graph = torch.cuda.CUDAGraph()
