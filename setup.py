@@ -134,6 +134,8 @@ def compile_cuda(toolkit: Toolkit) -> list[Path]:
     last = archs[-1].rstrip("af")  # sm_90a and the like have no PTX that later GPUs could use
     flags += ["-gencode", f"arch=compute_{last},code=compute_{last}", *shlex.split(os.environ.get("LPLB_NVCC_FLAGS", ""))]
     flags.append(f'-DLPLB_ARCHITECTURES="{" ".join(f"sm_{arch}" for arch in archs)} compute_{last}"')  # for lplb_build_info
+    if "--compress-mode" in subprocess.run([toolkit.nvcc, "--help"], check=True, capture_output=True, text=True, timeout=60).stdout:
+        flags.append("--compress-mode=size")  # halves the library
     release = subprocess.run([toolkit.nvcc, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
 
     common = hashlib.sha256(repr((flags, release)).encode())
