@@ -19,27 +19,6 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 __host__ __device__ constexpr int64_t ceil_div64(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// ceil(a / b) for 0 <= a < 2^31, 0 < b < 2^16: in unsigned, since a + b - 1 may pass 2^31.
-__device__ __forceinline__ int ceil_share(int a, int b) { return (int)(((unsigned)a + (unsigned)b - 1u) / (unsigned)b); }
-
-// ceil(a / b) for many a and one b, 0 <= a < 2^31, 0 < b <= 2^10. Made before the hurry starts.
-class ShareOf {
-public:
-    ShareOf() = default;
-    __device__ explicit ShareOf(unsigned ranks) : ranks_(ranks), inverse_(0xffffffffu / ranks) {}
-    __device__ __forceinline__ int operator()(int tokens) const {
-        const unsigned a = (unsigned)tokens + ranks_ - 1;
-        unsigned share = __umulhi(a, inverse_);  // at most 2 too low
-        unsigned rest = a - share * ranks_;
-        if (rest >= ranks_) ++share, rest -= ranks_;
-        if (rest >= ranks_) ++share;
-        return (int)share;
-    }
-
-private:
-    unsigned ranks_, inverse_;
-};
-
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 // The same as warp_id(), but known to the compiler to be one number for the warp, so that what depends on it is not taken for divergent.

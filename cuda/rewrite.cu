@@ -1,4 +1,4 @@
-// Rewriting ids by a plan, in launches of many blocks. A block owns a run of ids and takes it tile by tile; within a tile every warp owns
+// Rewriting ids by a plan, in launches of many blocks. A block owns a chunk of ids and takes it tile by tile; within a tile every warp owns
 // consecutive rows of 32 ids.
 #include "ids.cuh"
 #include "backend.cuh"
@@ -18,8 +18,8 @@ constexpr int kOfThread = ceil_div(LPLBK_MAX_LOGICAL, kThreads);  // experts
 // Shared memory of a rewriting block.
 struct RewriteSpace {
     int *code;        // [n_logical]
-    int2 *range;      // [max_replicated] first step and one past the last
-    int2 *step;       // [n_physical] places: tokens up to and with it, slot
+    int2 *range;      // [max_replicated] first cut and one past the last
+    int2 *cut;        // [n_physical] places: tokens up to and with it, slot
     unsigned *base;   // [max_replicated] occurrences before the tile
     unsigned *counts; // [kWarps][counter_words(max_replicated)]
     int row_words;
@@ -31,20 +31,20 @@ struct RewriteSpace {
     __device__ RewriteSpace(int *memory, const Tables &t) {
         code = memory;
         range = reinterpret_cast<int2 *>(memory + round_up(t.shape.n_logical, 2));
-        step = range + t.max_replicated();
-        base = reinterpret_cast<unsigned *>(step + t.shape.n_physical);
+        cut = range + t.max_replicated();
+        base = reinterpret_cast<unsigned *>(cut + t.shape.n_physical);
         counts = base + t.max_replicated();
         row_words = counter_words(t.max_replicated());
     }
 };
 
-// Where the occurrences of replicated expert i go: fills steps and returns the range of them.
+// Where the occurrences of replicated expert i go: fills cuts and returns the range of them.
 struct ByPlan {
     const int32_t *take;  // [n_physical]
 
-    __device__ int2 steps(const Tables &t, int i, const Expert &expert, int2 *step) const {
+    __device__ int2 cuts(const Tables &t, int i, const Expert &expert, int2 *cut) const {
         if (!expert.bundled()) {
-            step[2 * i] = make_int2(INT32_MAX, expert.slot());
+            cut[2 * i] = make_int2(INT32_MAX, expert.slot());
             return make_int2(2 * i, 2 * i + 1);
         }
         const int group = expert.bundle() / t.shape.max_bundles, bundle = expert.bundle() - group * t.shape.max_bundles;
@@ -57,7 +57,7 @@ struct ByPlan {
         for (int j = 0; j < n; ++j) {
             const int slot = !pair ? image.slot(first + j) : j == 0 ? expert.slot() : expert.copy_slot();
             sum += take[slot];
-            step[start + j] = make_int2(sum, slot);
+            cut[start + j] = make_int2(sum, slot);
         }
         return make_int2(start, start + n);
     }
@@ -66,20 +66,20 @@ struct ByRatio {
     const float *ratios;
     const int32_t *totals;  // [n_logical]
 
-    __device__ int2 steps(const Tables &, int i, const Expert &expert, int2 *step) const {
+    __device__ int2 cuts(const Tables &, int i, const Expert &expert, int2 *cut) const {
         const float ratio = ratios[expert.slot_class()];
         const double share = ratio != ratio ? 1.0 : min(max((double)ratio, 0.0), 1.0);
         const int kept = (int)floor(__dadd_rn(__dmul_rn(share, (double)totals[expert.id()]), 0.5));
-        step[2 * i] = make_int2(kept, expert.slot());
-        step[2 * i + 1] = make_int2(INT32_MAX, expert.copy_slot());
+        cut[2 * i] = make_int2(kept, expert.slot());
+        cut[2 * i + 1] = make_int2(INT32_MAX, expert.copy_slot());
         return make_int2(2 * i, 2 * i + 2);
     }
 };
 
-struct RewriteRuns {
+struct RewriteChunks {
     int64_t n_ids, length;
     int n;
-    const int32_t *rows;      // [n][n_logical] counts of each run, or running sums
+    const int32_t *rows;      // [n][n_logical] counts of each chunk, or running sums
     bool rows_are_sums;
     int32_t *cleared;         // [n_logical] or nullptr
     int64_t *invalid;
@@ -87,7 +87,7 @@ struct RewriteRuns {
 
 template <class Rule>
 __global__ void __launch_bounds__(kThreads) rewrite(const void *ids, int ids64, void *out, const __grid_constant__ Tables t,
-                                                    const __grid_constant__ RewriteRuns runs, const __grid_constant__ Rule rule) {
+                                                    const __grid_constant__ RewriteChunks chunks, const __grid_constant__ Rule rule) {
     extern __shared__ int4 memory[];
     RewriteSpace space(reinterpret_cast<int *>(memory), t);
     const int n_replicated = t.n_replicated(), n_logical = t.shape.n_logical;
@@ -95,24 +95,24 @@ __global__ void __launch_bounds__(kThreads) rewrite(const void *ids, int ids64, 
     wait_for_stream();
     let_next_start();
     const int bits = bits_for(n_replicated);
-    for (int i = threadIdx.x; i < n_replicated; i += kThreads) space.range[i] = rule.steps(t, i, t.replicated(i), space.step);
+    for (int i = threadIdx.x; i < n_replicated; i += kThreads) space.range[i] = rule.cuts(t, i, t.replicated(i), space.cut);
     int bad = 0;
-    for (int run = blockIdx.x; run < runs.n; run += gridDim.x) {
+    for (int chunk = blockIdx.x; chunk < chunks.n; chunk += gridDim.x) {
         __syncthreads();
-        // Occurrences before this run: one warp an expert.
+        // Occurrences before this chunk: one warp an expert.
         for (int i = warp_id(); i < n_replicated; i += kWarps) {
-            const int32_t *column = runs.rows + t.replicated(i).id();
+            const int32_t *column = chunks.rows + t.replicated(i).id();
             int before = 0;
-            if (runs.rows_are_sums) {
-                before = run > 0 ? column[(int64_t)(run - 1) * n_logical] : 0;
+            if (chunks.rows_are_sums) {
+                before = chunk > 0 ? column[(int64_t)(chunk - 1) * n_logical] : 0;
             } else {
-                for (int r = lane_id(); r < run; r += 32) before += column[(int64_t)r * n_logical];
+                for (int r = lane_id(); r < chunk; r += 32) before += column[(int64_t)r * n_logical];
                 before = warp_sum(before);
             }
             if (lane_id() == 0) space.base[i] = before;
         }
-        const int64_t run_end = min((run + 1) * runs.length, runs.n_ids);
-        for (int64_t tile = run * runs.length; tile < run_end; tile += kTile) {
+        const int64_t chunk_end = min((chunk + 1) * chunks.length, chunks.n_ids);
+        for (int64_t tile = chunk * chunks.length; tile < chunk_end; tile += kTile) {
             for (int i = threadIdx.x; i < kWarps * space.row_words; i += kThreads) space.counts[i] = 0;
             __syncthreads();
             unsigned id[kRowsOfWarp];
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) rewrite(const void *ids, int ids64, 
 #pragma unroll
                 for (int r = 0; r < kRowsOfWarp; ++r) {
                     id[r] = kNoExpert;
-                    if (first + 32 * r < run_end) id[r] = packed_id(ids[first + 32 * r], n_logical);
+                    if (first + 32 * r < chunk_end) id[r] = packed_id(ids[first + 32 * r], n_logical);
                 }
             });
             unsigned *const mine = space.counts + warp_id() * space.row_words;
@@ -160,17 +160,17 @@ __global__ void __launch_bounds__(kThreads) rewrite(const void *ids, int ids64, 
                     if (replicated) {
                         const int2 range = space.range[i];
                         const int64_t number = (int64_t)space.base[i] + k;
-                        slot = space.step[range.x].y;
+                        slot = space.cut[range.x].y;
                         for (int p = range.x; p < range.y; ++p) {
-                            const int2 step = space.step[p];
-                            if (number < step.x) {
-                                slot = step.y;
+                            const int2 cut = space.cut[p];
+                            if (number < cut.x) {
+                                slot = cut.y;
                                 break;
                             }
                         }
                     }
                 }
-                if (first + 32 * r < run_end) store_id(out, ids64, first + 32 * r, slot);
+                if (first + 32 * r < chunk_end) store_id(out, ids64, first + 32 * r, slot);
             }
             __syncthreads();
 #pragma unroll
@@ -180,9 +180,9 @@ __global__ void __launch_bounds__(kThreads) rewrite(const void *ids, int ids64, 
         }
     }
     bad = warp_sum(bad);
-    if (lane_id() == 0 && bad != 0) atomicAdd(reinterpret_cast<unsigned long long *>(runs.invalid), (unsigned long long)bad);
-    if (runs.cleared != nullptr && blockIdx.x == 0) {
-        for (int e = threadIdx.x; e < n_logical; e += kThreads) runs.cleared[e] = 0;
+    if (lane_id() == 0 && bad != 0) atomicAdd(reinterpret_cast<unsigned long long *>(chunks.invalid), (unsigned long long)bad);
+    if (chunks.cleared != nullptr && blockIdx.x == 0) {
+        for (int e = threadIdx.x; e < n_logical; e += kThreads) chunks.cleared[e] = 0;
     }
 }
 
@@ -218,19 +218,20 @@ __global__ void __launch_bounds__(kThreads) rewrite_slots(const void *ids, int i
 int shared_bytes(const lplbk_planner &planner) { return 4 * RewriteSpace::words_of(planner.shape); }
 
 template <class Rule>
-cudaError_t launch_rewrite(const lplbk_planner &planner, const void *ids, int32_t ids64, void *out, const RewriteRuns &runs,
+cudaError_t launch_rewrite(const lplbk_planner &planner, const void *ids, int32_t ids64, void *out, const RewriteChunks &chunks,
                            const Rule &rule, cudaStream_t stream) {
-    return launch(planner.info, rewrite<Rule>, min(runs.n, 4 * planner.info.n_sms), kThreads, shared_bytes(planner), 0, stream,
-                  ids, ids64, out, Tables(planner), runs, rule);
+    return launch(planner.info, rewrite<Rule>, min(chunks.n, 4 * planner.info.n_sms), kThreads, shared_bytes(planner), 0, stream,
+                  ids, ids64, out, Tables(planner), chunks, rule);
 }
 
 }  // namespace
 
-cudaError_t rewrite_runs(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Runs &runs, void *out,
+cudaError_t rewrite_chunks(const lplbk_planner &planner, const void *ids, int32_t ids64, int64_t n_ids, const Chunks &chunks, void *out,
                          bool clear_totals, cudaStream_t stream) {
     const MultiScratch scratch = multi_scratch(planner);
-    const RewriteRuns work{
-        n_ids, runs.length, runs.n, scratch.rows, false, clear_totals ? scratch.totals : nullptr, planner.counters + LPLBK_COUNTER_INVALID};
+    const RewriteChunks work{
+        n_ids, chunks.length, chunks.n, scratch.rows, false, clear_totals ? scratch.totals : nullptr,
+        planner.counters + LPLBK_COUNTER_INVALID};
     return launch_rewrite(planner, ids, ids64, out, work, ByPlan{planner.take}, stream);
 }
 
@@ -261,9 +262,9 @@ extern "C" int32_t lplbk_redirect(const lplbk_planner *planner, const void *ids,
     if (on.error() != cudaSuccess) return taken(on.error());
     const auto queue = static_cast<cudaStream_t>(stream);
     if (!planner->has_replicas) return taken(rewrite_plainly(*planner, ids, ids64, n_ids, out, nullptr, 0, max_blocks, queue));
-    const Runs runs = runs_of(*planner, n_ids, max_blocks);
-    const cudaError_t error = count_runs(*planner, ids, ids64, n_ids, runs, false, queue);
-    return taken(error != cudaSuccess ? error : rewrite_runs(*planner, ids, ids64, n_ids, runs, out, false, queue));
+    const Chunks chunks = chunks_of(*planner, n_ids, max_blocks);
+    const cudaError_t error = count_chunks(*planner, ids, ids64, n_ids, chunks, false, queue);
+    return taken(error != cudaSuccess ? error : rewrite_chunks(*planner, ids, ids64, n_ids, chunks, out, false, queue));
 }
 
 extern "C" int32_t lplbk_redirect_by_ratio(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const float *ratios,
@@ -273,7 +274,7 @@ extern "C" int32_t lplbk_redirect_by_ratio(const lplbk_planner *planner, const v
     OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return taken(on.error());
     const int64_t length = ceil_div64(ceil_div64(n_ids, n_chunks), 1024) * 1024;
-    const RewriteRuns runs{n_ids, length, (int)n_chunks, cumulative, true, nullptr, planner->counters + LPLBK_COUNTER_INVALID};
+    const RewriteChunks chunks{n_ids, length, (int)n_chunks, cumulative, true, nullptr, planner->counters + LPLBK_COUNTER_INVALID};
     const ByRatio rule{ratios, cumulative + (n_chunks - 1) * planner->shape.n_logical};
-    return taken(launch_rewrite(*planner, ids, ids64, out, runs, rule, static_cast<cudaStream_t>(stream)));
+    return taken(launch_rewrite(*planner, ids, ids64, out, chunks, rule, static_cast<cudaStream_t>(stream)));
 }

@@ -117,18 +117,18 @@ int32_t prepare_kernel(lplbk_planner &planner) {
     return 0;
 }
 
-// After a launch that failed between count_runs() and rewrite_runs(): else the next plan would count on top of what is there.
+// After a launch that failed between count_chunks() and rewrite_chunks(): else the next plan would count on top of what is there.
 cudaError_t clear_totals(const lplbk_planner &planner, cudaStream_t stream) {
     return cudaMemsetAsync(multi_scratch(planner).totals, 0, 4 * (size_t)planner.shape.n_logical, stream);
 }
 
 cudaError_t run_in_launches(const lplbk_planner &planner, const Call &call, const int32_t *rows, bool compare, cudaStream_t stream) {
-    const Runs runs = runs_of(planner, call.n_ids, call.max_blocks);
-    cudaError_t error = count_runs(planner, call.ids, call.ids64, call.n_ids, runs, rows == nullptr, stream);
+    const Chunks chunks = chunks_of(planner, call.n_ids, call.max_blocks);
+    cudaError_t error = count_chunks(planner, call.ids, call.ids64, call.n_ids, chunks, rows == nullptr, stream);
     if (error != cudaSuccess) return error;
     error = rows == nullptr ? solve_totals(planner, call.counter, call.counter64, stream)
                             : solve_rows(planner, rows, compare, nullptr, nullptr, call.counter, call.counter64, stream);
-    if (error == cudaSuccess) error = rewrite_runs(planner, call.ids, call.ids64, call.n_ids, runs, call.out, rows == nullptr, stream);
+    if (error == cudaSuccess) error = rewrite_chunks(planner, call.ids, call.ids64, call.n_ids, chunks, call.out, rows == nullptr, stream);
     if (error != cudaSuccess && rows == nullptr) taken(clear_totals(planner, stream));
     return error;
 }

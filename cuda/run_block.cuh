@@ -1,7 +1,7 @@
 // The whole plan in one launch of one cluster of blocks: ids in, ids out.
 //
-// Every block counts its part of the ids and adds up its share of the loads; the blocks read each other's shares from shared memory, and
-// each solves for itself (the solver is deterministic, and waiting for another block's answer would take longer). While the first warps of a
+// Every block counts its part of the ids and adds up their loads; the blocks read each other's loads from shared memory, and each solves
+// for itself (the solver is deterministic, and waiting for another block's answer would take longer). While the first warps of a
 // block solve, the others number the occurrences of replicated experts and rewrite all other ids, so that little is left to do when the
 // plan is there. The ids stay in shared memory in between, 16 bits each; those of replicated experts are queued as well, since there are
 // few of them as a rule. With an exchange the blocks send this rank's counts to the peers between them, and each waits for everybody's.
@@ -11,71 +11,10 @@
 
 #include <type_traits>
 
-#include "ids.cuh"
-#include "solve/solvers.cuh"
+#include "run_space.cuh"
 #include "solve/split.cuh"
 
 namespace lplb {
-
-constexpr int kRunThreads = 512;
-constexpr int kRunWarps = kRunThreads / 32;
-constexpr int kMaxSolvers = 8;  // warps that solve; the others number and rewrite ids meanwhile
-static_assert(kMaxSolvers < kRunWarps && kMaskWarps < kRunWarps, "somebody must rewrite the ids");
-constexpr int kMaxGroups = 4 * kMaxSolvers;
-static_assert(kMaxGroups <= 32, "a set of groups is a word");
-constexpr int kMaxPerBlock = 1 << 14;  // ids; counters have 16 bits
-
-struct RunIds {
-    int64_t n;
-    int per_block;  // a multiple of 32
-    int wide;       // 1: they are int64
-    int64_t *invalid;
-};
-
-// A queued id: its place in the block's part, and which occurrence of its expert in the warp's part it is.
-struct Queued {
-    unsigned word;
-    __device__ unsigned place() const { return word & (kMaxPerBlock - 1); }
-    __device__ unsigned number() const { return word / kMaxPerBlock; }
-    __device__ static unsigned of(unsigned place, unsigned number) { return place | number * kMaxPerBlock; }
-};
-
-// Shared memory of a block behind SolveSpace, in words from the start.
-struct RunSpace {
-    // code [n_logical] and home [n_logical] (16 bits): slot and rank of a single place, or which bundled expert it is.
-    // step: LaneFlow: [max_replicated][4] tokens at the first place, at both, their slots; else by arc, tokens taken from it.
-    // bundle [max_replicated]: LaneFlow's, of a bundled expert. before: occurrences in earlier blocks.
-    // counts [n_logical] of this block; packed: the same in 16 bits. share [n_ranks + max_replicated]: this block's part of the
-    // loads; shares: those of all blocks. With an exchange: totals [n_logical], and behind them the digest; everyone
-    // [sources][n_logical].
-    int code, home, step, bundle, counts, share, packed, warp_counts, shares, before, queue, ids, totals, everyone, words;
-
-    // n_sources: ranks whose counts are exchanged, 0: none are.
-    __host__ __device__ RunSpace(const lplbk_shape &shape, const lplbk_layout &at, bool lanes, int n_blocks, int per_block, int n_sources) {
-        const int n_logical = shape.n_logical, max_replicated = Tables::max_replicated(shape);
-        int end = SolveSpace::words_of(shape, at, lanes, shape.n_groups, max_replicated);
-        const auto section = [&end](int words) {
-            const int start = end;
-            end += round_up(words, 4);
-            return start;
-        };
-        code = section(n_logical);
-        home = section(counter_words(n_logical));
-        step = section(lanes ? 4 * max_replicated : shape.max_arcs);
-        bundle = section(lanes ? max_replicated : 0);
-        counts = section(n_logical);
-        share = section(shape.ep_size + max_replicated);
-        warp_counts = section(kRunWarps * counter_words(max_replicated));
-        packed = section(counter_words(n_logical));
-        shares = section(n_blocks * round_up(shape.ep_size + max_replicated, 4));
-        before = section(max_replicated);
-        queue = section(per_block);
-        ids = section(per_block / 2);
-        totals = section(n_sources > 0 ? n_logical + 1 : 0);
-        everyone = section(n_sources * n_logical);
-        words = end;
-    }
-};
 
 // An argument of kernels that may exchange counts.
 struct NoExchange {};
@@ -101,9 +40,9 @@ struct ClusterRun {
     const SolveSpace space;
     int *const words;
     int *const code;
-    uint16_t *const home;
+    uint16_t *const rank_of;
     int *const counts;
-    int *const share;
+    int *const block_loads;
     unsigned *const packed;
     uint16_t *const kept_ids;
     unsigned *const my_counts;
@@ -136,9 +75,9 @@ struct ClusterRun {
           space(reinterpret_cast<int *>(memory), t, kLanes, t.shape.n_groups, max_replicated),
           words(reinterpret_cast<int *>(memory)),
           code(words + at.code),
-          home(reinterpret_cast<uint16_t *>(words + at.home)),
+          rank_of(reinterpret_cast<uint16_t *>(words + at.rank_of)),
           counts(words + at.counts),
-          share(words + at.share),
+          block_loads(words + at.block_loads),
           packed(reinterpret_cast<unsigned *>(words + at.packed)),
           kept_ids(reinterpret_cast<uint16_t *>(words + at.ids)),
           my_counts(reinterpret_cast<unsigned *>(words + at.warp_counts) + warp * counter_words(max_replicated)),
@@ -153,10 +92,10 @@ struct ClusterRun {
     __device__ static bool exchanging(const lplbk_exchange_view &view) { return view.n_ranks > 0; }
     __device__ int rows() const { return ceil_div(n, 32); }
     __device__ int rows_of_warp() const { return ceil_div(rows(), kRunWarps - n_solvers); }
-    __device__ int4 *steps() const { return reinterpret_cast<int4 *>(words + at.step); }
-    __device__ int *arc_take() const { return words + at.step; }
+    __device__ int4 *cuts() const { return reinterpret_cast<int4 *>(words + at.cut); }
+    __device__ int *arc_take() const { return words + at.cut; }
     __device__ int bundle_of(int i) const { return kLanes ? words[at.bundle + i] : i; }
-    __device__ int share_words() const { return round_up(n_ranks + max_replicated, 4); }
+    __device__ int load_words() const { return round_up(n_ranks + max_replicated, 4); }
     __device__ bool overflows(int group) const { return overflow != 0 && (overflow >> group & 1) != 0; }
     __device__ void write(int slot, int rank, int tokens, int take) {
         out.quota[slot] = tokens;
@@ -169,20 +108,20 @@ struct ClusterRun {
         space.sums.clear(t.shape, t.shape.n_groups, threadIdx.x, kRunThreads);
         if constexpr (!kLanes) space.open_group(t, 0);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < at.packed - at.counts; i += kRunThreads) counts[i] = 0;  // share and warp_counts follow
+        for (int i = threadIdx.x; i < at.packed - at.counts; i += kRunThreads) counts[i] = 0;  // block_loads and warp_counts follow
 #pragma unroll 1
         for (int e = threadIdx.x; e < t.shape.n_logical; e += kRunThreads) {
             int c = t.code(e);
             if (c < -n_bundled) c = t.replicated(-1 - c).slot();  // its copy is on the same rank, and takes nothing
             code[e] = c;
-            home[e] = (uint16_t)(c < 0 ? 0 : c / out.n_local);
+            rank_of[e] = (uint16_t)(c < 0 ? 0 : c / out.n_local);
         }
         if constexpr (kLanes) {
 #pragma unroll 1
             for (int i = threadIdx.x; i < n_bundled; i += kRunThreads) {
                 const Expert expert = t.replicated(i);
                 words[at.bundle + i] = expert.bundle();
-                steps()[i] = make_int4(0, 0, expert.slot(), expert.copy_slot());
+                cuts()[i] = make_int4(0, 0, expert.slot(), expert.copy_slot());
             }
         }
         if (exchanges && threadIdx.x == 0) words[at.totals + t.shape.n_logical] = t.words[t.at.digest];
@@ -230,23 +169,23 @@ struct ClusterRun {
         }
     }
 
-    // ---- This block's share of the loads: tokens of single places by rank, tokens of bundled experts
-    __device__ __forceinline__ void add_share() const {
+    // ---- This block's loads: tokens of single places by rank, tokens of bundled experts
+    __device__ __forceinline__ void add_loads() const {
 #pragma unroll 1
         for (int first = 0; first < t.shape.n_logical; first += kRunThreads) {
             const int expert = first + threadIdx.x;
             const int c = expert < t.shape.n_logical ? code[expert] : -1;
             const int mine = expert < t.shape.n_logical ? counts[expert] : 0;
-            if (expert < t.shape.n_logical && c < 0) share[n_ranks - 1 - c] = mine;
+            if (expert < t.shape.n_logical && c < 0) block_loads[n_ranks - 1 - c] = mine;
             // The experts of a warp's lanes often are on one rank: then their sum is added in one go.
             const unsigned singles = __ballot_sync(kFullWarp, c >= 0);
-            const int rank = c >= 0 ? home[expert] : 0;
+            const int rank = c >= 0 ? rank_of[expert] : 0;
             const int first_rank = __shfl_sync(kFullWarp, rank, singles == 0 ? 0 : __ffs(singles) - 1);
             if (__all_sync(kFullWarp, c < 0 || rank == first_rank)) {
                 const int sum = warp_sum(c < 0 ? 0 : mine);
-                if (lane_id() == 0 && sum != 0) atomicAdd(&share[first_rank], sum);
+                if (lane_id() == 0 && sum != 0) atomicAdd(&block_loads[first_rank], sum);
             } else if (c >= 0 && mine != 0) {
-                atomicAdd(&share[rank], mine);
+                atomicAdd(&block_loads[rank], mine);
             }
         }
         if (n_blocks == 1 && !exchanges) return;
@@ -257,13 +196,13 @@ struct ClusterRun {
     }
 
     // ---- Those of the other blocks
-    __device__ __forceinline__ void fetch_shares() const {
-        int4 *const shares = reinterpret_cast<int4 *>(words + at.shares);
+    __device__ __forceinline__ void fetch_loads() const {
+        int4 *const all_loads = reinterpret_cast<int4 *>(words + at.all_loads);
 #pragma unroll 1
         for (int b = warp; b < n_blocks; b += kRunWarps) {
 #pragma unroll 1
-            for (int i = lane_id(); i < share_words() / 4; i += 32) {
-                shares[b * (share_words() / 4) + i] = cluster_load(reinterpret_cast<const int4 *>(share) + i, b);
+            for (int i = lane_id(); i < load_words() / 4; i += 32) {
+                all_loads[b * (load_words() / 4) + i] = cluster_load(reinterpret_cast<const int4 *>(block_loads) + i, b);
             }
         }
         if (!exchanges) return;
@@ -313,7 +252,7 @@ struct ClusterRun {
 #pragma unroll 4
             for (int b = 0; b < n_blocks; ++b) {
                 if (b == block) sum_before = sum;
-                sum += words[at.shares + b * share_words() + i];
+                sum += words[at.all_loads + b * load_words() + i];
             }
             if (i >= n_ranks) words[at.before + i - n_ranks] = sum_before;
             if constexpr (!kGathered) {
@@ -349,15 +288,15 @@ struct ClusterRun {
             if (c < 0) {
                 add_bundled(-1 - c, all);
             } else {
-                atomicAdd(&space.sums.base[home[expert]], all);
-                if (writes) write(c, home[expert], all, gathered.of(out.rank, expert));
+                atomicAdd(&space.sums.base[rank_of[expert]], all);
+                if (writes) write(c, rank_of[expert], all, gathered.of(out.rank, expert));
             }
         }
         if (!__syncthreads_or(large)) return;
 #pragma unroll 1
         for (int expert = threadIdx.x; expert < n_logical; expert += kRunThreads) {
             const int c = code[expert];
-            const int group = !kLanes ? 0 : c < 0 ? bundle_of(-1 - c) / t.shape.max_bundles : home[expert] / t.shape.group_size;
+            const int group = !kLanes ? 0 : c < 0 ? bundle_of(-1 - c) / t.shape.max_bundles : rank_of[expert] / t.shape.group_size;
             space.sums.wide[group].add(gathered.total<true>(expert));
         }
         __syncthreads();
@@ -419,8 +358,8 @@ struct ClusterRun {
         for (int i = threadIdx.x - 32 * n_solvers; i < counter_words(t.shape.n_logical); i += kRunThreads - 32 * n_solvers) {
             const int2 both =
                 n_blocks > 1 ? totals_of(i) : make_int2(counts[2 * i], 2 * i + 1 < t.shape.n_logical ? counts[2 * i + 1] : 0);
-            if (code[2 * i] >= 0) write(code[2 * i], home[2 * i], both.x, both.x);
-            if (2 * i + 1 < t.shape.n_logical && code[2 * i + 1] >= 0) write(code[2 * i + 1], home[2 * i + 1], both.y, both.y);
+            if (code[2 * i] >= 0) write(code[2 * i], rank_of[2 * i], both.x, both.x);
+            if (2 * i + 1 < t.shape.n_logical && code[2 * i + 1] >= 0) write(code[2 * i + 1], rank_of[2 * i + 1], both.y, both.y);
         }
     }
 
@@ -448,7 +387,7 @@ struct ClusterRun {
 #pragma unroll 1
         for (int i = (int)threadIdx.x - 32 * n_solvers; i >= 0 && i < n_bundled; i += kRunThreads - 32 * n_solvers) {
             const int bundle = bundle_of(i), group = shape.n_groups == 1 ? 0 : bundle / shape.max_bundles;
-            const int slots[2] = {steps()[i].z, steps()[i].w};
+            const int slots[2] = {cuts()[i].z, cuts()[i].w};
             const int ranks[2] = {slots[0] / out.n_local, slots[1] / out.n_local};
             const int *const arcs = space.sums.x + group * shape.max_arcs + 2 * (bundle - group * shape.max_bundles);
             const Split quota = Split::of(t, space.sums, bundle, arcs, space.tokens, i, overflows(group));
@@ -464,7 +403,7 @@ struct ClusterRun {
                         [&](int s) { return gathered.of(s, expert); }, out.rank, out.per_node, [&](int j, int mine) { take[j] = mine; });
                 }
             }
-            steps()[i] = make_int4(take[0], take[0] + take[1], slots[0], slots[1]);
+            cuts()[i] = make_int4(take[0], take[0] + take[1], slots[0], slots[1]);
             if (!writes) continue;
             write(slots[0], ranks[0], quotas[0], take[0]);
             write(slots[1], ranks[1], quotas[1], take[1]);
@@ -529,8 +468,8 @@ struct ClusterRun {
     }
     __device__ __forceinline__ int slot_of(int i, int number) const {
         if constexpr (kLanes) {
-            const int4 step = steps()[i];
-            return number >= step.x && number < step.y ? step.w : step.z;
+            const int4 cut = cuts()[i];
+            return number >= cut.x && number < cut.y ? cut.w : cut.z;
         } else {
             const int first = space.image.bundle_start[i], last = space.image.bundle_start[i + 1];
             int left = number, there = first;
@@ -578,13 +517,13 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     MARK(2);
     run.count();
     __syncthreads();
-    run.add_share();
+    run.add_loads();
     MARK(3);
     cluster_arrive();
     if constexpr (Run::kLanes) flow.open(column, t.shape.group_size);
     cluster_wait();
     MARK(4);
-    run.fetch_shares();
+    run.fetch_loads();
     // A block that has read what it needs of the others says so; nobody ends before all have. The first block still reads counts. (All
     // warps of a block say it between the same barriers: when some said it later, compute-sanitizer came to no end.)
     const bool reads_later = !kGathered && run.writes;

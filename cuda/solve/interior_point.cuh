@@ -429,7 +429,7 @@ private:
                 if (r_.p[r] >= price) inside += f_.base[r], ++size;
             }
             for (int u = 0; u < t_.n_bundles(); ++u) inside += r_.push[u] >= price ? f_.sum[u] : 0;
-            bound = ceil_share(inside, size);
+            bound = Capacity::forced(inside, size);
             alone = f_.base[rank_] > bound;
             bound = max(bound, f_.base[rank_]);
         }

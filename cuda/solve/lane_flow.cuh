@@ -1,9 +1,9 @@
 // The flow algorithm for groups of at most 32 ranks in which every bundle has two places and the colours are at most 8: one warp, one lane
 // a rank, everything in registers.
 //
-// Of each colour a lane has one arc at most. A colour is a matching, so the arcs of colour c of a rank and of its partner are the two arcs of
-// one bundle, and one shuffle a colour carries what one of them gives to the other. Arcs stand in colour order on every rank, as in the
-// tables.
+// Of each colour a lane has one arc at most. A colour is a matching, so the arcs of colour c of a rank and of its partner are the two arcs
+// of one bundle, and one shuffle a colour carries what one of them gives to the other. Arcs stand in colour order on every rank, as in
+// the tables.
 // The rule itself is that of Sources/LPLBSolver/FlowSolver.swift; every step here has its counterpart there.
 #pragma once
 
@@ -29,7 +29,7 @@ struct LaneFlow {
     __device__ __forceinline__ void open(const int (&words)[kColours], int n_ranks) {
         n_ranks_ = n_ranks;
         everybody_ = n_ranks == 32 ? kFullWarp : (1u << n_ranks) - 1;
-        mean_ = ShareOf(n_ranks);
+        forced_by_all_ = ForcedByAll(n_ranks);
 #pragma unroll
         for (int c = 0; c < kColours; ++c) {
             partner[c] = words[c] & 31;
@@ -50,7 +50,7 @@ struct LaneFlow {
         }
         total = warp_sum(load);
         const int highest_base = warp_max(base);
-        end.level = mean_(total);
+        end.level = forced_by_all_(total);
         witness = everybody_;
         if (highest_base > end.level) {
             end.level = highest_base;
@@ -82,7 +82,7 @@ struct LaneFlow {
 private:
     int n_ranks_;
     unsigned everybody_;
-    ShareOf mean_;  // of all ranks
+    ForcedByAll forced_by_all_;
 
     // Both ends see the same numbers with opposite signs, and rounding toward zero and clipping are odd.
     __device__ __forceinline__ void even_out(int c) {

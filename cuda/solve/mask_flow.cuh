@@ -265,8 +265,8 @@ private:
         }
     }
 
-    // The levels of the ranks and the last of them; 0: a rank above the bound has none, and the bound is now that of the cut. `above` is not
-    // empty. (Lanes without a rank pass for ranks below the bound that no bundle knows.)
+    // The levels of the ranks and the last of them; 0: a rank above the bound has none, and the bound is now that of the cut. `above` is
+    // not empty. (Lanes without a rank pass for ranks below the bound that no bundle knows.)
     template <bool kLate>
     __device__ __forceinline__ int search(const Set (&adjacent)[kWords], const Set &above, int (&level)[kWords], Set (&toward)[kWords]) {
         Set front = those([&](int w) { return end.under(rank(w), load[w]); });

@@ -123,8 +123,8 @@ private:
         }
     }
 
-    // Levels of the ranks, from those of level 0 on, until no rank above the bound (`over`) is without; cut: some are left. Returns the last
-    // level.
+    // Levels of the ranks, from those of level 0 on, until no rank above the bound (`over`) is without; cut: some are left. Returns the
+    // last level.
     __device__ int search(bool over, int &level, bool &cut) {
         for (int levels = 0;; ++levels) {
             if (level == levels) {

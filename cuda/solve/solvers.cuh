@@ -28,8 +28,8 @@ inline Solver solver_of(const lplbk_planner &planner) {
     return planner.layout.mask_words == 1 ? kOneWord : planner.layout.mask_words == 2 ? kTwoWords : kScan;
 }
 
-// Shared memory of a block that solves n_groups groups: [Sums][image][FlowSpace][tokens][IpmSpace], the image and FlowSpace where one group is
-// solved by other means than LaneFlow.
+// Shared memory of a block that solves n_groups groups: [Sums][image][FlowSpace][tokens][IpmSpace], the image and FlowSpace where one group
+// is solved by other means than LaneFlow.
 struct SolveSpace {
     Sums sums;
     int *image_copy;
@@ -131,7 +131,8 @@ __device__ __forceinline__ void write_block_info(const PlanOut &out, int group, 
     write_witness(out.info(group), flow.in_witness);
 }
 
-// Solves a group and writes its information, but for the tokens moved. By the whole block, between barriers of the caller; ends without one.
+// Solves a group and writes its information, but for the tokens moved. By the whole block, between barriers of the caller; ends without
+// one.
 template <Solver kSolver>
 __device__ __forceinline__ void solve_group(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
     static_assert(!by_lanes(kSolver), "LaneFlow takes a warp");

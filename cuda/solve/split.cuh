@@ -7,7 +7,7 @@
 namespace lplb {
 
 // floor(x * part / whole) for 0 <= x, part <= whole < 2^31, whole > 0; inverse: 1.0 / whole.
-__device__ __forceinline__ int floor_share(int x, int part, int whole, double inverse) {
+__device__ __forceinline__ int floor_part(int x, int part, int whole, double inverse) {
     const int64_t product = (int64_t)x * part;
     int64_t share = (int64_t)((double)product * inverse);
     const int64_t rest = product - share * whole;
@@ -18,10 +18,10 @@ __device__ __forceinline__ int floor_share(int x, int part, int whole, double in
 
 // Of x tokens that a bundle of `whole` tokens sends to its second place: the part of the expert that has `tokens`, `before` being those of
 // the experts before it.
-static __device__ __noinline__ int share_of(int x, int before, int tokens, int whole) {
+static __device__ __noinline__ int part_of(int x, int before, int tokens, int whole) {
     if (whole == 0) return 0;
     const double inverse = 1.0 / whole;
-    return floor_share(x, before + tokens, whole, inverse) - floor_share(x, before, whole, inverse);
+    return floor_part(x, before + tokens, whole, inverse) - floor_part(x, before, whole, inverse);
 }
 
 // Tokens of each place of a replicated expert.
@@ -38,7 +38,7 @@ struct Split {
             int before = 0;
 #pragma unroll 1
             for (int k = i - i % t.shape.bundle_experts; k < i; ++k) before += tokens[k];
-            second = share_of(arcs[1], before, tokens[i], sums.sum[bundle]);
+            second = part_of(arcs[1], before, tokens[i], sums.sum[bundle]);
         }
         return {arcs, tokens[i], second};
     }
