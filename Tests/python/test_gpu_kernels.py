@@ -24,13 +24,14 @@ def tool(name):
 def build(folder, *flags):
     """The harnesses, compiled for this GPU."""
     nvcc = tool("nvcc")
-    sources = [*sorted((ROOT / "cuda").glob("*.cu")), *(ROOT / f"Tests/cuda/{name}_harness.cu" for name in ("run", "solve"))]
+    kernels = [*sorted((ROOT / "cuda").glob("*.cu")), *sorted((ROOT / "cuda/solve").glob("*.cu"))]
+    sources = [*kernels, *(ROOT / f"Tests/cuda/{name}_harness.cu" for name in ("run", "solve"))]
     command = [nvcc, "-arch=native", "-O3", "-std=c++17", "-lineinfo", *flags, f"-I{ROOT / 'cuda'}", "-c"]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda source: run_command([*command, source, "-o", folder / f"{source.stem}.o"], timeout=600), sources))
-    kernels = [folder / f"{source.stem}.o" for source in sources[:-2]]
+    objects = [folder / f"{source.stem}.o" for source in kernels]
     for name in ("run_harness", "solve_harness"):
-        run_command([nvcc, "-arch=native", folder / f"{name}.o", *kernels, "-o", folder / name], timeout=100)
+        run_command([nvcc, "-arch=native", folder / f"{name}.o", *objects, "-o", folder / name], timeout=100)
     return folder
 
 
