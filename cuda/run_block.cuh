@@ -130,7 +130,15 @@ struct ClusterRun {
     // ---- Ids
     template <class Id>
     __device__ __forceinline__ void read_ids(const Id *ids) {
-        constexpr int kBatch = 8;  // loads in flight
+        if (n <= 4 * kRunThreads) {
+            read_ids<4>(ids);
+        } else {
+            read_ids<16>(ids);
+        }
+    }
+    // kBatch: loads in flight.
+    template <int kBatch, class Id>
+    __device__ __forceinline__ void read_ids(const Id *ids) {
         const int end = 32 * rows(), n_logical = t.shape.n_logical;
         ids += start;
 #pragma unroll 1
