@@ -32,7 +32,6 @@ struct DeviceImage {
     private mutating func put(_ section: Int32, _ index: Int, _ word: Int32) { words[Int(section) + index] = word }
 
     private func image(of group: Int) -> Int32 { layout.image + Int32(group) * layout.image_words }
-    private func rankInGroup(ofArc arc: Int) -> Int32 { network.arcRank[arc] % shape.group_size }
     private func group(of expert: Int) -> Int { Int(network.placeRank[Int(network.expertStart[expert])] / shape.group_size) }
 
     // MARK: Experts
@@ -56,7 +55,7 @@ struct DeviceImage {
     /// replicated with its lengths, and code, which leads there.
     private mutating func replicated() {
         let besideTheirCopy = (0..<shape.n_logical).filter { network.expertClass[Int($0)] >= 0 && network.expertBundle[Int($0)] < 0 }
-        let experts = network.bundleExpert + besideTheirCopy
+        let experts = Array(network.bundleExpert) + besideTheirCopy
         put(layout.n_bundled, 0, Int32(network.bundleExpert.count))
         put(layout.n_replicated, 0, Int32(experts.count))
         for expert in 0..<Int(shape.n_logical) { put(layout.code, expert, network.placeSlot[Int(network.expertStart[expert])]) }
@@ -81,7 +80,7 @@ struct DeviceImage {
     private mutating func experts(_ group: Int, _ singles: [Int], _ listed: inout Int) {
         let bundles = network.bundles(of: group)
         let bundled = network.bundleExpert[
-            Int(network.bundleExpertStart[bundles.lowerBound])..<Int(network.bundleExpertStart[bundles.upperBound])]
+            bundles.lowerBound * network.bundleExperts..<bundles.upperBound * network.bundleExperts]
         put(image(of: group), Int(LPLBK_IMAGE_FIRST_EXPERT), Int32(listed))
         put(image(of: group), Int(LPLBK_IMAGE_EXPERTS), Int32(bundled.count + singles.count))
         for expert in bundled.map({ Int($0) }) + singles {
@@ -130,7 +129,7 @@ struct DeviceImage {
         for (colour, bundles) in colours.enumerated() {
             for bundle in bundles {
                 let arc = Int(network.bundleStart[bundle]), number = Int32(bundle - firstBundle)
-                let u = rankInGroup(ofArc: arc), v = rankInGroup(ofArc: arc + 1)
+                let u = network.arcRank[arc], v = network.arcRank[arc + 1]
                 put(section, 32 * colour + Int(u), lplbk_lane(v, number, 0))
                 put(section, 32 * colour + Int(v), lplbk_lane(u, number, 1))
             }
@@ -139,9 +138,9 @@ struct DeviceImage {
 
     /// arc_rank, arc_slot and mask.
     private mutating func arcs(_ bundle: Int, _ bundleInGroup: Int, _ firstArc: Int, _ image: Int32) {
-        let expert = Int(network.bundleExpert[Int(network.bundleExpertStart[bundle])])
+        let expert = Int(network.bundleExpert[bundle * network.bundleExperts])
         for (place, arc) in zip(network.places(of: expert), network.arcs(of: bundle)) {
-            let rank = rankInGroup(ofArc: arc), isFirst = arc == Int(network.bundleStart[bundle])
+            let rank = network.arcRank[arc], isFirst = arc == Int(network.bundleStart[bundle])
             put(image + layout.arc_rank, arc - firstArc, rank)
             put(image + layout.arc_slot, arc - firstArc, network.placeSlot[place] | (isFirst ? 0 : Int32.min))
             if layout.mask_words > 0 {

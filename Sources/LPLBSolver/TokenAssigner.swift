@@ -26,6 +26,7 @@ public final class TokenAssigner {
     private let nLogical: Int
     private let nPlaces: Int
     private let ranksPerNode: Int
+    private let network: Network
     private let expertStart: UnsafePointer<Int32>
     private let placeRank: UnsafePointer<Int32>
 
@@ -51,8 +52,9 @@ public final class TokenAssigner {
         nLogical = shape.nLogical
         nPlaces = network.nPlaces
         ranksPerNode = shape.ranksPerNode
-        expertStart = arena.copy(network.expertStart)
-        placeRank = arena.copy(network.placeRank)
+        self.network = network
+        expertStart = network.expertStart.baseAddress!
+        placeRank = network.placeRank.baseAddress!
         width = nLogical
         sums = arena.filled(nLogical, 0)
         taken = arena.filled(nPlaces, 0)
