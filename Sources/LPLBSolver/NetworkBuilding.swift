@@ -3,7 +3,7 @@
 import LPLBTopology
 
 /// Where a table is written before the network shows it.
-private typealias Words = UnsafeMutablePointer<Int32>
+private typealias Words = UnsafeMutableBufferPointer<Int32>
 
 extension Network {
     public init(_ placement: Placement) {
@@ -15,10 +15,7 @@ extension Network {
         addClasses(placement)
     }
 
-    private func table(_ words: Words, _ count: Int) -> Table { Table(start: words, count: count) }
-
-    /// A table of zeros.
-    private func words(_ count: Int) -> Words { arena.filled(count, 0) }
+    private func words(_ count: Int, _ value: Int32 = 0) -> Words { Words(start: arena.filled(count, value), count: count) }
 
     /// Goes through the replicas by expert. Those of an expert that share a rank are neighbours.
     private mutating func addPlaces(_ placement: Placement) {
@@ -35,8 +32,8 @@ extension Network {
             bundles[Int(expert)] = -1 &- rank
             (latestExpert, latestRank) = (expert, rank)
         }
-        (expertStart, expertBundle) = (table(starts, shape.nLogical + 1), table(bundles, shape.nLogical))
-        (placeSlot, placeRank) = (table(slots, Int(count)), table(ranks, Int(count)))
+        (expertStart, expertBundle) = (Table(starts), Table(bundles))
+        (placeSlot, placeRank) = (Table(rebasing: slots[..<Int(count)]), Table(rebasing: ranks[..<Int(count)]))
     }
 
     // MARK: Bundles
@@ -54,8 +51,8 @@ extension Network {
             }
             groupStarts[rank / shape.groupSize &+ 1] = Int32(truncatingIfNeeded: count)
         }
-        groupBundleStart = table(groupStarts, shape.nGroups + 1)
-        return table(experts, count)
+        groupBundleStart = Table(groupStarts)
+        return Table(rebasing: experts[..<count])
     }
 
     /// Finds the groups that sweep, and orders their bundles by colour.
@@ -65,7 +62,7 @@ extension Network {
         let used = arena.filled(shape.epSize, UInt16(0))  // colours of the bundles on each rank so far
         var count = 0
         for group in 0..<shape.nGroups {
-            let bundles = bundles(of: group), ends = ends + count
+            let bundles = bundles(of: group), ends = Words(rebasing: ends[count...])
             if colour(experts, bundles, colours, ends, used) {
                 // Counts become the starts of the ranges; filling them turns the starts into ends.
                 var end = Int32(truncatingIfNeeded: bundles.lowerBound), colour = 0
@@ -80,17 +77,19 @@ extension Network {
                     ends[colour] &+= 1
                 }
             } else {
-                ends.update(repeating: 0, count: Network.maxColours)
+                for colour in 0..<Network.maxColours { ends[colour] = 0 }
                 for bundle in bundles { ordered[bundle] = experts[bundle] }
             }
             groupStarts[group &+ 1] = Int32(truncatingIfNeeded: count)
         }
-        (groupColourStart, colourEnd) = (table(groupStarts, shape.nGroups + 1), table(ends, count))
-        return table(ordered, experts.count)
+        (groupColourStart, colourEnd) = (Table(groupStarts), Table(rebasing: ends[..<count]))
+        return Table(ordered)
     }
 
     /// Each bundle takes the smallest colour that no earlier bundle on one of its ranks has. Counts them. False: the group does not sweep.
-    private func colour(_ experts: Table, _ bundles: Range<Int>, _ colours: Words, _ counts: Words, _ used: UnsafeMutablePointer<UInt16>) -> Bool {
+    private func colour(
+        _ experts: Table, _ bundles: Range<Int>, _ colours: Words, _ counts: Words, _ used: UnsafeMutablePointer<UInt16>
+    ) -> Bool {
         for bundle in bundles {
             let places = places(of: Int(experts[bundle]))
             guard places.count == 2 else { return false }
@@ -110,7 +109,7 @@ extension Network {
         // All experts of a bundle have its places, those in no bundle one each.
         let nArcs = (nPlaces - shape.nLogical + nBundles * bundleExperts) / bundleExperts
         let members = words(nBundles * bundleExperts), starts = words(nBundles + 1), ranks = words(nArcs), bundles = words(nArcs)
-        let bundleOf = Words(mutating: expertBundle.baseAddress!), rankStarts = words(shape.epSize + 2)
+        let bundleOf = Words(mutating: expertBundle), rankStarts = words(shape.epSize + 2)
         var arc = 0
         for bundle in 0..<nBundles {
             let places = places(of: Int(experts[bundle])), slot = Int(placeSlot[places.lowerBound])
@@ -127,8 +126,8 @@ extension Network {
             }
             starts[bundle &+ 1] = Int32(truncatingIfNeeded: arc)
         }
-        (bundleExpert, bundleStart) = (table(members, nBundles * bundleExperts), table(starts, nBundles + 1))
-        (arcRank, arcBundle) = (table(ranks, nArcs), table(bundles, nArcs))
+        (bundleExpert, bundleStart) = (Table(members), Table(starts))
+        (arcRank, arcBundle) = (Table(ranks), Table(bundles))
         addRanks(rankStarts)
     }
 
@@ -140,18 +139,18 @@ extension Network {
         // Now the start of rank r is at r + 1. Filling turns it into the end of r, which is the start of r + 1.
         let arcs = words(nArcs)
         for group in 0..<shape.nGroups {
-            let starts = starts + group &* shape.groupSize + 1
+            let starts = Words(rebasing: starts[(group &* shape.groupSize &+ 1)...])
             for arc in self.arcs(ofGroup: group) {
                 let rank = Int(arcRank[arc])
                 arcs[Int(starts[rank])] = Int32(truncatingIfNeeded: arc)
                 starts[rank] &+= 1
             }
         }
-        (rankStart, rankArc) = (table(starts, shape.epSize + 1), table(arcs, nArcs))
+        (rankStart, rankArc) = (Table(rebasing: starts[..<(shape.epSize + 1)]), Table(arcs))
     }
 
     private mutating func addClasses(_ placement: Placement) {
-        let classes = arena.filled(shape.nLogical, Int32(-1)), copies = arena.filled(shape.nLogical, Int32(-1))
+        let classes = words(shape.nLogical, -1), copies = words(shape.nLogical, -1)
         let phy2log = placement.phy2log, starts = placement.replicaStart, slots = placement.replicaSlot
         for rank in 0..<shape.epSize {
             for offset in 0..<placement.combined * nRedundant {
@@ -160,6 +159,6 @@ extension Network {
                 copies[expert] = slots[Int(starts[expert]) + 1]
             }
         }
-        (expertClass, expertCopy) = (table(classes, shape.nLogical), table(copies, shape.nLogical))
+        (expertClass, expertCopy) = (Table(classes), Table(copies))
     }
 }

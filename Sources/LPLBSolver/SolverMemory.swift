@@ -34,23 +34,9 @@ final class Arena {
     }
 }
 
-/// The memory of a FlowSolver: arrays of its network, under their names there, and what a solve writes. A struct of pointers.
+/// The memory of a FlowSolver: its network, and what a solve writes.
 struct SolverMemory {
-    let nLogical: Int
-    let epSize: Int
-    let groupSize: Int
-    let nBundles: Int
-    let bundleExperts: Int
-    let expertStart: UnsafePointer<Int32>
-    let expertBundle: UnsafePointer<Int32>
-    let bundleExpert: UnsafePointer<Int32>
-    let bundleStart: UnsafePointer<Int32>
-    let arcRank: UnsafePointer<Int32>
-    let arcBundle: UnsafePointer<Int32>
-    let groupBundleStart: UnsafePointer<Int32>
-    let groupColourStart: UnsafePointer<Int32>
-    let rankStart: UnsafePointer<Int32>
-    let rankArc: UnsafePointer<Int32>
+    let network: Network
     /// [nArcs] ranks of the bundle's other arcs as bits; only if a group has at most 64 ranks.
     let arcMask: UnsafePointer<UInt64>
 
@@ -80,34 +66,20 @@ struct SolverMemory {
 
     init(_ network: Network, _ arena: Arena) {
         let shape = network.shape
-        nLogical = shape.nLogical
-        epSize = shape.epSize
-        groupSize = shape.groupSize
-        nBundles = network.nBundles
-        bundleExperts = network.bundleExperts
-        expertStart = network.expertStart.baseAddress!
-        expertBundle = network.expertBundle.baseAddress!
-        bundleExpert = network.bundleExpert.baseAddress!
-        bundleStart = network.bundleStart.baseAddress!
-        arcRank = network.arcRank.baseAddress!
-        arcBundle = network.arcBundle.baseAddress!
-        groupBundleStart = network.groupBundleStart.baseAddress!
-        groupColourStart = network.groupColourStart.baseAddress!
-        rankStart = network.rankStart.baseAddress!
-        rankArc = network.rankArc.baseAddress!
+        self.network = network
         let hasMasks = shape.groupSize <= Group.maskRanks
         let masks = arena.filled(hasMasks ? network.nArcs : 0, UInt64(0))
         if hasMasks {
-            for bundle in 0..<nBundles {
+            for bundle in 0..<network.nBundles {
                 var all: UInt64 = 0
-                for arc in network.arcs(of: bundle) { all |= 1 &<< UInt64(arcRank[arc]) }
-                for arc in network.arcs(of: bundle) { masks[arc] = all & ~(1 &<< UInt64(arcRank[arc])) }
+                for arc in network.arcs(of: bundle) { all |= 1 &<< UInt64(network.arcRank[arc]) }
+                for arc in network.arcs(of: bundle) { masks[arc] = all & ~(1 &<< UInt64(network.arcRank[arc])) }
             }
         }
         arcMask = UnsafePointer(masks)
         load = arena.filled(shape.epSize, 0)
         base = arena.filled(shape.epSize, 0)
-        demand = arena.filled(nBundles, 0)
+        demand = arena.filled(network.nBundles, 0)
         x = arena.filled(network.nArcs, 0)
         quota = arena.filled(network.nPlaces, 0)
         incoming = arena.filled(shape.groupSize, 0)
@@ -115,7 +87,7 @@ struct SolverMemory {
         queue = arena.filled(shape.groupSize, 0)
         receivers = arena.filled(shape.groupSize, 0)
         distanceStart = arena.filled(shape.groupSize + 2, 0)
-        bundleDistance = arena.filled(nBundles, 0)
+        bundleDistance = arena.filled(network.nBundles, 0)
         adjacent = arena.filled(hasMasks ? shape.groupSize : 0, 0)
         results = arena.filled(shape.nGroups, GroupResult())
         witness = arena.filled(shape.nGroups * FlowSolver.witnessWords, 0)
@@ -123,47 +95,40 @@ struct SolverMemory {
 
     /// Fixed loads of the ranks, tokens of the bundles.
     func read(_ loads: UnsafePointer<Int64>) {
-        let base = base, demand = demand, expertBundle = expertBundle
-        base.update(repeating: 0, count: epSize)
-        demand.update(repeating: 0, count: nBundles)
-        var expert = 0
-        let end = nLogical
-        while expert < end {
+        let base = base, demand = demand, expertBundle = network.expertBundle
+        base.update(repeating: 0, count: network.shape.epSize)
+        demand.update(repeating: 0, count: network.nBundles)
+        for expert in 0..<network.shape.nLogical {
             let bundle = Int(expertBundle[expert])
             let target = bundle >= 0 ? demand + bundle : base + (-1 &- bundle)
             target.pointee &+= loads[expert]
-            expert &+= 1
         }
     }
 
     /// Tokens of the places from tokens of the arcs.
     func writeQuotas(_ loads: UnsafePointer<Int64>) {
-        let quota = quota, expertStart = expertStart, expertBundle = expertBundle
-        var expert = 0
-        let end = nLogical
-        while expert < end {
-            if expertBundle[expert] < 0 { quota[Int(expertStart[expert])] = loads[expert] }
-            expert &+= 1
-        }
-        for bundle in 0..<nBundles {
+        let quota = quota, expertStart = network.expertStart, expertBundle = network.expertBundle
+        for expert in 0..<network.shape.nLogical where expertBundle[expert] < 0 { quota[Int(expertStart[expert])] = loads[expert] }
+        let bundleStart = network.bundleStart, experts = network.bundleExpert, bundleExperts = network.bundleExperts
+        for bundle in 0..<network.nBundles {
             let arcs = x + Int(bundleStart[bundle])
             if bundleExperts == 1 {
-                let places = quota + Int(expertStart[Int(bundleExpert[bundle])])
+                let places = quota + Int(expertStart[Int(experts[bundle])])
                 let degree = Int(bundleStart[bundle + 1] &- bundleStart[bundle])
                 for j in 0..<degree { places[j] = arcs[j] }
             } else {
-                cut(loads, bundleExpert + bundle &* bundleExperts, copies: arcs[1], of: demand[bundle])
+                cut(loads, bundle &* bundleExperts, copies: arcs[1], of: demand[bundle])
             }
         }
     }
 
     /// Experts of a bundle of two places give to the second place, the copy, in proportion to their tokens, by rounded-down running sums.
-    private func cut(_ loads: UnsafePointer<Int64>, _ experts: UnsafePointer<Int32>, copies: Int64, of total: Int64) {
+    private func cut(_ loads: UnsafePointer<Int64>, _ first: Int, copies: Int64, of total: Int64) {
         var sum: Int64 = 0, before: Int64 = 0
         // Loads of 2^31 and more need the 128-bit product; the quotient is at most `copies`, so the wide division cannot overflow.
         let narrow = total < 1 << 31
-        for j in 0..<bundleExperts {
-            let expert = Int(experts[j])
+        for k in first..<first &+ network.bundleExperts {
+            let expert = Int(network.bundleExpert[k])
             sum &+= loads[expert]
             var upTo: Int64 = 0
             if total > 0 {
@@ -174,7 +139,7 @@ struct SolverMemory {
                     upTo = Int64(UInt64(total).dividingFullWidth(product).quotient)
                 }
             }
-            let places = quota + Int(expertStart[expert])
+            let places = quota + Int(network.expertStart[expert])
             places[1] = upTo &- before
             places[0] = loads[expert] &- (upTo &- before)
             before = upTo
