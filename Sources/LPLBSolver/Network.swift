@@ -68,15 +68,7 @@ public struct Network {
         return Int(bundleStart[bundles.lowerBound])..<Int(bundleStart[bundles.upperBound])
     }
     public func bundles(of group: Int) -> Range<Int> { Int(groupBundleStart[group])..<Int(groupBundleStart[group + 1]) }
-
-    /// The bundles of each colour of a group.
-    public func colours(of group: Int) -> [Range<Int>] {
-        var begin = Int(groupBundleStart[group])
-        return (Int(groupColourStart[group])..<Int(groupColourStart[group + 1])).map { colour in
-            defer { begin = Int(colourEnd[colour]) }
-            return begin..<Int(colourEnd[colour])
-        }
-    }
+    public func colours(of group: Int) -> Range<Int> { Int(groupColourStart[group])..<Int(groupColourStart[group + 1]) }
 }
 
 extension Network.Table {
