@@ -87,7 +87,7 @@ final class CudaBackend: PlannerBackend {
         if report == nil { try openReport() }
         let first = state.pointee.plan == nil
         if first { try open(network) }
-        let words = DeviceImage(shape: state.pointee.shape, layout: state.pointee.layout, network: network).words(digest: digest)
+        let words = DeviceImage.words(network, shape: state.pointee.shape, layout: state.pointee.layout, digest: digest)
         let error = words.withUnsafeBufferPointer { cuda.place(state, $0.baseAddress, stream) }
         if error != 0 {
             if first { cuda.close(state) }

@@ -75,7 +75,7 @@ public final class FlowSolver {
     /// Words of one group's witness.
     public static let witnessWords = Limits.maxRanks / 32
 
-    public let network: Network
+    public var network: Network { memory.network }
     /// [nPlaces]: tokens of each place, of the latest solve.
     public let quotas: UnsafePointer<Int64>
     /// [nGroups]
@@ -85,7 +85,6 @@ public final class FlowSolver {
     private let arena = Arena()
 
     public init(_ network: Network) {
-        self.network = network
         memory = SolverMemory(network, arena)
         quotas = UnsafePointer(memory.quota)
         results = UnsafePointer(memory.results)

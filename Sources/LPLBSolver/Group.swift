@@ -28,11 +28,11 @@ struct Group {
     var demand: UnsafeMutablePointer<Int64> { memory.demand }
     var x: UnsafeMutablePointer<Int64> { memory.x }
     var incoming: UnsafeMutablePointer<Int64> { memory.incoming }
-    var bundleStart: UnsafePointer<Int32> { memory.bundleStart }
-    var arcRank: UnsafePointer<Int32> { memory.arcRank }
-    var arcBundle: UnsafePointer<Int32> { memory.arcBundle }
+    var bundleStart: Network.Table { memory.network.bundleStart }
+    var arcRank: Network.Table { memory.network.arcRank }
+    var arcBundle: Network.Table { memory.network.arcBundle }
     var arcMask: UnsafePointer<UInt64> { memory.arcMask }
-    var rankArc: UnsafePointer<Int32> { memory.rankArc }
+    var rankArc: Network.Table { memory.network.rankArc }
     var adjacent: UnsafeMutablePointer<UInt64> { memory.adjacent }
     var distance: UnsafeMutablePointer<Int32> { memory.distance }
     var bundleDistance: UnsafeMutablePointer<Int32> { memory.bundleDistance }
@@ -42,15 +42,15 @@ struct Group {
 
     @inline(__always)
     init(_ memory: SolverMemory, _ index: Int) {
-        let firstRank = index &* memory.groupSize
+        let network = memory.network, bundles = network.bundles(of: index)
         self.memory = memory
-        size = memory.groupSize
-        firstBundle = Int(memory.groupBundleStart[index])
-        endBundle = Int(memory.groupBundleStart[index &+ 1])
-        sweeps = memory.groupColourStart[index] < memory.groupColourStart[index &+ 1]
+        size = network.shape.groupSize
+        (firstBundle, endBundle) = (bundles.lowerBound, bundles.upperBound)
+        sweeps = network.groupColourStart[index] < network.groupColourStart[index &+ 1]
+        let firstRank = index &* size
         load = memory.load + firstRank
         base = memory.base + firstRank
-        rankStart = memory.rankStart + firstRank
+        rankStart = network.rankStart.baseAddress! + firstRank
         witness = RankSet(words: memory.witness + index &* FlowSolver.witnessWords, size: size)
     }
 

@@ -2,156 +2,163 @@
 
 import LPLBTopology
 
+/// Where a table is written before the network shows it.
+private typealias Words = UnsafeMutableBufferPointer<Int32>
+
 extension Network {
     public init(_ placement: Placement) {
         shape = placement.shape
         nRedundant = placement.topology?.nRedundant ?? 0
+        bundleExperts = max(placement.combined, 1)
         addPlaces(placement)
         addBundles(placement, first: coloured(firstExperts(placement)))
-        addRanks()
         addClasses(placement)
     }
 
+    private func words(_ count: Int, _ value: Int32 = 0) -> Words { Words(start: arena.filled(count, value), count: count) }
+
+    /// Goes through the replicas by expert. Those of an expert that share a rank are neighbours.
     private mutating func addPlaces(_ placement: Placement) {
-        let nLocal = Int32(shape.nLocal), nLogical = shape.nLogical
-        let replicaStart = placement.replicaStart, replicaSlot = placement.replicaSlot
-        var starts = [Int32](repeating: 0, count: nLogical + 1)
-        var slots = replicaSlot, ranks = replicaSlot
-        var latest = [Int32](repeating: -1, count: shape.epSize)  // the latest expert with a place on each rank
-        var count = 0
-        for expert in 0..<nLogical {
-            starts[expert] = Int32(truncatingIfNeeded: count)
-            for replica in Int(replicaStart[expert])..<Int(replicaStart[expert + 1]) {
-                let slot = replicaSlot[replica]
-                let rank = slot / nLocal
-                if latest[Int(rank)] == Int32(truncatingIfNeeded: expert) { continue }
-                latest[Int(rank)] = Int32(truncatingIfNeeded: expert)
-                slots[count] = slot
-                ranks[count] = rank
-                count += 1
-            }
+        let phy2log = placement.phy2log, replicaSlot = placement.replicaSlot, nLocal = Int32(shape.nLocal)
+        let starts = words(shape.nLogical + 1), slots = words(shape.nPhysical), ranks = words(shape.nPhysical)
+        let bundles = words(shape.nLogical)
+        var count: Int32 = 0, latestExpert: Int32 = -1, latestRank: Int32 = -1
+        for slot in replicaSlot {
+            let expert = phy2log[Int(slot)], rank = slot / nLocal
+            slots[Int(count)] = slot
+            ranks[Int(count)] = rank
+            count &+= expert == latestExpert && rank == latestRank ? 0 : 1
+            starts[Int(expert) &+ 1] = count
+            bundles[Int(expert)] = -1 &- rank
+            (latestExpert, latestRank) = (expert, rank)
         }
-        starts[nLogical] = Int32(truncatingIfNeeded: count)
-        slots.removeLast(slots.count - count)
-        ranks.removeLast(ranks.count - count)
-        (expertStart, placeSlot, placeRank) = (starts, slots, ranks)
+        (expertStart, expertBundle) = (Table(starts), Table(bundles))
+        (placeSlot, placeRank) = (Table(rebasing: slots[..<Int(count)]), Table(rebasing: ranks[..<Int(count)]))
     }
 
     // MARK: Bundles
 
     /// The first expert of each bundle, in the order of their original slots, hence by group. Sets `groupBundleStart`.
-    private mutating func firstExperts(_ placement: Placement) -> [Int32] {
-        let columns = placement.topology?.nRedundant ?? shape.nLocal
-        var experts: [Int32] = []
-        experts.reserveCapacity(shape.nPhysical - shape.nLogical)
-        let phy2log = placement.phy2log, expertStart = expertStart, placeSlot = placeSlot, nLocal = shape.nLocal
+    private mutating func firstExperts(_ placement: Placement) -> Table {
+        let phy2log = placement.phy2log, nLocal = shape.nLocal, columns = placement.topology?.nRedundant ?? nLocal
+        let experts = words(shape.nPhysical - shape.nLogical + 1), groupStarts = words(shape.nGroups + 1)
+        var count = 0
         for rank in 0..<shape.epSize {
-            if rank % shape.groupSize == 0 { groupBundleStart.append(Int32(experts.count)) }
-            for slot in rank * nLocal..<rank * nLocal + columns {
-                let expert = Int(phy2log[slot])
-                let first = Int(expertStart[expert])
-                if Int(expertStart[expert + 1]) - first > 1 && Int(placeSlot[first]) == slot { experts.append(Int32(expert)) }
+            for slot in rank &* nLocal..<rank &* nLocal &+ columns {
+                let expert = Int(phy2log[slot]), first = Int(expertStart[expert])
+                experts[count] = phy2log[slot]
+                count &+= expertStart[expert &+ 1] &- expertStart[expert] > 1 && placeSlot[first] == slot ? 1 : 0
             }
+            groupStarts[rank / shape.groupSize &+ 1] = Int32(truncatingIfNeeded: count)
         }
-        groupBundleStart.append(Int32(experts.count))
-        return experts
+        groupBundleStart = Table(groupStarts)
+        return Table(rebasing: experts[..<count])
     }
 
     /// Finds the groups that sweep, and orders their bundles by colour.
-    private mutating func coloured(_ experts: [Int32]) -> [Int32] {
-        var ordered: [Int32] = []
-        ordered.reserveCapacity(experts.count)
-        var used = [UInt16](repeating: 0, count: shape.epSize)  // colours of the bundles on each rank so far
+    private mutating func coloured(_ experts: Table) -> Table {
+        let ordered = words(experts.count), groupStarts = words(shape.nGroups + 1), colours = words(experts.count)
+        let ends = words(min(Network.maxColours * shape.nGroups, experts.count + Network.maxColours))
+        let used = arena.filled(shape.epSize, UInt16(0))  // colours of the bundles on each rank so far
+        var count = 0
         for group in 0..<shape.nGroups {
-            groupColourStart.append(Int32(colourEnd.count))
-            let bundles = bundles(of: group)
-            guard let colours = greedyColours(experts[bundles], &used) else {
-                ordered += experts[bundles]
-                continue
+            let bundles = bundles(of: group), ends = Words(rebasing: ends[count...])
+            if colour(experts, bundles, colours, ends, used) {
+                // Counts become the starts of the ranges; filling them turns the starts into ends.
+                var end = Int32(truncatingIfNeeded: bundles.lowerBound), colour = 0
+                while end < bundles.upperBound {
+                    (ends[colour], end) = (end, end &+ ends[colour])
+                    colour &+= 1
+                }
+                count &+= colour
+                for bundle in bundles {
+                    let colour = Int(colours[bundle])
+                    ordered[Int(ends[colour])] = experts[bundle]
+                    ends[colour] &+= 1
+                }
+            } else {
+                for colour in 0..<Network.maxColours { ends[colour] = 0 }
+                for bundle in bundles { ordered[bundle] = experts[bundle] }
             }
-            var colour: UInt16 = 0
-            while ordered.count < bundles.upperBound {
-                for (expert, its) in zip(experts[bundles], colours) where its == colour { ordered.append(expert) }
-                colourEnd.append(Int32(ordered.count))
-                colour += 1
-            }
+            groupStarts[group &+ 1] = Int32(truncatingIfNeeded: count)
         }
-        groupColourStart.append(Int32(colourEnd.count))
-        return ordered
+        (groupColourStart, colourEnd) = (Table(groupStarts), Table(rebasing: ends[..<count]))
+        return Table(ordered)
     }
 
-    /// Each bundle takes the smallest colour that no earlier bundle on one of its ranks has. nil: the group does not sweep.
-    private func greedyColours(_ experts: ArraySlice<Int32>, _ used: inout [UInt16]) -> [UInt16]? {
-        var colours: [UInt16] = []
-        for expert in experts {
-            let places = places(of: Int(expert))
-            guard places.count == 2 else { return nil }
+    /// Each bundle takes the smallest colour that no earlier bundle on one of its ranks has. Counts them. False: the group does not sweep.
+    private func colour(
+        _ experts: Table, _ bundles: Range<Int>, _ colours: Words, _ counts: Words, _ used: UnsafeMutablePointer<UInt16>
+    ) -> Bool {
+        for bundle in bundles {
+            let places = places(of: Int(experts[bundle]))
+            guard places.count == 2 else { return false }
             let a = Int(placeRank[places.lowerBound]), b = Int(placeRank[places.lowerBound + 1])
             let colour = (~(used[a] | used[b])).trailingZeroBitCount
-            guard colour < Network.maxColours else { return nil }
-            used[a] |= 1 << UInt16(colour)
-            used[b] |= 1 << UInt16(colour)
-            colours.append(UInt16(colour))
+            guard colour < Network.maxColours else { return false }
+            used[a] |= 1 &<< UInt16(colour)
+            used[b] |= 1 &<< UInt16(colour)
+            colours[bundle] = Int32(truncatingIfNeeded: colour)
+            counts[colour] &+= 1
         }
-        return colours
+        return true
     }
 
-    private mutating func addBundles(_ placement: Placement, first experts: [Int32]) {
-        let combined = max(placement.combined, 1), nBundles = experts.count
-        let phy2log = placement.phy2log, expertStart = expertStart, placeSlot = placeSlot, placeRank = placeRank
+    private mutating func addBundles(_ placement: Placement, first experts: Table) {
+        let phy2log = placement.phy2log, nBundles = experts.count, groupSize = Int32(shape.groupSize)
         // All experts of a bundle have its places, those in no bundle one each.
-        let nArcs = (nPlaces - shape.nLogical + nBundles * combined) / combined
-        var bundleOf = [Int32](repeating: 0, count: shape.nLogical)
-        for expert in 0..<shape.nLogical { bundleOf[expert] = -1 - placeRank[Int(expertStart[expert])] }
-        var members = [Int32](repeating: 0, count: nBundles * combined)
-        var starts = [Int32](repeating: 0, count: nBundles + 1)
-        var ranks = [Int32](repeating: 0, count: nArcs), bundles = ranks
+        let nArcs = (nPlaces - shape.nLogical + nBundles * bundleExperts) / bundleExperts
+        let members = words(nBundles * bundleExperts), starts = words(nBundles + 1), ranks = words(nArcs), bundles = words(nArcs)
+        let bundleOf = Words(mutating: expertBundle), rankStarts = words(shape.epSize + 2)
         var arc = 0
         for bundle in 0..<nBundles {
-            let first = Int(experts[bundle])
-            let places = Int(expertStart[first])..<Int(expertStart[first + 1])
-            for j in 0..<combined {
-                let expert = phy2log[Int(placeSlot[places.lowerBound]) + j * nRedundant]
-                members[bundle * combined + j] = expert
+            let places = places(of: Int(experts[bundle])), slot = Int(placeSlot[places.lowerBound])
+            for j in 0..<bundleExperts {
+                let expert = phy2log[slot &+ j &* nRedundant]
+                members[bundle &* bundleExperts &+ j] = expert
                 bundleOf[Int(expert)] = Int32(truncatingIfNeeded: bundle)
             }
             for place in places {
-                ranks[arc] = placeRank[place]
+                ranks[arc] = placeRank[place] % groupSize
                 bundles[arc] = Int32(truncatingIfNeeded: bundle)
-                arc += 1
+                rankStarts[Int(placeRank[place]) &+ 2] &+= 1
+                arc &+= 1
             }
-            starts[bundle + 1] = Int32(truncatingIfNeeded: arc)
+            starts[bundle &+ 1] = Int32(truncatingIfNeeded: arc)
         }
-        (expertBundle, bundleExpert, bundleStart, arcRank, arcBundle) = (bundleOf, members, starts, ranks, bundles)
-        bundleExpertStart = (0...nBundles).map { Int32(truncatingIfNeeded: $0 * combined) }
+        (bundleExpert, bundleStart) = (Table(members), Table(starts))
+        (arcRank, arcBundle) = (Table(ranks), Table(bundles))
+        addRanks(rankStarts)
     }
 
     // MARK: Ranks and slot classes
 
-    private mutating func addRanks() {
-        var ends = [Int32](repeating: 0, count: shape.epSize + 1)
-        for rank in arcRank { ends[Int(rank)] += 1 }
-        for rank in 0..<shape.epSize { ends[rank + 1] += ends[rank] }
-        // Filling from the back turns the ends into starts and keeps the arcs of a rank ascending.
-        var arcs = arcRank
-        let ranks = arcRank
-        for arc in ranks.indices.reversed() {
-            let rank = Int(ranks[arc]), entry = ends[rank] - 1
-            ends[rank] = entry
-            arcs[Int(entry)] = Int32(truncatingIfNeeded: arc)
+    /// - Parameter starts: [epSize + 2], the arcs of rank r at r + 2.
+    private mutating func addRanks(_ starts: Words) {
+        for rank in 0..<shape.epSize { starts[rank &+ 2] &+= starts[rank &+ 1] }
+        // Now the start of rank r is at r + 1. Filling turns it into the end of r, which is the start of r + 1.
+        let arcs = words(nArcs)
+        for group in 0..<shape.nGroups {
+            let starts = Words(rebasing: starts[(group &* shape.groupSize &+ 1)...])
+            for arc in self.arcs(ofGroup: group) {
+                let rank = Int(arcRank[arc])
+                arcs[Int(starts[rank])] = Int32(truncatingIfNeeded: arc)
+                starts[rank] &+= 1
+            }
         }
-        (rankStart, rankArc) = (ends, arcs)
+        (rankStart, rankArc) = (Table(rebasing: starts[..<(shape.epSize + 1)]), Table(arcs))
     }
 
     private mutating func addClasses(_ placement: Placement) {
-        expertClass = [Int32](repeating: -1, count: shape.nLogical)
-        expertCopy = expertClass
+        let classes = words(shape.nLogical, -1), copies = words(shape.nLogical, -1)
+        let phy2log = placement.phy2log, starts = placement.replicaStart, slots = placement.replicaSlot
         for rank in 0..<shape.epSize {
             for offset in 0..<placement.combined * nRedundant {
-                let expert = Int(placement.phy2log[rank * shape.nLocal + offset])
-                expertClass[expert] = Int32(rank * nRedundant + offset % nRedundant)
-                expertCopy[expert] = placement.replicaSlot[Int(placement.replicaStart[expert]) + 1]
+                let expert = Int(phy2log[rank * shape.nLocal + offset])
+                classes[expert] = Int32(truncatingIfNeeded: rank * nRedundant + offset % nRedundant)
+                copies[expert] = slots[Int(starts[expert]) + 1]
             }
         }
+        (expertClass, expertCopy) = (Table(classes), Table(copies))
     }
 }

@@ -2,47 +2,41 @@
 
 import LPLBTopology
 
-/// Buffers at addresses that stay, for hot loops: reading them pays neither for bounds nor for classes. All end with the arena.
+/// Memory at addresses that stay, for hot loops: reading it pays neither for bounds nor for classes. All of it ends with the arena.
 final class Arena {
-    private var blocks: [UnsafeMutableRawPointer] = []
+    /// Most arenas need one block. Larger arrays get a block of their own.
+    private static let blockBytes = 1 << 14, alignment = 16
+    /// The latest block. Its first word leads to the one before.
+    private var block: UnsafeMutableRawPointer?
+    private var used = 0, size = 0
 
-    init() { blocks.reserveCapacity(32) }
-
-    deinit { for block in blocks { block.deallocate() } }
+    deinit {
+        while let last = block {
+            block = last.load(as: UnsafeMutableRawPointer?.self)
+            last.deallocate()
+        }
+    }
 
     func filled<T: BitwiseCopyable>(_ count: Int, _ value: T) -> UnsafeMutablePointer<T> {
-        let memory = UnsafeMutablePointer<T>.allocate(capacity: max(count, 1))
-        memory.initialize(repeating: value, count: max(count, 1))
-        blocks.append(UnsafeMutableRawPointer(memory))
+        let bytes = (count &* MemoryLayout<T>.stride &+ Arena.alignment &- 1) & ~(Arena.alignment &- 1)
+        if block == nil || size &- used < bytes { addBlock(bytes) }
+        let memory = (block! + used).bindMemory(to: T.self, capacity: count)
+        memory.initialize(repeating: value, count: count)
+        used &+= bytes
         return memory
     }
 
-    func copy<T: BitwiseCopyable>(_ array: [T]) -> UnsafePointer<T> {
-        let memory = UnsafeMutablePointer<T>.allocate(capacity: max(array.count, 1))
-        _ = UnsafeMutableBufferPointer(start: memory, count: array.count).initialize(from: array)
-        blocks.append(UnsafeMutableRawPointer(memory))
-        return UnsafePointer(memory)
+    private func addBlock(_ bytes: Int) {
+        size = max(bytes &+ Arena.alignment, Arena.blockBytes)
+        let new = UnsafeMutableRawPointer.allocate(byteCount: size, alignment: Arena.alignment)
+        new.storeBytes(of: block, as: UnsafeMutableRawPointer?.self)
+        (block, used) = (new, Arena.alignment)
     }
 }
 
-/// The memory of a FlowSolver: arrays of its network, under their names there, and what a solve writes. A struct of pointers.
+/// The memory of a FlowSolver: its network, and what a solve writes.
 struct SolverMemory {
-    let nLogical: Int
-    let epSize: Int
-    let groupSize: Int
-    let nBundles: Int
-    let expertStart: UnsafePointer<Int32>
-    let expertBundle: UnsafePointer<Int32>
-    let bundleExpertStart: UnsafePointer<Int32>
-    let bundleExpert: UnsafePointer<Int32>
-    let bundleStart: UnsafePointer<Int32>
-    let arcBundle: UnsafePointer<Int32>
-    let groupBundleStart: UnsafePointer<Int32>
-    let groupColourStart: UnsafePointer<Int32>
-    let rankStart: UnsafePointer<Int32>
-    let rankArc: UnsafePointer<Int32>
-    /// [nArcs] rank of an arc, counted within its group.
-    let arcRank: UnsafePointer<Int32>
+    let network: Network
     /// [nArcs] ranks of the bundle's other arcs as bits; only if a group has at most 64 ranks.
     let arcMask: UnsafePointer<UInt64>
 
@@ -72,34 +66,20 @@ struct SolverMemory {
 
     init(_ network: Network, _ arena: Arena) {
         let shape = network.shape
-        nLogical = shape.nLogical
-        epSize = shape.epSize
-        groupSize = shape.groupSize
-        nBundles = network.nBundles
-        expertStart = arena.copy(network.expertStart)
-        expertBundle = arena.copy(network.expertBundle)
-        bundleExpertStart = arena.copy(network.bundleExpertStart)
-        bundleExpert = arena.copy(network.bundleExpert)
-        bundleStart = arena.copy(network.bundleStart)
-        arcBundle = arena.copy(network.arcBundle)
-        groupBundleStart = arena.copy(network.groupBundleStart)
-        groupColourStart = arena.copy(network.groupColourStart)
-        rankStart = arena.copy(network.rankStart)
-        rankArc = arena.copy(network.rankArc)
+        self.network = network
         let hasMasks = shape.groupSize <= Group.maskRanks
-        let ranks = arena.copy(network.arcRank.map { $0 % Int32(shape.groupSize) })
         let masks = arena.filled(hasMasks ? network.nArcs : 0, UInt64(0))
         if hasMasks {
-            for bundle in 0..<nBundles {
-                let arcs = network.arcs(of: bundle)
-                let all = arcs.reduce(UInt64(0)) { $0 | 1 << UInt64(ranks[$1]) }
-                for arc in arcs { masks[arc] = all & ~(1 << UInt64(ranks[arc])) }
+            for bundle in 0..<network.nBundles {
+                var all: UInt64 = 0
+                for arc in network.arcs(of: bundle) { all |= 1 &<< UInt64(network.arcRank[arc]) }
+                for arc in network.arcs(of: bundle) { masks[arc] = all & ~(1 &<< UInt64(network.arcRank[arc])) }
             }
         }
-        (arcRank, arcMask) = (ranks, UnsafePointer(masks))
+        arcMask = UnsafePointer(masks)
         load = arena.filled(shape.epSize, 0)
         base = arena.filled(shape.epSize, 0)
-        demand = arena.filled(nBundles, 0)
+        demand = arena.filled(network.nBundles, 0)
         x = arena.filled(network.nArcs, 0)
         quota = arena.filled(network.nPlaces, 0)
         incoming = arena.filled(shape.groupSize, 0)
@@ -107,7 +87,7 @@ struct SolverMemory {
         queue = arena.filled(shape.groupSize, 0)
         receivers = arena.filled(shape.groupSize, 0)
         distanceStart = arena.filled(shape.groupSize + 2, 0)
-        bundleDistance = arena.filled(nBundles, 0)
+        bundleDistance = arena.filled(network.nBundles, 0)
         adjacent = arena.filled(hasMasks ? shape.groupSize : 0, 0)
         results = arena.filled(shape.nGroups, GroupResult())
         witness = arena.filled(shape.nGroups * FlowSolver.witnessWords, 0)
@@ -115,48 +95,40 @@ struct SolverMemory {
 
     /// Fixed loads of the ranks, tokens of the bundles.
     func read(_ loads: UnsafePointer<Int64>) {
-        let base = base, demand = demand, expertBundle = expertBundle
-        base.update(repeating: 0, count: epSize)
-        demand.update(repeating: 0, count: nBundles)
-        var expert = 0
-        let end = nLogical
-        while expert < end {
+        let base = base, demand = demand, expertBundle = network.expertBundle
+        base.update(repeating: 0, count: network.shape.epSize)
+        demand.update(repeating: 0, count: network.nBundles)
+        for expert in 0..<network.shape.nLogical {
             let bundle = Int(expertBundle[expert])
             let target = bundle >= 0 ? demand + bundle : base + (-1 &- bundle)
             target.pointee &+= loads[expert]
-            expert &+= 1
         }
     }
 
     /// Tokens of the places from tokens of the arcs.
     func writeQuotas(_ loads: UnsafePointer<Int64>) {
-        let quota = quota, expertStart = expertStart, expertBundle = expertBundle
-        var expert = 0
-        let end = nLogical
-        while expert < end {
-            if expertBundle[expert] < 0 { quota[Int(expertStart[expert])] = loads[expert] }
-            expert &+= 1
-        }
-        for bundle in 0..<nBundles {
-            let first = Int(bundleExpertStart[bundle]), last = Int(bundleExpertStart[bundle + 1])
+        let quota = quota, expertStart = network.expertStart, expertBundle = network.expertBundle
+        for expert in 0..<network.shape.nLogical where expertBundle[expert] < 0 { quota[Int(expertStart[expert])] = loads[expert] }
+        let bundleStart = network.bundleStart, experts = network.bundleExpert, bundleExperts = network.bundleExperts
+        for bundle in 0..<network.nBundles {
             let arcs = x + Int(bundleStart[bundle])
-            if last &- first == 1 {
-                let places = quota + Int(expertStart[Int(bundleExpert[first])])
+            if bundleExperts == 1 {
+                let places = quota + Int(expertStart[Int(experts[bundle])])
                 let degree = Int(bundleStart[bundle + 1] &- bundleStart[bundle])
                 for j in 0..<degree { places[j] = arcs[j] }
             } else {
-                cut(loads, first, last, copies: arcs[1], of: demand[bundle])
+                cut(loads, bundle &* bundleExperts, copies: arcs[1], of: demand[bundle])
             }
         }
     }
 
     /// Experts of a bundle of two places give to the second place, the copy, in proportion to their tokens, by rounded-down running sums.
-    private func cut(_ loads: UnsafePointer<Int64>, _ first: Int, _ last: Int, copies: Int64, of total: Int64) {
+    private func cut(_ loads: UnsafePointer<Int64>, _ first: Int, copies: Int64, of total: Int64) {
         var sum: Int64 = 0, before: Int64 = 0
         // Loads of 2^31 and more need the 128-bit product; the quotient is at most `copies`, so the wide division cannot overflow.
         let narrow = total < 1 << 31
-        for k in first..<last {
-            let expert = Int(bundleExpert[k])
+        for k in first..<first &+ network.bundleExperts {
+            let expert = Int(network.bundleExpert[k])
             sum &+= loads[expert]
             var upTo: Int64 = 0
             if total > 0 {
@@ -167,7 +139,7 @@ struct SolverMemory {
                     upTo = Int64(UInt64(total).dividingFullWidth(product).quotient)
                 }
             }
-            let places = quota + Int(expertStart[expert])
+            let places = quota + Int(network.expertStart[expert])
             places[1] = upTo &- before
             places[0] = loads[expert] &- (upTo &- before)
             before = upTo

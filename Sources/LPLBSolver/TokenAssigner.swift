@@ -26,8 +26,7 @@ public final class TokenAssigner {
     private let nLogical: Int
     private let nPlaces: Int
     private let ranksPerNode: Int
-    private let expertStart: UnsafePointer<Int32>
-    private let placeRank: UnsafePointer<Int32>
+    private let network: Network
 
     /// Words from one source's counts to the next one's, of the latest `sum`.
     private var width: Int
@@ -51,8 +50,7 @@ public final class TokenAssigner {
         nLogical = shape.nLogical
         nPlaces = network.nPlaces
         ranksPerNode = shape.ranksPerNode
-        expertStart = arena.copy(network.expertStart)
-        placeRank = arena.copy(network.placeRank)
+        self.network = network
         width = nLogical
         sums = arena.filled(nLogical, 0)
         taken = arena.filled(nPlaces, 0)
@@ -114,7 +112,7 @@ public final class TokenAssigner {
         if let source, sources > 1 {
             let row = counts + source &* width
             for expert in 0..<nLogical {
-                let first = Int(expertStart[expert]), end = Int(expertStart[expert &+ 1])
+                let first = Int(network.expertStart[expert]), end = Int(network.expertStart[expert &+ 1])
                 let tokens = Int64(truncatingIfNeeded: row[expert])
                 if end &- first == 1 {
                     taken[first] = tokens
@@ -133,7 +131,7 @@ public final class TokenAssigner {
     private func distributeExpert<T: FixedWidthInteger>(
         _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ quotas: UnsafePointer<Int64>, _ source: Int
     ) {
-        let rankOf = placeRank, width = width, perNode = ranksPerNode
+        let rankOf = network.placeRank, width = width, perNode = ranksPerNode
         for place in first..<end { taken[place] = 0 }
         if tokens == 0 { return }
 
@@ -184,7 +182,7 @@ public final class TokenAssigner {
         _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ position: Int64,
         _ quotas: UnsafePointer<Int64>, _ ownNode: Int
     ) {
-        let rankOf = placeRank, width = width, perNode = ranksPerNode
+        let rankOf = network.placeRank, width = width, perNode = ranksPerNode
         var position = position
         for place in first..<end {
             let node = Int(rankOf[place]) / perNode
@@ -221,7 +219,7 @@ public final class TokenAssigner {
     private func measure() {
         (onOwnRank, onOwnNode, onOtherNodes) = (0, 0, 0)
         guard let source else { return }
-        let rankOf = placeRank, perNode = ranksPerNode
+        let rankOf = network.placeRank, perNode = ranksPerNode
         let first = source &- source % perNode
         var rank: Int64 = 0, node: Int64 = 0, all: Int64 = 0
         for place in 0..<nPlaces {

@@ -161,7 +161,7 @@ public final class TokenMapper {
 
     /// Goes on to the first place of `place ..< end` that takes tokens, or for good to the expert's first place.
     private func advance(
-        _ expert: Int, _ place: Int, _ first: Int, _ end: Int, _ slots: [Int32], _ take: UnsafePointer<Int64>
+        _ expert: Int, _ place: Int, _ first: Int, _ end: Int, _ slots: Network.Table, _ take: UnsafePointer<Int64>
     ) {
         var place = place
         while place < end && take[place] <= 0 { place &+= 1 }

@@ -35,7 +35,7 @@ import Testing
         (of.ep_size, of.group_size, of.n_groups, of.n_nodes, of.n_logical, of.n_physical) = (4, 2, 2, 1, 5, 8)
         (of.rank, of.bundle_experts, of.max_bundles, of.max_arcs) = (-1, 1, 2, 4)
         let at = withUnsafePointer(to: of) { lplbk_layout_of($0) }
-        let words = DeviceImage(shape: of, layout: at, network: network).words(digest: 7)
+        let words = DeviceImage.words(network, shape: of, layout: at, digest: 7)
         func section(_ start: Int32, _ count: Int) -> [Int32] { Array(words[Int(start)..<Int(start) + count]) }
 
         #expect(words.count == Int(at.words) && section(at.digest, 1) == [7])
@@ -69,7 +69,7 @@ import Testing
         (of.ep_size, of.group_size, of.n_groups, of.n_nodes, of.n_logical, of.n_physical) = (2, 2, 1, 1, 4, 6)
         (of.rank, of.n_redundant, of.bundle_experts, of.colours, of.max_bundles, of.max_arcs) = (-1, 1, 1, 2, 2, 4)
         let at = withUnsafePointer(to: of) { lplbk_layout_of($0) }
-        let words = DeviceImage(shape: of, layout: at, network: network).words(digest: 7)
+        let words = DeviceImage.words(network, shape: of, layout: at, digest: 7)
         func section(_ start: Int32, _ count: Int) -> [Int32] { Array(words[Int(start)..<Int(start) + count]) }
 
         let alone = entry(2, -1, 1) + entry(0, -2, 4)
