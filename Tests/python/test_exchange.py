@@ -186,6 +186,9 @@ def test_deep_ep_buffers_are_known_by_what_they_have():
     ({"policy": "shrug"}, "policy: must be one of trap, report, got 'shrug'"),
     ({"timeout": -1.0}, "timeout: must lie in 0 ... 2,000,000 seconds, got -1.0"),
     ({"n_counts": 0}, "n_counts: must be at least 1, got 0"),
+    ({"first_epoch": -1}, "first_epoch: must be at least 0, got -1"),
+    ({"first_epoch": 2**64 + 1}, f"first_epoch: must be at most {2**32 - 1}, got {2**64 + 1}"),  # ctypes would make it 1
+    ({"first_epoch": 1.0}, "first_epoch: must be an integer, got 1.0"),
     ({"device": "xpu"}, "device: must be 'cpu' or a CUDA device, got 'xpu'"),
 ])
 def test_arguments_are_refused_before_anybody_is_asked(arguments, words):

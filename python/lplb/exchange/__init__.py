@@ -67,6 +67,7 @@ def create(group: Any, device: Any, n_counts: int, kind: str = "auto", *, n_node
         raise broken_rule("kind", f"must be one of {', '.join(KINDS)}", repr(kind))
     if n_nodes is not None:
         n_nodes = integer("n_nodes", n_nodes, 1)
+    first_epoch = integer("first_epoch", first_epoch, 0, 2**32 - 1)
     check_rail(rail), policy_number(policy), timeout_ms(timeout)
     with on_device(ordinal):
         return _Maker(group, ordinal, n_counts, kind, n_nodes, rail, timeout, policy, first_epoch).make()
