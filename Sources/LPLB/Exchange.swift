@@ -1,4 +1,4 @@
-// The object behind an lplb_exchange handle: one rank's side of the exchange of counts. The protocol is in cuda/exchange_kernels.h.
+// The object behind an lplb_exchange handle: one rank's side of the exchange of counts. The protocol is in cuda/exchange_view.h.
 
 import CLPLB
 import CLPLBKernels
