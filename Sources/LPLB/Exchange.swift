@@ -245,6 +245,7 @@ final class Exchange {
     /// What ended the exchange, as far as it is known. Reads host memory only, from any thread.
     func report() -> lplb_exchange_report {
         var report = lplb_exchange_report()
+        report.struct_size = Int64(MemoryLayout<lplb_exchange_report>.size)  // for the rail, which may know another version
         report.rank = Int32(settings.rank)
         (report.peer, report.peer_node) = (-1, -1)
         let page = host.map { lplbk_report_read(lplbk_exchange_report_of($0)) } ?? lplbk_report()
