@@ -474,7 +474,7 @@ typedef struct lplb_connect_config {
  *   LPLB_ERROR_INVALID_ARGUMENT   a rank's config breaks a rule
  * On this rank alone perhaps: LPLB_ERROR_PEER_LOST where `gather` failed. Then *exchange may be one of which only destroy is left, once no
  * rank is in this call any more, since its memory may still be written until then; after the other failures it is NULL and nothing is left.
- * config and gather are needed on every rank: without them, or with a wrong n_ranks or rank, this rank fails and meets nobody.
+ * A rank that is called without config, exchange or gather, or with a wrong struct_size, n_ranks or rank, fails and meets nobody.
  * Host, synchronous, allocates, uses the device's default stream.
  */
 lplb_status lplb_exchange_connect(const lplb_connect_config *config, lplb_exchange **exchange, char *message, int64_t message_size);
