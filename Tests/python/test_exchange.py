@@ -129,6 +129,14 @@ def test_an_exception_on_one_rank_leaves_nothing_behind(ranks):
             assert ended["before"] == [] and ended["done"] == [*kept, "rail connected, alone"]
 
 
+def test_who_asks_again_while_the_others_are_connecting_is_told(ranks):
+    words = "Disagreement: group: all ranks must make the same calls in the same order, but rank "
+    for rank, seen in enumerate(ranks):
+        assert seen["interrupted, and asked again"] == (
+            ["KeyboardInterrupt: ", words + "0 maps and tries an exchange where this one sets up an exchange"] if rank == 2
+            else [words + "2 sets up an exchange where this one maps and tries an exchange"])
+
+
 def test_asking_for_nvshmem_changes_nothing():
     environment = dict(os.environ)
     assert not _rail.nvshmem_is_running()
