@@ -166,7 +166,7 @@ lplb_status lplb_planner_logcnt(lplb_planner *planner, int32_t *logcnt, int64_t 
 
 /*
  * Ranks that plan together must have equal sizes, topology, solver, number, placement and history. Two things see to it:
- *   - lplb_agree, before the planners are created: one gather of a few hundred bytes compares the settings, and says how the ranks lie
+ *   - lplb_agree, before the planners are created: one gather of 1 KiB from each rank compares the settings, and says how the ranks lie
  *     on hosts.
  *   - The digest, at every exchange: a planner's digest is a number made from its settings and its placement, and, once an exchange is
  *     attached, from how many planners were attached to that exchange before it. It travels as the last count of every row, and whoever
