@@ -1,4 +1,4 @@
-// The exchange of counts among ranks: the stand-alone kernel, and the memory, handles and launches behind exchange_kernels.h.
+// The exchange of counts among ranks: the stand-alone kernel, and the memory, handles and launches behind kernels.h.
 #include <cuda_runtime.h>
 #include <stdio.h>
 #include <string.h>

@@ -166,7 +166,7 @@ lplb_status lplb_planner_logcnt(lplb_planner *planner, int32_t *logcnt, int64_t 
 
 /*
  * Ranks that plan together must have equal sizes, topology, solver, number, placement and history. Two things see to it:
- *   - lplb_agree, before the planners are created: one gather of a few hundred bytes compares the settings, and says how the ranks lie
+ *   - lplb_agree, before the planners are created: one gather of 1 KiB from each rank compares the settings, and says how the ranks lie
  *     on hosts.
  *   - The digest, at every exchange: a planner's digest is a number made from its settings and its placement, and, once an exchange is
  *     attached, from how many planners were attached to that exchange before it. It travels as the last count of every row, and whoever
@@ -474,7 +474,7 @@ typedef struct lplb_connect_config {
  *   LPLB_ERROR_INVALID_ARGUMENT   a rank's config breaks a rule
  * On this rank alone perhaps: LPLB_ERROR_PEER_LOST where `gather` failed. Then *exchange may be one of which only destroy is left, once no
  * rank is in this call any more, since its memory may still be written until then; after the other failures it is NULL and nothing is left.
- * config and gather are needed on every rank: without them, or with a wrong n_ranks or rank, this rank fails and meets nobody.
+ * A rank that is called without config, exchange or gather, or with a wrong struct_size, n_ranks or rank, fails and meets nobody.
  * Host, synchronous, allocates, uses the device's default stream.
  */
 lplb_status lplb_exchange_connect(const lplb_connect_config *config, lplb_exchange **exchange, char *message, int64_t message_size);

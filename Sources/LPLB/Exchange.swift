@@ -1,4 +1,4 @@
-// The object behind an lplb_exchange handle: one rank's side of the exchange of counts. The protocol is in cuda/exchange_kernels.h.
+// The object behind an lplb_exchange handle: one rank's side of the exchange of counts. The protocol is in cuda/exchange_view.h.
 
 import CLPLB
 import CLPLBKernels
@@ -245,6 +245,7 @@ final class Exchange {
     /// What ended the exchange, as far as it is known. Reads host memory only, from any thread.
     func report() -> lplb_exchange_report {
         var report = lplb_exchange_report()
+        report.struct_size = Int64(MemoryLayout<lplb_exchange_report>.size)  // for the rail, which may know another version
         report.rank = Int32(settings.rank)
         (report.peer, report.peer_node) = (-1, -1)
         let page = host.map { lplbk_report_read(lplbk_exchange_report_of($0)) } ?? lplbk_report()

@@ -8,14 +8,17 @@ import Synchronization
 extension Exchange: Connectable {
     func trial(_ counts: [Int32], calls: Int, limitMs: Int64) throws(Failure) -> [Int32] {
         let own = settings.counts, all = settings.nodes * settings.ranks * own
-        let memory = try DeviceMemory(words: calls * (own + all), on: settings.device, "lplb_exchange_connect: memory for the trial")
         var got = [Int32](repeating: 0, count: calls * all)
         // NVLink knows its limit; a rail may not, and a rank that has failed would let it wait for ever.
         let watchdog = settings.rail == nil ? nil : Watchdog(afterMs: limitMs + 5000) { self.abort() }
-        defer { watchdog?.end() }
-        try memory.upload(counts, "lplb_exchange_connect: counts of the trial")
-        for call in 0..<calls { try allGather(memory.words + call * own, memory.words + calls * own + call * all, stream: nil) }
-        try memory.download(&got, from: calls * own, "lplb_exchange_connect: what the trial brought")
+        do {
+            // After the memory has been freed, which waits for what is queued; before the fault is read, or an abort could come unseen.
+            defer { watchdog?.end() }
+            let memory = try DeviceMemory(words: calls * (own + all), on: settings.device, "lplb_exchange_connect: memory for the trial")
+            try memory.upload(counts, "lplb_exchange_connect: counts of the trial")
+            for call in 0..<calls { try allGather(memory.words + call * own, memory.words + calls * own + call * all, stream: nil) }
+            try memory.download(&got, from: calls * own, "lplb_exchange_connect: what the trial brought")
+        }
         if let fault { throw fault }
         return got
     }

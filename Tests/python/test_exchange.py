@@ -129,6 +129,14 @@ def test_an_exception_on_one_rank_leaves_nothing_behind(ranks):
             assert ended["before"] == [] and ended["done"] == [*kept, "rail connected, alone"]
 
 
+def test_who_asks_again_while_the_others_are_connecting_is_told(ranks):
+    words = "Disagreement: group: all ranks must make the same calls in the same order, but rank "
+    for rank, seen in enumerate(ranks):
+        assert seen["interrupted, and asked again"] == (
+            ["KeyboardInterrupt: ", words + "0 maps and tries an exchange where this one sets up an exchange"] if rank == 2
+            else [words + "2 sets up an exchange where this one maps and tries an exchange"])
+
+
 def test_asking_for_nvshmem_changes_nothing():
     environment = dict(os.environ)
     assert not _rail.nvshmem_is_running()
@@ -186,6 +194,9 @@ def test_deep_ep_buffers_are_known_by_what_they_have():
     ({"policy": "shrug"}, "policy: must be one of trap, report, got 'shrug'"),
     ({"timeout": -1.0}, "timeout: must lie in 0 ... 2,000,000 seconds, got -1.0"),
     ({"n_counts": 0}, "n_counts: must be at least 1, got 0"),
+    ({"first_epoch": -1}, "first_epoch: must be at least 0, got -1"),
+    ({"first_epoch": 2**64 + 1}, f"first_epoch: must be at most {2**32 - 1}, got {2**64 + 1}"),  # ctypes would make it 1
+    ({"first_epoch": 1.0}, "first_epoch: must be an integer, got 1.0"),
     ({"device": "xpu"}, "device: must be 'cpu' or a CUDA device, got 'xpu'"),
 ])
 def test_arguments_are_refused_before_anybody_is_asked(arguments, words):

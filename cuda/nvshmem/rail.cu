@@ -2,7 +2,7 @@
 //   signal  [2 parities][n_nodes]             the number of the call that what has arrived belongs to
 //   data    [2 parities][n_nodes][n_counts]   what each node has sent here
 //   source  [2 parities][n_counts]            what this rank sends, where NVSHMEM can read it
-// Two parities are enough for the same reason as in exchange_kernels.h, for `source` too: whoever sends call E + 2 has received E + 1 from
+// Two parities are enough for the same reason as in exchange_view.h, for `source` too: whoever sends call E + 2 has received E + 1 from
 // everybody, who had received its E before.
 #include "rail.h"
 

@@ -28,7 +28,7 @@ from ..errors import Disagreement, LplbError, Unsupported, broken_rule
 from . import library
 from .base import Exchange, Layout, Refused, Report, policy_number, timeout_ms
 from .by_torch import TorchExchange
-from .gather import SETUP, Callback, Waiting, gather_objects, on_device
+from .gather import CONNECT, Callback, Waiting, gather_objects, on_device
 from .native import NativeExchange
 from .rail import NvshmemRail, Rail, TorchRail, check_rail, has_plugin, nvshmem_is_running, rail_group
 from .state import Facts, state_of
@@ -67,6 +67,7 @@ def create(group: Any, device: Any, n_counts: int, kind: str = "auto", *, n_node
         raise broken_rule("kind", f"must be one of {', '.join(KINDS)}", repr(kind))
     if n_nodes is not None:
         n_nodes = integer("n_nodes", n_nodes, 1)
+    first_epoch = integer("first_epoch", first_epoch, 0, 2**32 - 1)
     check_rail(rail), policy_number(policy), timeout_ms(timeout)
     with on_device(ordinal):
         return _Maker(group, ordinal, n_counts, kind, n_nodes, rail, timeout, policy, first_epoch).make()
@@ -218,7 +219,7 @@ class _Maker:
     def connect(self, rail: Rail | None, pointer: ctypes.c_void_p) -> LplbError | None:
         """lplb_exchange_connect. Returns the failure that all ranks have; raises what this rank alone may have met."""
         waiting = Waiting(self.waiting.what, self.timeout + TRIAL_GRACE if self.timeout else 0)
-        gather = Callback(self.group, SETUP, waiting, self.ordinal)
+        gather = Callback(self.group, CONNECT, waiting, self.ordinal)
         config = library.ConnectConfig(
             struct_size=ctypes.sizeof(library.ConnectConfig), device=self.ordinal, policy=policy_number(self.policy), n_ranks=self.ranks,
             rank=self.rank, n_counts=self.n_counts, n_nodes=self.n_nodes or 0, timeout_ms=timeout_ms(self.timeout),
