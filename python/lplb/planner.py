@@ -150,7 +150,7 @@ class Planner:
                 self._plan = torch.empty(1, dtype=torch.int32, device=self.device) if torch else None
                 if slots is not None:
                     handle.check(handle.library.planner_set_placement(handle.opened(), address_of(slots), slots.size, self._stream()))
-            ranks.agree(config)  # every rank has made its planner
+            ranks.agree(config, config.device)  # every rank has made its planner
             ranks.connect(self, exchange, self.debug)
             undo.pop_all()
 

@@ -42,7 +42,7 @@ def make_run(arrays: Arrays[A]) -> Callable[[A, Array | None, int, int], A]:
         out = empty_like(ids)
         stream = None if handle.device < 0 else stream_of(handle.device)
         everyone, exchange = None, handle.exchange
-        if exchange is not None and handle.has_replicas and not exchange.attached:  # attached: the library does it inside
+        if exchange is not None and handle.has_replicas and not exchange.native:  # native: the library does it inside
             row = new_row(handle)
             handle.check(handle.library.planner_count_row(native, address, dtype, n_ids, row.data_ptr(), stream))
             gathered = exchange.all_gather(row)
