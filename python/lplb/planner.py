@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from . import _c
 from ._c.handle import Handle
-from ._ops.arguments import check_exchange, default_nodes, device_ordinal, integer, one_of, truth
+from ._ops.arguments import (
+    Shape, check_exchange, default_nodes, device_ordinal, integer, one_of, shape_by_placement, shape_by_topology, truth)
 from ._ops.calls import Calls, numpy_calls
 from ._ops.host import A, Array, Int32s, Int64s, address_of, host_integers, host_numbers, is_tensor, loaded_torch, shape_of
 from ._ops.ranks import Ranks
-from ._ops.shape import Shape, shape_by_placement, shape_by_topology
 from .errors import broken_rule
 from .info import Info, Locality, group_info
 

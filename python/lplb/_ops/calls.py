@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Generic
 from .._c.handle import Handle, closed, find, handles
 from .._c.structs import INT64
 from ..errors import broken_rule
-from .buffer import Arrays, NumpyArrays
-from .host import A, Array, as_tensor, loaded_torch
+from .host import A, Array, Arrays, NumpyArrays, as_tensor, loaded_torch
 
 if TYPE_CHECKING:
     import torch
