@@ -108,8 +108,6 @@ class Planner:
         number = _c.SOLVERS[one_of("solver", solver, tuple(_c.SOLVERS))]
         ordinal = device_ordinal(device, given)
         nodes = 0 if n_nodes is None else integer("n_nodes", n_nodes, 1)
-        if nodes and self.ep_size % nodes:
-            raise broken_rule("n_nodes", f"must divide ep_size = {self.ep_size}", nodes)
         whole_batch = self.rank is None or self.tokens == "same"
         slots = self._kept = shape.slot_classes()  # the config holds its address
         self._config = _c.Config(

@@ -14,9 +14,8 @@ from .library import Library, call, failure, text
 from .structs import ERROR_BUSY, MAX_CHUNKS, MAX_PHYSICAL, Config
 
 if TYPE_CHECKING:
-    import torch
-
     from ..exchange import Exchange
+    from .._ops.host import Array
 
 # Operators take numbers, not objects. Never 0 or 1, which torch.compile would specialise on.
 _numbers = itertools.count(2)
@@ -69,7 +68,7 @@ class Handle:
         self.rank: int = config.rank
         self.exchange: Exchange | None = None  # None: the counts given are everybody's
         self.debug = False
-        self.compare: Callable[[torch.Tensor], None] | None = None  # of the ids with those of the other ranks
+        self.compare: Callable[[Array], None] | None = None  # of the ids with those of the other ranks
         self.width: int = library.counts_width(config.n_logical)
         self.has_replicas = self.n_physical > self.n_logical
         self.n_ratios: int = config.ep_size * config.n_redundant  # 0: no slot classes, and so no ratios

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic
 from .._c.handle import Handle, closed, find, handles
 from .._c.structs import INT64
 from ..errors import broken_rule
-from .host import A, Array, Arrays, NumpyArrays, as_tensor, loaded_torch
+from .host import A, Array, Arrays, NumpyArrays, loaded_torch
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def make_run(arrays: Arrays[A]) -> Callable[[A, Array | None, int, int], A]:
         if handle.debug:
             refuse_invalid(ids, n_ids, handle.n_logical)
             if handle.compare is not None:
-                handle.compare(as_tensor(ids))
+                handle.compare(ids)
         out = empty_like(ids)
         stream = None if handle.device < 0 else stream_of(handle.device)
         everyone, exchange = None, handle.exchange

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union
@@ -44,7 +44,9 @@ def to_host(name: str, value: Any, dimensions: int | None = None, most: int | No
         if is_tensor(value):
             check_plain(name, value)
             check_shape(name, value, dimensions, most)
-            return host_tensor(value.detach())
+            tensor = value.detach().cpu().resolve_conj().resolve_neg()
+            host: npt.NDArray[Any] = (tensor.double() if tensor.is_floating_point() else tensor).numpy()  # numpy has no bfloat16
+            return host
         array = np.asarray(value)
     except (LplbError, MemoryError):
         raise
@@ -93,14 +95,6 @@ def shape_of(array: Any) -> list[int]:
         return []
 
 
-def host_tensor(tensor: Any) -> npt.NDArray[Any]:
-    tensor = tensor.cpu().resolve_conj().resolve_neg()
-    if tensor.is_floating_point():
-        tensor = tensor.double()  # numpy has no bfloat16
-    array: npt.NDArray[Any] = tensor.numpy()
-    return array
-
-
 def host_integers(name: str, value: Any, dimensions: int, dtype: type[np.int32] | type[np.int64], most: int | None = None
                   ) -> npt.NDArray[Any]:
     """value as a contiguous integer array of that type and number of dimensions, with at most so many elements."""
@@ -144,10 +138,6 @@ def address_of(array: npt.NDArray[Any]) -> int:
     return pointer
 
 
-def as_tensor(array: Array) -> torch.Tensor:
-    return loaded_torch().from_numpy(np.array(array)) if isinstance(array, np.ndarray) else array
-
-
 def as_given(array: npt.NDArray[Any], given: A) -> A:
     """A result in the kind of what was given: a CPU tensor for a tensor."""
     result: Any = loaded_torch().from_numpy(array) if is_tensor(given) else array
@@ -164,6 +154,9 @@ class Arrays(ABC, Generic[A]):
 
     int32: Any  #: types as this kind calls them
     float32: Any
+    address: Callable[[A], int]
+    empty_like: Callable[[A], A]  #: contiguous
+    stream: Callable[[int], int | None]  #: the current one of a GPU
 
     @abstractmethod
     def buffer(self, name: str, array: A, handle: Handle, types: dict[Any, int] | None = None) -> Buffer[A]:
@@ -172,17 +165,6 @@ class Arrays(ABC, Generic[A]):
     @abstractmethod
     def empty(self, shape: Sequence[int], dtype: Any, beside: A) -> A:
         """On the device of `beside`."""
-
-    @abstractmethod
-    def empty_like(self, array: A, /) -> A:
-        """Contiguous."""
-
-    @abstractmethod
-    def address(self, array: A, /) -> int: ...
-
-    @abstractmethod
-    def stream(self, device: int, /) -> int | None:
-        """The current stream of a GPU."""
 
     @abstractmethod
     def counter(self, value: Any, handle: Handle) -> tuple[int, int]:

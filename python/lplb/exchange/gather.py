@@ -18,12 +18,14 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
 from .. import _c
+from .._ops.host import Array, to_host
 from ..errors import Disagreement, LplbError, PeerLost, PeerTimeout
 
 GRACE = 1.0  # seconds for the backend to notice by itself, in words that say more than ours
@@ -218,14 +220,14 @@ def abort_group(group: Any, device: int) -> None:
         abort()
 
 
-def same_tokens(group: Any, device: int) -> Callable[[Tensor], None]:
+def same_tokens(group: Any, device: int) -> Callable[[Array], None]:
     """A check that all ranks have the same ids, for planners whose ranks hold the same tokens. Waits for the GPU, and collective."""
     ranks = weakref.ref(group)  # it belongs to torch.distributed
     waiting = Waiting(f"idx: rank {dist.get_rank(group)} of {dist.get_world_size(group)}", TOKENS_LIMIT)
 
-    def check(ids: Tensor) -> None:
-        host = ids.detach().cpu().contiguous().to(torch.int64)
-        mine = hashlib.blake2b(repr(list(host.shape)).encode() + host.numpy().tobytes(), digest_size=16).digest()
+    def check(ids: Array) -> None:
+        host = to_host("idx", ids).astype(np.int64)
+        mine = hashlib.blake2b(repr(list(host.shape)).encode() + host.tobytes(), digest_size=16).digest()
         with on_device(device):
             digests = gather_bytes(ranks(), TOKENS, mine, waiting)
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
