@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -314,8 +313,10 @@ class Planner:
             raise
 
     def _load_ops(self) -> Any:
-        self._ops = importlib.import_module("._ops.operators", __package__)
-        return self._ops
+        from ._ops import operators  # which imports torch
+
+        self._ops = operators
+        return operators
 
     def _check_kind(self, call: str, general: bool, instead: str) -> None:
         if self._general is not general:
@@ -363,7 +364,9 @@ class Planner:
         """For callers who have a deep_ep.Buffer (or ElasticBuffer) of the same ranks. The exchange was set up with the planner and uses
         none of its memory; on several nodes it now uses the NVSHMEM that the buffer has started. Calling it again does nothing."""
         if not self.deep_ep_initialized and buffer is not None and self.ep_group is not None and self._handle.device >= 0:
-            importlib.import_module(".exchange", __package__).join_deep_ep(self, buffer)
+            from .exchange import join_deep_ep
+
+            join_deep_ep(self, buffer)
         self.deep_ep_initialized = True
 
     # ---- life ----

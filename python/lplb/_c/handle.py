@@ -22,27 +22,18 @@ _numbers = itertools.count(2)
 handles: dict[int, Handle] = {}
 
 
-class Native:
+class Native(ctypes.c_void_p):
     """One lplb_planner, and what a call hands to the library in its place.
 
     Whoever is inside a call holds a reference, so a planner that another thread closes meanwhile ends when the last of these calls
     returns, and costs them no lock and no counting but Python's own.
     """
 
-    __slots__ = ("address", "library", "at_end")
-
-    def __init__(self, library: Library, address: int) -> None:
-        self.address = address
-        self.library = library
-        self.at_end: Callable[[], None] | None = None
-
-    @property
-    def _as_parameter_(self) -> int:
-        """For ctypes."""
-        return self.address
+    library: Library
+    at_end: Callable[[], None] | None = None
 
     def __del__(self) -> None:
-        self.library.planner_destroy(self.address)
+        self.library.planner_destroy(self.value)
         if self.at_end is not None:
             self.at_end()
 
@@ -54,12 +45,11 @@ class Handle:
                  "debug", "compare", "width", "has_replicas", "n_ratios", "planner_run")
 
     def __init__(self, library: Library, config: Config) -> None:
-        pointer = ctypes.c_void_p()
-        call(library.planner_create, ctypes.byref(config), ctypes.byref(pointer))
-        self.library = library
-        assert pointer.value is not None
-        self.native: Native | None = Native(library, pointer.value)  #: None after close()
-        self.pointer: int | None = pointer.value  #: its address, which keeps nothing alive
+        self.library, native = library, Native()
+        native.library = library
+        call(library.planner_create, ctypes.byref(config), ctypes.byref(native))
+        self.native: Native | None = native  #: None after close()
+        self.pointer: int | None = native.value  #: its address, which keeps nothing alive
         self.planner_run = library.planner_run
         self.device: int = config.device  # as torch's Tensor.get_device(): -1 on the CPU, else the CUDA ordinal
         self.n_logical: int = config.n_logical

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_type_hints
 
 from ..errors import BY_STATUS, InternalError, LibraryError, LplbError
 from .structs import MESSAGE_SIZE, VERSION
@@ -23,13 +23,8 @@ else:
     _CArgObject = object
 
 
-class HasAddress(Protocol):
-    @property
-    def _as_parameter_(self) -> int: ...
-
-
-# An address (int), or None for NULL; or what has one as _as_parameter_. Integers are by far the cheapest thing to hand to ctypes.
-Address = Union[int, HasAddress, None]
+# An address or None for NULL. Integers are by far the cheapest thing to hand to ctypes.
+Address = Union[int, c_void_p, None]
 
 # Parameters and results: what Python gives or gets, and as which C type it travels.
 Pointer = Annotated[Address, c_void_p]

@@ -8,7 +8,6 @@ from typing import Any
 
 VERSION = (0, 2, 0)  # LPLB_VERSION_*
 
-OK = 0
 ERROR_BUSY = 4
 INT32, INT64 = 0, 1  # LPLB_INT32, LPLB_INT64
 DEVICE_CPU = -1
@@ -85,7 +84,6 @@ class PlanInfoStruct(Sized):
 RAIL_GATHER = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
 RAIL_ERROR = ctypes.CFUNCTYPE(c_void_p, c_void_p)  # const char *(*error)(void *context);
 RAIL_END = ctypes.CFUNCTYPE(None, c_void_p)  # void (*destroy)(void *context); and abort
-RAIL_REPORT = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)  # void (*report)(void *context, lplb_exchange_report *report);
 
 
 class RailOps(Sized):
@@ -93,7 +91,7 @@ class RailOps(Sized):
 
     _fields_ = [
         ("struct_size", c_int64), ("context", c_void_p), ("all_gather", RAIL_GATHER), ("error", RAIL_ERROR), ("destroy", RAIL_END),
-        ("abort", RAIL_END), ("report", RAIL_REPORT), ("failed", c_void_p)]
+        ("abort", RAIL_END), ("report", c_void_p), ("failed", c_void_p)]
 
 
 class ConnectConfig(Sized):

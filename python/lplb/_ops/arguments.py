@@ -63,7 +63,8 @@ def device_ordinal(device: Device, given: Any) -> int:
         with suppress(Exception):
             wanted = torch.device(device)
     elif (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, int) and not isinstance(device, bool)):
-        raise NoCuda(f"device: a planner on a GPU works on torch tensors, and torch is not imported (import torch first), got {shown(device)}")
+        raise NoCuda(f"device: a planner on a GPU works on torch tensors, and torch is not imported (import torch first), "
+                     f"got {shown(device)}")
     if wanted is None or wanted.type not in ("cpu", "cuda"):
         raise broken_rule("device", "must be 'cpu' or a CUDA device", shown(device))
     if wanted.type == "cpu":

@@ -47,7 +47,7 @@ def make_run(arrays: Arrays[A]) -> Callable[[A, Array | None, int, int], A]:
             gathered = exchange.all_gather(row)
             everyone = gathered.data_ptr()
         status = handle.planner_run(
-            native.address, address, dtype, n_ids, everyone, address_of(out), counter, counter_dtype, n_sms, stream)
+            native.value, address, dtype, n_ids, everyone, address_of(out), counter, counter_dtype, n_sms, stream)
         if status:
             raise handle.failure(status)
         return out

@@ -73,8 +73,8 @@ class Ranks:
 
     def agree(self, config: _c.Config | None, device: int, *, settings: str = "", failure: str | None = None, history: int | None = None,
               phy2log: int | None = None) -> _c.AgreementStruct | None:
-        """lplb_agree: compares what all ranks make their planners from. history and phy2log: addresses of host arrays. failure: why this rank
-        cannot go on. The same result or error on all ranks."""
+        """lplb_agree: compares what all ranks make their planners from. history and phy2log: addresses of host arrays. failure: why this
+        rank cannot go on. The same result or error on all ranks."""
         group = self.group
         if group is None:
             return None
@@ -86,7 +86,8 @@ class Ranks:
         gather = Callback(group, SETTINGS, waiting, device)
         request = _c.AgreeConfig(
             planner=None if config is None else ctypes.pointer(config), history=history, phy2log=phy2log, settings=settings.encode(),
-            failure=None if failure is None else failure.encode("utf-8", "replace"), n_ranks=self.size, rank=self.own, gather=gather.function)
+            failure=None if failure is None else failure.encode("utf-8", "replace"), n_ranks=self.size, rank=self.own,
+            gather=gather.function)
         refused = gather.call(_c.load().agree, ctypes.byref(request), ctypes.byref(found))
         if refused is not None:
             raise refused

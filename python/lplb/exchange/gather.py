@@ -163,8 +163,8 @@ class Callback:
             return 1
 
     def call(self, function: Callable[..., int], *arguments: object) -> LplbError | None:
-        """Once: calls the library, which gathers by this. Returns the failure that all ranks have. Raises what went wrong here, on this rank
-        alone perhaps, which says more than the library's PEER_LOST."""
+        """Once: calls the library, which gathers by this. Returns the failure that all ranks have. Raises what went wrong here, on this
+        rank alone perhaps, which says more than the library's PEER_LOST."""
         failure = None
         try:
             _c.call(function, *arguments)

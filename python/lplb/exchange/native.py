@@ -114,7 +114,7 @@ class GroupState:
         known = self.rail_groups.get(layout.n_nodes)
         if known is None:
             along = dist.get_process_group_ranks(group)[layout.local_rank :: layout.per_node]
-            # NCCL whatever the group's own backend: that one may be gloo, or several ("cpu:gloo,cuda:nccl", which PyTorch calls "undefined").
+            # NCCL whatever the group's own backend: that may be gloo, or several ("cpu:gloo,cuda:nccl", which PyTorch calls "undefined").
             backend = "nccl" if device >= 0 and dist.is_nccl_available() else dist.get_backend(group)
             known = self.rail_groups[layout.n_nodes] = dist.new_group(along, backend=backend, use_local_synchronization=True)
         return known
