@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import LplbError, WrongOrder, broken_rule
 from .library import Library, call, failure, text
-from .structs import ERROR_BUSY, MAX_CHUNKS, MAX_PHYSICAL, Config
+from .structs import ERROR_BUSY, MAX_PHYSICAL, Config
 
 if TYPE_CHECKING:
     from ..exchange import Exchange
@@ -96,11 +96,6 @@ class Handle:
         """The header's calls take no size for these arrays, so it is checked before an address is handed over."""
         if size != wanted:
             raise broken_rule(name, f"must have {wanted} elements", size)
-
-    def check_chunks(self, n_chunks: int) -> None:
-        """Before n_chunks rows are allocated."""
-        if not 1 <= n_chunks <= MAX_CHUNKS:
-            raise broken_rule("n_chunks", f"must lie in 1 ... {MAX_CHUNKS}", n_chunks)
 
     def check_shapes(self, ratio_shape: list[int], scaled_shape: list[int]) -> None:
         """The shapes of solve's outputs, before they are allocated. Without ratios the library writes none, and any number will do that a

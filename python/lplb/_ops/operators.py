@@ -15,13 +15,12 @@ from torch import Tensor
 from .._c.handle import Handle
 from .._c.structs import INT32, INT64
 from ..errors import LplbError, broken_rule
-from .calls import Calls
-from .host import Arrays, Buffer
+from .calls import Buffer, Calls
 
 INTEGERS = {torch.int32: INT32, torch.int64: INT64}
 
 
-class TensorArrays(Arrays[Tensor]):
+class TensorCalls(Calls[Tensor]):
     int32, float32 = torch.int32, torch.float32
 
     # The stream as a number, without building a torch.cuda.Stream each time. Absent in builds of torch without CUDA.
@@ -52,7 +51,7 @@ class TensorArrays(Arrays[Tensor]):
 
 
 is_compiling = torch.compiler.is_compiling
-stream = TensorArrays.stream
+stream = TensorCalls.stream
 
 
 def explain(error: Exception, **arguments: object) -> None:
@@ -106,7 +105,7 @@ def _solve_fake(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | N
 # graph serves the planners of all layers. `plan` stands for the plan inside the planner, which run and solve write and redirect reads:
 # nothing is stored in it, and eager calls give none, but without it a compiler would see no reason to keep them, in this order. For run it
 # comes last, where a call that leaves it out costs nothing.
-_calls = Calls(TensorArrays())
+_calls = TensorCalls()
 _define: Any = torch.library.Library  # untyped in PyTorch
 _library = _define("lplb", "DEF")
 for _schema, _kernel, _fake in (
