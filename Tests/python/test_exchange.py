@@ -153,7 +153,7 @@ def test_a_plugin_of_another_version_is_refused(tmp_path, monkeypatch):
         source.write_text(text)
         subprocess.run([compiler, "-shared", "-fPIC", "-o", path, source], check=True)
         monkeypatch.setenv("LPLB_NVSHMEM_PLUGIN", str(path))
-        monkeypatch.setattr(_rail, "_plugin", None)
+        _rail.load_plugin.cache_clear()
         with pytest.raises(errors.LibraryError, match="belongs to another version of lplb"):
             _rail.load_plugin()
 

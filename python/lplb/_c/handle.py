@@ -72,14 +72,6 @@ class Handle:
         if native is not None and self.exchange is not None:
             native.at_end = partial(self.exchange.leave, self.number)
 
-    def use(self, exchange: Exchange | None) -> None:
-        """Takes another exchange, and lets go of the one before: that ends with its last planner, if a planner made it."""
-        before, self.exchange = self.exchange, exchange
-        if exchange is not None:
-            exchange.join(self.number)
-        if before is not None and before is not exchange:
-            before.leave(self.number)
-
     def check(self, status: int) -> None:
         """Raises unless status is LPLB_OK."""
         if status:

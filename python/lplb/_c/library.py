@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_type_hints
 
@@ -130,18 +130,10 @@ def bind(target: object, declarations: type, library: ctypes.CDLL, prefix: str) 
             setattr(target, name, function)
 
 
-_lock = threading.Lock()
-_loaded: Library | None = None
-
-
+@cache
 def load() -> Library:
-    """The library, loaded at the first call. LibraryError says where it looked."""
-    global _loaded
-    if _loaded is None:
-        with _lock:
-            if _loaded is None:
-                _loaded = Library(find())
-    return _loaded
+    """The library, loaded at the first call. LibraryError says where it looked. (Threads that come at once may bind it twice: no harm.)"""
+    return Library(find())
 
 
 def find() -> str:

@@ -78,10 +78,6 @@ class Exchange(ABC):
         """The process group, which belongs to torch.distributed: None once it is destroyed or the exchange is closed."""
         return None if self.closed else self._group()
 
-    def join(self, planner: int) -> None:
-        """A planner starts to use the exchange."""
-        self._users.add(planner)
-
     def leave(self, planner: int) -> None:
         """A planner has ended its use, from any thread."""
         self._users.discard(planner)
@@ -107,7 +103,10 @@ class Exchange(ABC):
         handle, before = planner._handle, planner._handle.exchange
         if self.native or (before is not None and before.native):  # one that this one replaces must not be used any more
             handle.check(_c.load().planner_attach_exchange(handle.opened(), self.pointer))
-        handle.use(self)
+        handle.exchange = self
+        self._users.add(handle.number)
+        if before is not None and before is not self:
+            before.leave(handle.number)
 
     def report(self) -> Report | None:
         """What ended the exchange, None while nothing did. Waits for nothing, and works when the CUDA context is lost."""

@@ -7,6 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,6 @@ class NvshmemRail(Rail):
             self.ops = _c.RailOps()
 
 
-_plugin: _c.Plugin | None = None
-
-
 def plugin_path() -> Path:
     """LPLB_NVSHMEM_PLUGIN, else beside the library."""
     override = os.environ.get("LPLB_NVSHMEM_PLUGIN")
@@ -166,22 +164,20 @@ def has_plugin() -> bool:
     return plugin_path().is_file()
 
 
+@cache
 def load_plugin() -> _c.Plugin:
     """LibraryError where it is missing or cannot be loaded."""
-    global _plugin
-    if _plugin is None:
-        path = plugin_path()
-        _load_host_library()
-        try:
-            library, plugin = ctypes.CDLL(str(path)), _c.Plugin()
-        except OSError as error:
-            raise LibraryError(f"rail: cannot load the NVSHMEM plugin {path}: {error}") from error
-        abi = getattr(library, "lplb_nvshmem_abi", None)
-        if abi is None or abi() != PLUGIN_ABI:
-            raise LibraryError(f"rail: {path} belongs to another version of lplb")
-        _c.bind(plugin, _c.Plugin, library, "lplb_nvshmem_")
-        _plugin = plugin
-    return _plugin
+    path, plugin = plugin_path(), _c.Plugin()
+    _load_host_library()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryError(f"rail: cannot load the NVSHMEM plugin {path}: {error}") from error
+    abi = getattr(library, "lplb_nvshmem_abi", None)
+    if abi is None or abi() != PLUGIN_ABI:
+        raise LibraryError(f"rail: {path} belongs to another version of lplb")
+    _c.bind(plugin, _c.Plugin, library, "lplb_nvshmem_")
+    return plugin
 
 
 def nvshmem_is_running() -> bool:
