@@ -106,12 +106,11 @@ class Planner:
         """Fills in what the native planner is made from, and the attributes that follow from the sizes."""
         number = _c.SOLVERS[one_of("solver", solver, tuple(_c.SOLVERS))]
         ordinal = device_ordinal(device, given)
-        nodes = 0 if n_nodes is None else integer("n_nodes", n_nodes, 1)
         whole_batch = self.rank is None or self.tokens == "same"
         slots = self._kept = shape.slot_classes()  # the config holds its address
         self._config = _c.Config(
-            struct_size=ctypes.sizeof(_c.Config), device=ordinal, solver=number, ep_size=self.ep_size,
-            rank=_c.WHOLE_BATCH if whole_batch else self.rank, n_nodes=nodes, n_logical=shape.n_logical, n_physical=shape.n_physical,
+            device=ordinal, solver=number, ep_size=self.ep_size, rank=_c.WHOLE_BATCH if whole_batch else self.rank,
+            n_nodes=0 if n_nodes is None else integer("n_nodes", n_nodes, 1), n_logical=shape.n_logical, n_physical=shape.n_physical,
             group_size=shape.group_size, n_redundant=0 if slots is None else slots.shape[1],
             r2o=None if slots is None else address_of(slots), policy=0 if isinstance(exchange, str) else _c.POLICIES[exchange.policy])
         self._general = slots is None
@@ -328,7 +327,7 @@ class Planner:
     def info(self) -> Info:
         """What the latest plan achieved, and its certificate. Waits for the GPU. WrongOrder before the first plan."""
         handle = self._handle
-        plan = _c.PlanInfoStruct(struct_size=ctypes.sizeof(_c.PlanInfoStruct))
+        plan = _c.PlanInfoStruct()
         groups = (_c.GroupInfoStruct * self.n_group)()
         handle.check(handle.library.planner_info(handle.opened(), ctypes.byref(plan), ctypes.byref(groups), self.n_group, self._stream()))
         return Info(

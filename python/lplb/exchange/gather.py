@@ -33,8 +33,9 @@ TOKENS_LIMIT = 30.0  # seconds to wait for a peer's ids, as an exchange waits fo
 SLICE = timedelta(seconds=0.05)  # how long a wait that may be aborted lasts at most
 
 _TIMED_OUT = re.compile(r"tim(e|ed|ing)[ -]?out", re.I)
-_LOST = re.compile(r"closed by peer|connection (was )?(closed|reset|refused|lost|aborted)|broken pipe|socket (is |was )?closed|remote process"
-                   r"|ncclRemoteError|communicator was aborted|not connected|no route to host|network is unreachable", re.I)
+_LOST = re.compile(
+    r"closed by peer|connection (was )?(closed|reset|refused|lost|aborted)|broken pipe|socket (is |was )?closed|remote process"
+    r"|ncclRemoteError|communicator was aborted|not connected|no route to host|network is unreachable", re.I)
 
 
 class Waiting:
