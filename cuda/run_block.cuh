@@ -361,6 +361,7 @@ struct ClusterRun {
         }
     }
     __device__ __forceinline__ void write_singles() {
+        if (warp < n_solvers) return;
 #pragma unroll 1
         for (int i = threadIdx.x - 32 * n_solvers; i < counter_words(t.shape.n_logical); i += kRunThreads - 32 * n_solvers) {
             const int2 both =
@@ -543,11 +544,9 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     run.add_up();
     MARK(7);
     run.solve(flow, column);
-    if (run.warp >= run.n_solvers) {
-        run.number_queued();
-        with_ids(rewritten, in.wide, [&](auto *rewritten) { run.rewrite_singles(rewritten); });
-        if (reads_later) run.write_singles();
-    }
+    run.number_queued();
+    with_ids(rewritten, in.wide, [&](auto *rewritten) { run.rewrite_singles(rewritten); });
+    if (reads_later) run.write_singles();
     MARK(16);
     __syncthreads();
     MARK(17);
