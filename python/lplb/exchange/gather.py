@@ -107,8 +107,9 @@ MESSAGE_BYTES = 4 * (4096 + 4)
 _HEADER = struct.Struct("<II")  # kind, length of all that this rank brings
 _ROOM = MESSAGE_BYTES - _HEADER.size
 
-SETTINGS, SETUP, ROW, TOKENS = 1, 2, 3, 4
-_MEANING = {SETTINGS: "makes or places a planner", SETUP: "sets up an exchange", ROW: "exchanges counts", TOKENS: "compares its tokens"}
+SETTINGS, SETUP, ROW, TOKENS, REPLICAS = 1, 2, 3, 4, 5
+_MEANING = {SETTINGS: "makes or places a planner", SETUP: "sets up an exchange", ROW: "exchanges counts", TOKENS: "compares its tokens",
+            REPLICAS: "calls replicas"}
 
 
 def gather_bytes(group: Any, kind: int, mine: bytes, waiting: Waiting) -> list[bytes]:
