@@ -63,6 +63,11 @@ def turned_slots(size):
     return np.concatenate([own[:, ::-1], np.roll(own[:, 1:], 1, axis=0)], axis=1).reshape(-1)
 
 
+def uneven_slots(size):
+    """Seven experts that stand on the first rank alone; the last rank holds one expert."""
+    return np.minimum(np.arange(7 * size), n_experts(size) - 1)
+
+
 def batch(seed, rank, size, tokens=30, only=None, dtype=torch.float64):
     """hidden states, ids, router weights, and what the output is multiplied with for a loss."""
     rng = np.random.default_rng([seed, rank])
@@ -148,6 +153,10 @@ def gradients(group):
     assert lplb.homes(planners[0].phy2log, size).tolist() == planners[0].mapping()[1][:, 0].tolist(), "homes of a topology: the originals"
     assert {name for name, _ in layer.named_parameters()} == {"gate_up", "down"}
     assert len(layer.gate_up) == len(layer.replicas.own) < layer.replicas.n_rows
+    twice = 2 * layer.down.grad
+    layer.down.grad = twice.clone()  # as a user might who scales gradients
+    layer.replicas.push_grads()
+    assert torch.equal(layer.down.grad, twice) and torch.equal(layer.replicas.gradients("down")[: len(twice)], twice)
     return merge(*found)
 
 
@@ -155,7 +164,8 @@ def update_inside(group):
     """Other placements between the micro-batches of a step: gradients of evicted copies, and of homes that move, are not lost."""
     size, rank = group.size(), dist.get_rank(group)
     found = []
-    for slots in ([ring_slots(size, 1), turned_slots(size), ring_slots(size, size - 1)], [random_slots(seed, size) for seed in (5, 6, 7)]):
+    for slots in ([ring_slots(size, 1), turned_slots(size), ring_slots(size, size - 1)], [random_slots(seed, size) for seed in (5, 6, 7)],
+                  [ring_slots(size, 1), uneven_slots(size), turned_slots(size)]):
         planner = Planner.from_placement(slots[0], n_logical=n_experts(size), group=group)
         layer = MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64, slack=3)
         homes = []
@@ -236,10 +246,25 @@ def train(group, planner, steps, placements=(), slack=0):
     return layer, losses
 
 
+def train_dense(size, steps):
+    """The same steps in one process."""
+    dense = Dense(size)
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-2)
+    for number in range(steps):
+        optimizer.zero_grad()
+        for index in range(2):
+            for rank in range(size):
+                mine = batch(10 * number + index, rank, size, tokens=0 if rank == number % size and index else 25)
+                (dense(*mine[:3]) - mine[3]).square().sum().backward()
+        optimizer.step()
+    return dense
+
+
 def optimizer_steps(group):
-    """Six steps with replicas, whose homes and optimizer state move between the steps, and without."""
+    """Six steps with replicas, whose homes and optimizer state move between the steps, without replicas, and by the dense reference."""
     size = group.size()
     plain, plain_losses = train(group, natural(group), 6)
+    dense = train_dense(size, 6)
     ring = Planner.from_placement(ring_slots(size, 1), group=group)
     moving = [ring_slots(size, 1), turned_slots(size), ring_slots(size, size - 1), turned_slots(size), random_slots(3, size)]
     found = {}
@@ -248,6 +273,7 @@ def optimizer_steps(group):
         one, other = experts_of(plain, group), experts_of(layer, group)
         assert one.keys() == other.keys()
         found[name] = max(far(x, y) for expert in one for x, y in zip(one[expert], other[expert]))
+        found[f"{name}_dense"] = max(far(both[0], dense.gate_up[expert]) + far(both[1], dense.down[expert]) for expert, both in other.items())
         found[f"{name}_losses"] = max(abs(x - y) / (abs(x) + 1) for x, y in zip(plain_losses, losses))
     return found
 
@@ -397,7 +423,7 @@ def refusals(group):
     replicas.zero_grad()
 
     before = copy.deepcopy(replicas.own)
-    planner.update_placement(np.minimum(np.arange(7 * size), n_experts(size) - 1))  # seven experts on the first rank, with no copy elsewhere
+    planner.update_placement(uneven_slots(size))
     raises(lplb.InvalidArgument, "placement: must leave rank 0 with at most 4 own experts and 3 copies, since its parameters were made for "
            "them (slack=0), got 7 own experts and 0 copies", replicas.update)
     assert torch.equal(before, replicas.own)
