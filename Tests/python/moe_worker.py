@@ -207,6 +207,48 @@ def main_gradients(group):
     return found
 
 
+def bfloat16(group):
+    """bfloat16 weights and rows with float32 main gradients, relative to the largest gradient of the float64 reference."""
+    size, rank = group.size(), dist.get_rank(group)
+    layer = MoELayer(Planner.from_placement(ring_slots(size, 1), group=group), HIDDEN, WIDTH, dtype=torch.bfloat16, grad_dtype=torch.float32)
+    dense = Dense(size, torch.bfloat16).double()
+    for peer in range(size):
+        mine = batch(5, peer, size, dtype=torch.bfloat16)
+        (dense(*(one.double() if one.is_floating_point() else one for one in mine[:3])) * mine[3].double()).sum().backward()
+        if peer == rank:
+            output = layer(*mine[:3])
+            assert output.dtype is torch.bfloat16
+            (output * mine[3]).sum().backward()
+    layer.replicas.push_grads()
+    expected = {name: getattr(dense, name).grad[layer.replicas.own] for name in ("gate_up", "down")}
+    return {name: far(getattr(layer, name).main_grad.double(), grad) / float(grad.abs().max()) for name, grad in expected.items()}
+
+
+def few_experts(group):
+    """Fewer experts than ranks: one rank owns none, and all its rows are copies."""
+    size, rank = group.size(), dist.get_rank(group)
+    experts = size - 1
+    layer = MoELayer(Planner.from_placement(np.arange(2 * size) % experts, group=group), HIDDEN, WIDTH, dtype=torch.float64)
+    optimizer, dense = torch.optim.AdamW(layer.parameters(), lr=1e-2), Dense(size)
+    reference = torch.optim.AdamW(dense.parameters(), lr=1e-2, weight_decay=1e-2)
+    for number in range(2):
+        optimizer.zero_grad()
+        reference.zero_grad()
+        for peer in range(size):
+            mine = batch(number, peer, size, only=np.arange(experts))
+            (dense(*mine[:3]) * mine[3]).sum().backward()
+            if peer == rank:
+                (layer(*mine[:3]) * mine[3]).sum().backward()
+        layer.replicas.push_grads()
+        optimizer.step()
+        reference.step()
+        layer.replicas.pull()
+    owns = [None] * size
+    dist.all_gather_object(owns, len(layer.gate_up), group=group)
+    assert sorted(owns) == [0] + [1] * experts, owns
+    return {name: far(getattr(layer, name), getattr(dense, name)[layer.replicas.own]) for name in ("gate_up", "down")}
+
+
 def experts_of(layer, group):
     """{expert: (gate_up, down)} of all ranks."""
     mine = {expert: (layer.gate_up[row].detach().clone(), layer.down[row].detach().clone())
@@ -451,7 +493,8 @@ def refusals(group):
     return {}
 
 
-SCENARIOS = [gradients, update_inside, main_gradients, optimizer_steps, same_bits, recomputation, checkpoints, with_ddp, refusals]
+SCENARIOS = [gradients, update_inside, main_gradients, bfloat16, few_experts, optimizer_steps, same_bits, recomputation, checkpoints,
+             with_ddp, refusals]
 
 
 def main():
