@@ -40,7 +40,8 @@ public func lplb_placement_homes(
         let found = try translating { () throws(RuleViolation) in
             let shape = try ExpertShape(epSize: Int(ep_size), nNodes: 1, groupSize: 0, nLogical: Int(n_logical), nPhysical: Int(n_physical))
             let placement = try Placement(shape: shape, phy2log: Array(UnsafeBufferPointer(start: phy2log, count: shape.nPhysical)))
-            return try LPLBPlacement.homes(of: placement, former: former.map { Array(UnsafeBufferPointer(start: $0, count: shape.nLogical)) })
+            let before = former.map { Array(UnsafeBufferPointer(start: $0, count: shape.nLogical)) }
+            return try LPLBPlacement.homes(of: placement, former: before)
         }
         result.update(from: found, count: found.count)
     }

@@ -201,7 +201,8 @@ def main_gradients(group):
             layer.replicas.update()
     layer.replicas.push_grads()
     assert layer.gate_up.grad is None and layer.gate_up.main_grad.dtype is torch.float64
-    found = {name: far(getattr(layer, name).main_grad.float(), getattr(dense, name).grad[layer.replicas.own]) for name in ("gate_up", "down")}
+    own = layer.replicas.own
+    found = {name: far(getattr(layer, name).main_grad.float(), getattr(dense, name).grad[own]) for name in ("gate_up", "down")}
     layer.replicas.zero_grad()
     assert not layer.gate_up.main_grad.any() and layer.gate_up.grad is None
     return found
@@ -210,7 +211,8 @@ def main_gradients(group):
 def bfloat16(group):
     """bfloat16 weights and rows with float32 main gradients, relative to the largest gradient of the float64 reference."""
     size, rank = group.size(), dist.get_rank(group)
-    layer = MoELayer(Planner.from_placement(ring_slots(size, 1), group=group), HIDDEN, WIDTH, dtype=torch.bfloat16, grad_dtype=torch.float32)
+    ring = Planner.from_placement(ring_slots(size, 1), group=group)
+    layer = MoELayer(ring, HIDDEN, WIDTH, dtype=torch.bfloat16, grad_dtype=torch.float32)
     dense = Dense(size, torch.bfloat16).double()
     for peer in range(size):
         mine = batch(5, peer, size, dtype=torch.bfloat16)
@@ -315,7 +317,8 @@ def optimizer_steps(group):
         one, other = experts_of(plain, group), experts_of(layer, group)
         assert one.keys() == other.keys()
         found[name] = max(far(x, y) for expert in one for x, y in zip(one[expert], other[expert]))
-        found[f"{name}_dense"] = max(far(both[0], dense.gate_up[expert]) + far(both[1], dense.down[expert]) for expert, both in other.items())
+        found[f"{name}_dense"] = max(far(gate_up, dense.gate_up[expert]) + far(down, dense.down[expert])
+                                     for expert, (gate_up, down) in other.items())
         found[f"{name}_losses"] = max(abs(x - y) / (abs(x) + 1) for x, y in zip(plain_losses, losses))
     return found
 
@@ -418,7 +421,8 @@ def with_ddp(group):
     ep, replicated = pairs[rank // 2], same[rank % 2]
     planner = by_topology(ep)
     block = Block(MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64), 2)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(block, [f"experts.{name}" for name, _ in block.experts.named_parameters()])
+    names = [f"experts.{name}" for name, _ in block.experts.named_parameters()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(block, names)
     model = DistributedDataParallel(block, process_group=group)
     dense = Block(Dense(2), 2)
     for index in range(2):
@@ -437,6 +441,61 @@ def with_ddp(group):
     found["router"] = far(block.router.weight.grad * world, dense.router.weight.grad)  # DDP takes means
     found["norm"] = far(block.norm.weight.grad * world, dense.norm.weight.grad)
     return found
+
+
+class LanguageModel(nn.Module):
+    """Embedding, the block, and a head over the vocabulary; predicts the next character."""
+
+    def __init__(self, experts, size):
+        super().__init__()
+        self.block = Block(experts, size)  # which sets the seed
+        self.embedding, self.head = nn.Embedding(64, HIDDEN).double(), nn.Linear(HIDDEN, 64).double()
+        self.history = torch.zeros(n_experts(size))
+        self.block.router.register_forward_hook(lambda _, __, scores: self.count(scores))
+
+    def count(self, scores):
+        self.history += torch.bincount(scores.topk(K).indices.flatten(), minlength=len(self.history))
+
+    def forward(self, tokens):
+        return self.head(self.block(self.embedding(tokens)))
+
+
+def train_language_model(group, planner, steps, every):
+    """Losses of the steps, over this file's own text. The experts are placed anew by the counts of all ranks, every so many steps."""
+    size, rank = group.size(), dist.get_rank(group)
+    text = torch.tensor(list(open(__file__, "rb").read())) % 64
+    layer = MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64)
+    language_model = LanguageModel(layer, size)
+    names = [f"block.experts.{name}" for name, _ in layer.named_parameters()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(language_model, names)
+    model = DistributedDataParallel(language_model, process_group=group)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for number in range(steps):
+        if every and number and number % every == 0:
+            dist.all_reduce(language_model.history, group=group)
+            planner.update_redundancy_mapping(language_model.history)
+            layer.replicas.update(optimizers=[optimizer])
+            language_model.history.zero_()
+        first = (number * size + rank) * 32 % (len(text) - 33)
+        loss = F.cross_entropy(model(text[first : first + 32]), text[first + 1 : first + 33])
+        optimizer.zero_grad()
+        loss.backward()
+        layer.replicas.push_grads()
+        for parameter in layer.parameters():
+            parameter.grad /= size  # the mean over ranks, as DDP takes it
+        optimizer.step()
+        layer.replicas.pull()
+        losses.append(loss.item())
+    return losses
+
+
+def language_model(group):
+    """300 steps of a small language model, placed anew every 40, and without replicas."""
+    plain = train_language_model(group, natural(group), 300, 0)
+    losses = train_language_model(group, by_topology(group), 300, 40)
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20]), "nothing was learnt"
+    return {"losses": max(abs(one - other) for one, other in zip(plain, losses))}
 
 
 def raises(kind, words, call):
@@ -479,22 +538,26 @@ def refusals(group):
     raises(lplb.InvalidArgument, "name: must be one of gate_up, down, got up", lambda: replicas.weights("up"))
     raises(lplb.InvalidArgument, "name: must not be that of another parameter, got down",
            lambda: replicas.parameter("down" if rank == 1 else "other", (3,)))
-    raises(lplb.InvalidArgument, "tensor: must be contiguous, with a row for each of the 4 own rows, got shape [3, 2]",
+    raises(lplb.InvalidArgument, "tensor: must be contiguous on cpu, with a row for each of the 4 own rows, got shape [3, 2]",
            lambda: replicas.register("moments", torch.zeros(3, 2)))
     raises(lplb.InvalidArgument, "hidden_states: must be [tokens, 12], got shape [30, 11]", lambda: layer(mine[0][:, 1:], *mine[1:3]))
     raises(lplb.InvalidArgument, "router_weights: must be [30 tokens, k], as expert_ids, got shape [30, 2]",
            lambda: layer(*mine[:2], mine[2][:, 1:]))
     if rank == 0:
         layer.down.data = layer.down.data.clone()
-    raises(lplb.InvalidArgument, "parameter: must keep the memory it was made with", replicas.pull)
+    raises(lplb.InvalidArgument, "parameter: must keep its memory", replicas.pull)
     same = Planner.from_placement(ring_slots(size, 1), group=group, tokens="same")
     raises(lplb.InvalidArgument, "planner: must have a group whose ranks have tokens of their own, or ep_size=1, got Planner(",
            lambda: lplb.Replicas(same))
+    raises(lplb.InvalidArgument, "slack: must be at least 0, got -1", lambda: lplb.Replicas(planner, slack=-1 if rank == 1 else 0))
+    fresh = lplb.Replicas(planner)
+    planner.close()
+    raises(lplb.WrongOrder, "replicas: the planner is closed, or its process group is destroyed", fresh.pull)
     return {}
 
 
 SCENARIOS = [gradients, update_inside, main_gradients, bfloat16, few_experts, optimizer_steps, same_bits, recomputation, checkpoints,
-             with_ddp, refusals]
+             with_ddp, language_model, refusals]
 
 
 def main():

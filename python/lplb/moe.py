@@ -163,8 +163,8 @@ def _add_grouped(sums: Tensor, grad: Tensor, rows: Tensor, layout: Layout) -> No
 
 
 def save_plans() -> Any:
-    """context_fn of torch.utils.checkpoint.checkpoint(..., use_reentrant=False): the physical ids of the forward pass are kept and used again
-    when activations are recomputed, instead of being planned and exchanged a second time."""
+    """context_fn of torch.utils.checkpoint.checkpoint(..., use_reentrant=False): the physical ids of the forward pass are kept and used
+    again when activations are recomputed, instead of being planned and exchanged a second time."""
     return create_selective_checkpoint_contexts([torch.ops.lplb.run.default])  # type: ignore[no-untyped-call]
 
 
@@ -176,12 +176,11 @@ class MoELayer(nn.Module):
     """
 
     def __init__(self, planner: Planner, hidden: int, intermediate: int, *, dtype: torch.dtype | None = None,
-                 grad_dtype: torch.dtype | None = None, device: torch.device | str | None = None, slack: int = 0, seed: int = 0) -> None:
+                 grad_dtype: torch.dtype | None = None, slack: int = 0, seed: int = 0) -> None:
         super().__init__()
         self.replicas = Replicas(planner, slack=slack)
-        options: dict[str, Any] = {"dtype": dtype, "grad_dtype": grad_dtype, "device": device}
-        self.gate_up = self.replicas.parameter("gate_up", (2 * intermediate, hidden), **options)
-        self.down = self.replicas.parameter("down", (hidden, intermediate), **options)
+        self.gate_up = self.replicas.parameter("gate_up", (2 * intermediate, hidden), dtype=dtype, grad_dtype=grad_dtype)
+        self.down = self.replicas.parameter("down", (hidden, intermediate), dtype=dtype, grad_dtype=grad_dtype)
         self.reset_parameters(seed)
         self.replicas.pull()
 
@@ -195,11 +194,10 @@ class MoELayer(nn.Module):
 
     def plan(self, expert_ids: Tensor) -> Tensor:
         """Physical ids, for forward(physical=...)."""
-        planner = self.replicas.planner
-        return planner.run(expert_ids.detach().to(planner.device), None).to(expert_ids.device)
+        return self.replicas.planner.run(expert_ids.detach(), None)
 
     def forward(self, hidden_states: Tensor, expert_ids: Tensor, router_weights: Tensor, physical: Tensor | None = None) -> Tensor:
-        """[tokens, hidden], [tokens, k] integers, -1 for no expert, [tokens, k] -> [tokens, hidden]. physical: of plan(), where made before."""
+        """[tokens, hidden], [tokens, k] integers, -1 for no expert, [tokens, k] -> [tokens, hidden]. physical: of plan(), if made."""
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.gate_up.shape[2]:
             raise broken_rule("hidden_states", f"must be [tokens, {self.gate_up.shape[2]}]", f"shape {list(hidden_states.shape)}")
         for name, given in (("expert_ids", expert_ids), ("router_weights", router_weights)):

@@ -20,7 +20,8 @@ def homes(phy2log: A, ep_size: int, *, former: Array | None = None) -> A:
     phy2log: integers [n_physical], the expert of every slot; rank r owns n_physical / ep_size consecutive slots. Every rank owns
     n_logical / ep_size experts where the replicas allow it, else the largest number of a rank is as small as it can be. Where there is a
     choice, the replica that comes first in its rank's block is the home: the original, for a placement by a topology. former: the homes
-    under another placement of these sizes; experts stay on these ranks as far as possible. A CPU tensor for a tensor, an array for an array.
+    under another placement of these sizes; experts stay on these ranks as far as possible. A CPU tensor for a tensor, an array for an
+    array.
     """
     slots: Int32s = host_integers("phy2log", phy2log, 1, np.int32, _c.MAX_PHYSICAL)
     if not slots.size:
@@ -64,8 +65,8 @@ class Rows:
             mine = [expert for expert in held if ranks[expert] == rank]
             copies = [expert for expert in held if ranks[expert] != rank]
             if len(mine) > own or len(copies) > len(old) - own:
-                raise broken_rule("placement", f"must leave rank {rank} with at most {own} own experts and {len(old) - own} copies, since its "
-                                  f"parameters were made for them (slack={slack})", f"{len(mine)} own experts and {len(copies)} copies")
+                rule = f"must leave rank {rank} with at most {own} own experts and {len(old) - own} copies, since its parameters were made"
+                raise broken_rule("placement", f"{rule} for them (slack={slack})", f"{len(mine)} own experts and {len(copies)} copies")
             self.experts.append(_settled(old[:own], mine) + _settled(old[own:], copies))
         self.home = {expert: Place(rank, row) for rank, row, expert in self._each(copies=False)}
         self.copies = {Place(rank, row): expert for rank, row, expert in self._each(copies=True)}  # by rank, then row
@@ -79,7 +80,8 @@ class Rows:
 
     def pulls(self, known: Rows | None = None) -> list[Move]:
         """From homes to copies. known: rows that hold the same copy there are left out."""
-        return [Move(self.home[expert], place) for place, expert in self.copies.items() if known is None or known.copies.get(place) != expert]
+        return [Move(self.home[expert], place) for place, expert in self.copies.items()
+                if known is None or known.copies.get(place) != expert]
 
     def digest(self) -> str:
         return hashlib.blake2b(repr((self.homes.tolist(), self.own, self.experts)).encode(), digest_size=6).hexdigest()

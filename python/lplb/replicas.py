@@ -3,7 +3,7 @@
     replicas = Replicas(planner)                                      # who owns what: replicas.own, the experts of this rank
     gate_up = replicas.parameter("gate_up", (2 * width, hidden))      # an nn.Parameter [own experts, 2 * width, hidden] for the optimizer
     ... forward and backward on replicas.weights("gate_up") and replicas.gradients("gate_up"), whose rows behind are the copies ...
-    replicas.push_grads()                                             # before the optimizer and before any reduction of the experts' gradients
+    replicas.push_grads()                                             # before the optimizer and any reduction of experts' gradients
     optimizer.step()
     replicas.pull()                                                   # before the next forward pass
     planner.update_placement(other)
@@ -57,37 +57,39 @@ class _Held:
 class Replicas:
     """Weights and gradients of a rank's own experts and of its copies of others' experts, for one MoE layer.
 
-    Each tensor of expert parameters lies in a buffer [rows, ...]: first the rank's own experts, an nn.Parameter that is a view of them, then
-    the copies, which are in no parameters(), optimizer or state_dict(). Gradients likewise. Physical experts find their row by row_of_slot.
+    Each tensor of expert parameters lies in a buffer [rows, ...]: first the rank's own experts, an nn.Parameter on that memory, then the
+    copies, which are in no parameters(), optimizer or state_dict(). Gradients likewise. Physical experts find their row by row_of_slot.
 
     planner: made with group=, or with ep_size=1. slack: by how many a rank's number of own experts may change in a later placement; as many
     rows are kept free among the own ones and among the copies, and are zero.
 
-    Making one, parameter(), pull(), push_grads() and update() are collective: every rank of the group calls them in the same order. That the
+    Making one, parameter(), pull(), push_grads() and update() are collective: every rank of the group calls them in the same order. That
     ranks agree is checked in each call on the CPU or with debug=True of the planner; on a GPU otherwise in all but pull() and push_grads().
     """
 
-    planner: Planner
     own: Tensor  #: int64 [own rows], the expert of each row of the parameters, -1 where none is; changed in place by update()
     row_of_slot: Tensor  #: int64 [n_physical], the row of every physical expert in the buffers of its rank; also changed in place
     homes: Int32s  #: int32 [n_logical], the slot of each expert's home
     version: int  #: grows with each update()
 
     def __init__(self, planner: Planner, *, slack: int = 0) -> None:
-        if planner.tokens != "own" or (planner.ep_group is None and planner.ep_size > 1):
-            raise broken_rule("planner", "must have a group whose ranks have tokens of their own, or ep_size=1", repr(planner))
-        self.planner, self.rank, self.n_ranks = planner, planner.rank or 0, planner.ep_size
-        self.slack = integer("slack", slack, 0, _c.MAX_PHYSICAL)
+        self.planner, self.rank, self.n_ranks, self.version = planner, planner.rank or 0, planner.ep_size, 0
         self._device = torch.device(planner.device)
         self._held: dict[str, _Held] = {}
         self._registered: dict[str, Tensor] = {}
         self._outstanding = False  # copies may have gradients that their homes have not
-        self.version = 0
-        rows = self._rows = Rows(_phy2log(planner), self.n_ranks, self.slack)
-        self.own = torch.empty(rows.own[self.rank], dtype=torch.int64, device=self._device)
+        self._digest, refused = "none", None
+        try:
+            if planner.tokens != "own" or (planner.ep_group is None and planner.ep_size > 1):
+                raise broken_rule("planner", "must have a group whose ranks have tokens of their own, or ep_size=1", repr(planner))
+            self.slack = integer("slack", slack, 0, _c.MAX_PHYSICAL)
+            self._rows = Rows(_phy2log(planner), self.n_ranks, self.slack)
+        except LplbError as error:
+            refused = error
+        self._meet("Replicas()" if refused else f"Replicas() of {self._rows.digest()}", refused)
+        self.own = torch.empty(self._rows.own[self.rank], dtype=torch.int64, device=self._device)
         self.row_of_slot = torch.empty(planner.n_routed_experts, dtype=torch.int64, device=self._device)
-        self._follow(rows)
-        self._meet("Replicas()")
+        self._follow(self._rows)
         if self._device.type == "cuda" and self.n_ranks > 1:  # a communicator that starts with sends would need all ranks in the first ones
             dist.all_reduce(torch.zeros(1, device=self._device), group=planner.ep_group)
 
@@ -98,16 +100,17 @@ class Replicas:
 
     # ---- what trains ----
 
-    def parameter(self, name: str, shape: Sequence[int], *, dtype: torch.dtype | None = None, grad_dtype: torch.dtype | None = None,
-                  device: torch.device | str | None = None) -> torch.nn.Parameter:
-        """An nn.Parameter [own rows, *shape] of zeros, to be filled with the weights of the experts in own, and then pulled. Collective.
+    def parameter(self, name: str, shape: Sequence[int], *, dtype: torch.dtype | None = None, grad_dtype: torch.dtype | None = None
+                  ) -> torch.nn.Parameter:
+        """An nn.Parameter [own rows, *shape] of zeros on the planner's device, to be filled with the weights of the experts in own and
+        then pulled. Collective.
 
         grad_dtype: None or dtype: gradients accumulate in parameter.grad; another one (float32 main gradients): in parameter.main_grad.
         """
         refused = broken_rule("name", "must not be that of another parameter", name) if name in self._held else None
         self._meet(f"parameter({name!r}, {list(shape)}, dtype={dtype}, grad_dtype={grad_dtype})", refused)
         rows, own = self.n_rows, len(self.own)
-        weights = torch.zeros((rows, *shape), dtype=dtype, device=self._device if device is None else device)
+        weights = torch.zeros((rows, *shape), dtype=dtype, device=self._device)
         grads = torch.zeros_like(weights, dtype=grad_dtype)
         # Through DLPack the parameter has a storage of its own size on the same memory: torch.save would write the copies, too, for a view.
         parameter = torch.nn.Parameter(torch.utils.dlpack.from_dlpack(weights[:own]))
@@ -143,8 +146,9 @@ class Replicas:
 
     def register(self, name: str, tensor: Tensor) -> None:
         """A further tensor [own rows, ...], such as master weights, whose rows move with the homes in update()."""
-        if tensor.dim() == 0 or len(tensor) != len(self.own) or not tensor.is_contiguous():
-            raise broken_rule("tensor", f"must be contiguous, with a row for each of the {len(self.own)} own rows", f"shape {list(tensor.shape)}")
+        refused = self._unmovable("tensor", tensor)
+        if refused:
+            raise refused
         self._registered[name] = tensor
 
     @torch.no_grad()
@@ -164,9 +168,9 @@ class Replicas:
 
     @torch.no_grad()
     def update(self, planner: Planner | None = None, *, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-        """Follows a new placement of the planner (or of another one of the same sizes and ranks), between two micro-batches or two steps, when
-        no backward pass is outstanding. Gradients of copies go home first, so none is lost. Experts whose home moves take their weights,
-        gradients, registered tensors and state in optimizers with them (all tensors of the parameter's shape). Then copies that are new are
+        """Follows a new placement of the planner (or of another one of the same sizes and ranks), between two micro-batches or two steps,
+        when no backward pass is outstanding. Gradients of copies go home first, so none is lost. Experts whose home moves take along their
+        weights, gradients, registered tensors and state in optimizers (tensors of the parameter's shape). Then copies that are new are
         pulled, or all where weights have changed since the last pull. Where a rank refuses, all do, and nothing has changed. Collective.
         """
         refused, rows, planner = self._spoilt(), self._rows, planner or self.planner
@@ -178,6 +182,7 @@ class Replicas:
         except LplbError as error:
             refused = refused or error
         state = {**self._registered, **self._state_of(optimizers)}
+        refused = refused or next((why for name in sorted(state) if (why := self._unmovable(name, state[name]))), None)
         grads = self._outstanding or any(held.main or held.parameter.grad is not None for held in self._held.values())
         stale = any(held.parameter._version != held.pulled for held in self._held.values())
         any_grads, any_stale = self._meet(f"update() to {rows.digest()} with {sorted(state)}", refused, grads, stale)
@@ -194,7 +199,7 @@ class Replicas:
     # ---- how ----
 
     def _follow(self, rows: Rows) -> None:
-        self._rows, self.homes = rows, rows.homes
+        self._rows, self.homes, self._digest = rows, rows.homes, rows.digest()
         self.own.copy_(torch.tensor(rows.experts[self.rank][: rows.own[self.rank]], dtype=torch.int64))
         self.row_of_slot.copy_(torch.tensor(rows.row_of_slot, dtype=torch.int64))
 
@@ -234,20 +239,14 @@ class Replicas:
     def _send(self, moves: list[Move], source: Tensor, target: Tensor) -> None:
         """Rows of source to rows of target. All sends and receives at once, so no rank waits for another's; between two ranks they match in
         the order of the moves."""
-        operations = []
+        operations, group = [], self.planner.ep_group
         for (from_rank, from_row), (to_rank, to_row) in moves:
             if from_rank == self.rank:
-                operations.append(dist.P2POp(dist.isend, source[from_row], self._global(to_rank), self.planner.ep_group))
+                operations.append(dist.P2POp(dist.isend, source[from_row], None, group, group_peer=to_rank))
             elif to_rank == self.rank:
-                operations.append(dist.P2POp(dist.irecv, target[to_row], self._global(from_rank), self.planner.ep_group))
+                operations.append(dist.P2POp(dist.irecv, target[to_row], None, group, group_peer=from_rank))
         for work in dist.batch_isend_irecv(operations) if operations else ():
             work.wait()
-
-    def _global(self, rank: int) -> int:
-        group = self.planner.ep_group
-        if group is None:
-            raise WrongOrder("replicas: the process group of the planner is destroyed")
-        return dist.get_global_rank(group, rank)
 
     def _state_of(self, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
         """The optimizers' tensors of the parameters' shape, such as moments. A parameter's shape has a row for each own expert."""
@@ -255,6 +254,12 @@ class Replicas:
                 for index, optimizer in enumerate(optimizers) for name, held in self._held.items()
                 for key, value in optimizer.state.get(held.parameter, {}).items()
                 if isinstance(value, Tensor) and value.shape == held.parameter.shape}
+
+    def _unmovable(self, name: str, tensor: Tensor) -> LplbError | None:
+        if tensor.dim() and len(tensor) == len(self.own) and tensor.is_contiguous() and tensor.device == self.own.device:
+            return None
+        return broken_rule(name, f"must be contiguous on {self.own.device}, with a row for each of the {len(self.own)} own rows",
+                           f"shape {list(tensor.shape)} on {tensor.device}")
 
     def _find(self, name: str) -> _Held:
         if name not in self._held:
@@ -265,7 +270,7 @@ class Replicas:
         """Why the buffers cannot be used."""
         for name, held in self._held.items():
             if len(self.own) and held.parameter.data_ptr() != held.weights.data_ptr():
-                return broken_rule("parameter", "must keep the memory it was made with, which module.to() and assigning .data replace", name)
+                return broken_rule("parameter", "must keep its memory, which module.to() and assigning .data replace", name)
         return None
 
     def _checks(self) -> bool:
@@ -275,20 +280,20 @@ class Replicas:
         """Finds out that all ranks make the same call, or why one cannot. Returns for each flag whether it is set on any rank."""
         group = self.planner.ep_group
         if group is None:
-            if refused:
-                raise refused
+            if refused or self.n_ranks > 1:
+                raise refused or WrongOrder("replicas: the planner is closed, or its process group is destroyed")
             return list(flags)
         tensors = [f"{name} {list(held.weights.shape)} {held.weights.dtype} {held.grads.dtype}" for name, held in self._held.items()]
-        state = f"{call} in version {self.version} of placement {self._rows.digest()} with {', '.join(tensors) or 'no parameters'}"
-        ordinal = self._device.index if self._device.type == "cuda" else _c.DEVICE_CPU
-        with on_device(_c.DEVICE_CPU if ordinal is None else ordinal):
+        state = f"{call} in version {self.version} of placement {self._digest} with {', '.join(tensors) or 'no parameters'}"
+        with on_device(_c.DEVICE_CPU if self._device.index is None else self._device.index):
             everyone = [json.loads(theirs) for theirs in gather_bytes(
                 group, REPLICAS, json.dumps([state, str(refused or ""), flags]).encode(), Waiting(f"replicas: rank {self.rank}", 0))]
         for rank, (theirs, words, _) in enumerate(everyone):
             if words:
                 raise InvalidArgument(words)
             if theirs != everyone[0][0]:
-                raise Disagreement(f"replicas: all ranks must make the same call, but rank {rank} calls {theirs}, and rank 0 {everyone[0][0]}")
+                raise Disagreement(
+                    f"replicas: all ranks must make the same call, but rank {rank} calls {theirs}, and rank 0 {everyone[0][0]}")
         return [any(values) for values in zip(*(flags for _, _, flags in everyone))]
 
 
