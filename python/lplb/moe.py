@@ -200,7 +200,8 @@ class MoELayer(nn.Module):
         """[tokens, hidden], [tokens, k] integers, -1 for no expert, [tokens, k] -> [tokens, hidden]. physical: of plan(), if made."""
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.gate_up.shape[2]:
             raise broken_rule("hidden_states", f"must be [tokens, {self.gate_up.shape[2]}]", f"shape {list(hidden_states.shape)}")
-        for name, given in (("expert_ids", expert_ids), ("router_weights", router_weights)):
+        same = ("router_weights", router_weights), ("physical", expert_ids if physical is None else physical)
+        for name, given in (("expert_ids", expert_ids), *same):
             if given.dim() != 2 or given.shape != expert_ids.shape or len(given) != len(hidden_states):
                 raise broken_rule(name, f"must be [{len(hidden_states)} tokens, k], as expert_ids", f"shape {list(given.shape)}")
         layout = Layout.make(self.plan(expert_ids) if physical is None else physical, self.replicas)

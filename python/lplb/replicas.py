@@ -105,7 +105,8 @@ class Replicas:
         """An nn.Parameter [own rows, *shape] of zeros on the planner's device, to be filled with the weights of the experts in own and
         then pulled. Collective.
 
-        grad_dtype: None or dtype: gradients accumulate in parameter.grad; another one (float32 main gradients): in parameter.main_grad.
+        grad_dtype: None or dtype: gradients accumulate in parameter.grad; another one (float32 main gradients): in parameter.main_grad,
+        which zero_grad() of this object clears.
         """
         refused = broken_rule("name", "must not be that of another parameter", name) if name in self._held else None
         self._meet(f"parameter({name!r}, {list(shape)}, dtype={dtype}, grad_dtype={grad_dtype})", refused)
@@ -122,8 +123,7 @@ class Replicas:
     def weights(self, name: str) -> Tensor:
         """The buffer [n_rows, ...] for a forward or backward pass; not for autograd. WrongOrder where copies are older than their homes."""
         held = self._find(name)
-        refused = self._spoilt()
-        if refused:
+        if refused := self._spoilt():
             raise refused
         if self._rows.copies and held.parameter._version != held.pulled:
             raise WrongOrder(f"replicas: pull() must be called after own experts' weights have changed, and {name} has changed")
@@ -146,8 +146,7 @@ class Replicas:
 
     def register(self, name: str, tensor: Tensor) -> None:
         """A further tensor [own rows, ...], such as master weights, whose rows move with the homes in update()."""
-        refused = self._unmovable("tensor", tensor)
-        if refused:
+        if refused := self._unmovable("tensor", tensor):
             raise refused
         self._registered[name] = tensor
 
