@@ -543,7 +543,8 @@ def refusals(group):
     raises(lplb.InvalidArgument, "hidden_states: must be [tokens, 12], got shape [30, 11]", lambda: layer(mine[0][:, 1:], *mine[1:3]))
     raises(lplb.InvalidArgument, "router_weights: must be [30 tokens, k], as expert_ids, got shape [30, 2]",
            lambda: layer(*mine[:2], mine[2][:, 1:]))
-    raises(lplb.InvalidArgument, "physical: must be [30 tokens, k], as expert_ids, got shape [29, 3]", lambda: layer(*mine[:3], mine[1][1:]))
+    raises(lplb.InvalidArgument, "physical: must be [30 tokens, k], as expert_ids, got shape [29, 3]",
+           lambda: layer(*mine[:3], mine[1][1:]))
     if rank == 0:
         layer.down.data = layer.down.data.clone()
     raises(lplb.InvalidArgument, "parameter: must keep its memory", replicas.pull)
