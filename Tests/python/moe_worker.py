@@ -15,127 +15,16 @@ import traceback
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import lplb
-from lplb import Planner, topology
+from lplb import Planner
 from lplb.moe import MoELayer, save_plans
+from moe_models import language_model, with_ddp
+from moe_reference import (
+    HIDDEN, WIDTH, Dense, batch, by_topology, far, merge, n_experts, natural, random_slots, ring_slots, step, turned_slots, uneven_slots)
 
 torch.set_num_threads(1)
-HIDDEN, WIDTH, K = 12, 10, 3
-
-
-def n_experts(size):
-    return 4 * size
-
-
-def by_topology(group):
-    size = group.size()
-    r2o = {2: torch.tensor([[1], [0]]), 4: topology.SQUARE_4P2E}[size]
-    return Planner(r2o, n_experts(size) + r2o.shape[1] * size, n_experts(size), group=group)
-
-
-def natural(group):
-    """Without replicas."""
-    return Planner.from_placement(np.arange(n_experts(group.size())), group=group)
-
-
-def random_slots(seed, size, n_local=7):
-    """Many replicas, some twice on a rank, in no order."""
-    rng = np.random.default_rng([seed, size])
-    experts, slots = n_experts(size), n_local * size
-    return rng.permutation(np.concatenate([np.arange(experts), rng.choice(experts, slots - experts)])).astype(np.int32)
-
-
-def ring_slots(size, shift):
-    """Four own experts a rank, then copies of the next ranks' first three."""
-    own = np.arange(n_experts(size)).reshape(size, 4)
-    return np.concatenate([own, np.roll(own[:, :3], -shift, axis=0)], axis=1).reshape(-1)
-
-
-def turned_slots(size):
-    """The ring with its first two experts of each rank turned to the next rank, so that these homes must move."""
-    own = np.arange(n_experts(size)).reshape(size, 4).copy()
-    own[:, :2] = np.roll(own[:, :2], 1, axis=0)
-    return np.concatenate([own[:, ::-1], np.roll(own[:, 1:], 1, axis=0)], axis=1).reshape(-1)
-
-
-def uneven_slots(size):
-    """Seven experts that stand on the first rank alone; the last rank holds one expert."""
-    return np.minimum(np.arange(7 * size), n_experts(size) - 1)
-
-
-def batch(seed, rank, size, tokens=30, only=None, dtype=torch.float64):
-    """hidden states, ids, router weights, and what the output is multiplied with for a loss."""
-    rng = np.random.default_rng([seed, rank])
-    ids = np.array([rng.permutation(n_experts(size))[:K] for _ in range(tokens)], dtype=np.int64).reshape(tokens, K)
-    if only is not None:
-        ids = only[ids % len(only)]
-    ids = np.where(rng.random((tokens, K)) < 0.1, -1, ids)  # no expert
-    floats = [torch.from_numpy(rng.standard_normal(shape)).to(dtype) for shape in ((tokens, HIDDEN), (tokens, K), (tokens, HIDDEN))]
-    return floats[0].requires_grad_(), torch.from_numpy(ids), floats[1].requires_grad_(), floats[2]
-
-
-def batches(size, rank):
-    """Micro-batches of a step: all experts; few experts, and a rank without tokens; skewed."""
-    return [batch(1, rank, size), batch(2, rank, size, tokens=0 if rank == 1 else 17, only=np.array([0, 1, 2, 5])),
-            batch(3, rank, size, tokens=41 - 9 * rank, only=np.array([3, 3, 3, 4, 6, 7]))]
-
-
-class Dense(nn.Module):
-    """All experts in one process, with the first weights of a MoELayer."""
-
-    def __init__(self, size, dtype=torch.float64, seed=0):
-        super().__init__()
-        generators = [torch.Generator().manual_seed(seed * 65537 + expert) for expert in range(n_experts(size))]
-        self.gate_up, self.down = (
-            nn.Parameter(torch.stack([(torch.randn(shape, generator=one) * shape[1] ** -0.5).to(dtype) for one in generators]))
-            for shape in ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)))
-
-    def forward(self, hidden_states, ids, weights):
-        output = torch.zeros_like(hidden_states)
-        for expert in range(len(self.gate_up)):
-            token, choice = torch.nonzero(ids == expert, as_tuple=True)
-            gate, up = (hidden_states[token] @ self.gate_up[expert].T).chunk(2, -1)
-            output = output.index_add(0, token, (F.silu(gate) * up @ self.down[expert].T) * weights[token, choice, None])
-        return output
-
-
-def far(one, other):
-    return float((one.detach() - other.detach()).abs().max()) if one.numel() else 0.0
-
-
-def step(layer, size, rank, between=lambda index: None):
-    """A step of three micro-batches by the layer and by the dense reference. Returns the largest distances."""
-    dense, wrong = Dense(size), {"output": 0.0, "inputs": 0.0, "router": 0.0}
-    for index in range(3):
-        between(index)
-        for peer in range(size):
-            mine = batches(size, peer)[index]
-            reference = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in mine]
-            expected = dense(*reference[:3])
-            (expected * reference[3]).sum().backward()
-            if peer == rank:
-                output = layer(*mine[:3])
-                (output * mine[3]).sum().backward()
-                for name, one, other in (("output", output, expected), ("inputs", mine[0].grad, reference[0].grad),
-                                         ("router", mine[2].grad, reference[2].grad)):
-                    wrong[name] = max(wrong[name], far(one, other))
-    layer.replicas.push_grads()
-    own = layer.replicas.own
-    used = own >= 0
-    for name in ("gate_up", "down"):
-        grad = getattr(layer, name).grad
-        wrong[name] = far(grad[used], getattr(dense, name).grad[own[used]])
-        assert not grad[~used].any() and not layer.replicas.gradients(name)[len(own):].any()
-    return wrong
-
-
-def merge(*found):
-    return {key: max(one[key] for one in found) for key in found[0]}
 
 
 # ---- scenarios: each returns what it measured, with the bound in its name's table in test_moe.py ----
@@ -395,107 +284,6 @@ def checkpoints(group):
     else:
         raise AssertionError("a checkpoint of other experts was accepted")
     return {"different": max(wrong)}
-
-
-class Block(nn.Module):
-    """A router and the experts, as in a transformer block."""
-
-    def __init__(self, experts, size):
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.router = nn.LayerNorm(HIDDEN).double(), nn.Linear(HIDDEN, n_experts(size), bias=False).double()
-        self.experts = experts
-
-    def forward(self, hidden_states):
-        states = self.norm(hidden_states)
-        weights, ids = self.router(states).softmax(-1).topk(K)
-        return hidden_states + self.experts(states, ids, weights)
-
-
-def with_ddp(group):
-    """DDP around a block reduces norm and router; experts are reduced, after push_grads(), over the ranks that hold the same ones: where
-    there are four ranks, two expert-parallel groups of two."""
-    world, rank = group.size(), dist.get_rank(group)
-    pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
-    same = [dist.new_group(list(range(first, world, 2))) for first in range(2)]
-    ep, replicated = pairs[rank // 2], same[rank % 2]
-    planner = by_topology(ep)
-    block = Block(MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64), 2)
-    names = [f"experts.{name}" for name, _ in block.experts.named_parameters()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(block, names)
-    model = DistributedDataParallel(block, process_group=group)
-    dense = Block(Dense(2), 2)
-    for index in range(2):
-        for peer in range(world):
-            mine = batch(index, peer, 2)
-            (dense(mine[0].detach()) * mine[3]).sum().backward()
-            if peer == rank:
-                with model.no_sync() if index == 0 else torch.enable_grad():
-                    (model(mine[0].detach()) * mine[3]).sum().backward()
-    experts = block.experts
-    experts.replicas.push_grads()
-    for parameter in experts.parameters():
-        dist.all_reduce(parameter.grad, group=replicated)
-    own = experts.replicas.own
-    found = {name: far(getattr(experts, name).grad, getattr(dense.experts, name).grad[own]) for name in ("gate_up", "down")}
-    found["router"] = far(block.router.weight.grad * world, dense.router.weight.grad)  # DDP takes means
-    found["norm"] = far(block.norm.weight.grad * world, dense.norm.weight.grad)
-    return found
-
-
-class LanguageModel(nn.Module):
-    """Embedding, the block, and a head over the vocabulary; predicts the next character."""
-
-    def __init__(self, experts, size):
-        super().__init__()
-        self.block = Block(experts, size)  # which sets the seed
-        self.embedding, self.head = nn.Embedding(64, HIDDEN).double(), nn.Linear(HIDDEN, 64).double()
-        self.history = torch.zeros(n_experts(size))
-        self.block.router.register_forward_hook(lambda _, __, scores: self.count(scores))
-
-    def count(self, scores):
-        self.history += torch.bincount(scores.topk(K).indices.flatten(), minlength=len(self.history))
-
-    def forward(self, tokens):
-        return self.head(self.block(self.embedding(tokens)))
-
-
-def train_language_model(group, planner, steps, every):
-    """Losses of the steps, over this file's own text. The experts are placed anew by the counts of all ranks, every so many steps."""
-    size, rank = group.size(), dist.get_rank(group)
-    text = torch.tensor(list(open(__file__, "rb").read())) % 64
-    layer = MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64)
-    language_model = LanguageModel(layer, size)
-    names = [f"block.experts.{name}" for name, _ in layer.named_parameters()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(language_model, names)
-    model = DistributedDataParallel(language_model, process_group=group)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for number in range(steps):
-        if every and number and number % every == 0:
-            dist.all_reduce(language_model.history, group=group)
-            planner.update_redundancy_mapping(language_model.history)
-            layer.replicas.update(optimizers=[optimizer])
-            language_model.history.zero_()
-        first = (number * size + rank) * 32 % (len(text) - 33)
-        loss = F.cross_entropy(model(text[first : first + 32]), text[first + 1 : first + 33])
-        optimizer.zero_grad()
-        loss.backward()
-        layer.replicas.push_grads()
-        for parameter in layer.parameters():
-            parameter.grad /= size  # the mean over ranks, as DDP takes it
-        optimizer.step()
-        layer.replicas.pull()
-        losses.append(loss.item())
-    return losses
-
-
-def language_model(group):
-    """300 steps of a small language model, placed anew every 40, and without replicas."""
-    plain = train_language_model(group, natural(group), 300, 0)
-    losses = train_language_model(group, by_topology(group), 300, 40)
-    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20]), "nothing was learnt"
-    return {"losses": max(abs(one - other) for one, other in zip(plain, losses))}
 
 
 def raises(kind, words, call):
