@@ -15,6 +15,7 @@
  *   replica           one of the physical experts of a logical expert that has several; the original comes first
  *   load              tokens per logical expert; a token routed to k experts counts k times
  *   r2o               [group_size][n_redundant]: slot d of rank r of a group replicates slot d of rank r2o[r][d] of the same group
+ *   home              the replica of an expert that owns its weights in training; the other replicas are copies of it
  *   group             group_size consecutive ranks that balance among themselves; the groups are solved independently
  *   row               what a rank brings to an exchange: its counts [n_logical], then the digest of its placement and settings
  *
@@ -347,6 +348,18 @@ lplb_status lplb_planner_assignment(lplb_planner *planner, int64_t *tokens, int6
 lplb_status lplb_eplb_rebalance(const float *weight, int64_t n_layers, int64_t n_logical, int64_t n_physical, int64_t n_groups,
                                 int64_t n_nodes, int64_t n_ranks, int64_t *phy2log, int64_t *replica, int64_t *logcnt, char *message,
                                 int64_t message_size);
+
+/*
+ * Homes of a general placement phy2log [n_physical] on ep_size ranks: homes [n_logical] = for each expert the slot that owns its weights,
+ * its gradient and its optimizer state. Every rank owns n_logical / ep_size experts where the replicas allow it (remainders go to the
+ * lowest ranks); otherwise the largest number of a rank is as small as it can be. Where there is a choice, the replica that comes first in
+ * its rank's block is the home, which for a placement by a topology is the original.
+ * former: NULL, or [n_logical] slots, e.g. the homes under another placement of this shape: an expert stays on that rank where it still
+ * stands there and the numbers allow it, so that little optimizer state has to move.
+ * Equal inputs give equal homes. ep_size is at most LPLB_MAX_RANKS. Host, synchronous, allocates, thread-safe.
+ */
+lplb_status lplb_placement_homes(const int32_t *phy2log, int64_t n_physical, int64_t n_logical, int64_t ep_size, const int32_t *former,
+                                 int32_t *homes, char *message, int64_t message_size);
 
 /* ---- 6. One-off solve ------------------------------------------------------------------------------------------------------- */
 

@@ -138,5 +138,12 @@ import Testing
         #expect(words().contains("n_physical"), "\(words())")
         #expect(lplb_eplb_rebalance([1, 2, .nan, 4], 1, 4, 6, 1, 1, 2, nil, nil, nil, &message, 256) == LPLB_ERROR_INVALID_ARGUMENT)
         #expect(words().contains("weight"), "\(words())")
+        var homes = [Int32](repeating: -1, count: 2)
+        #expect(lplb_placement_homes([0, 1, 0, 2], 4, 2, 2, nil, &homes, &message, 256) == LPLB_ERROR_INVALID_ARGUMENT)
+        #expect(words().contains("phy2log[3]"), "\(words())")
+        #expect(lplb_placement_homes([0, 1, 1, 0], 4, 2, 2, [0, 4], &homes, &message, 256) == LPLB_ERROR_INVALID_ARGUMENT)
+        #expect(words().contains("former[1]") && homes == [-1, -1], "\(words())")
+        #expect(lplb_placement_homes([0, 1, 1, 0], 4, 2, 2, nil, &homes, &message, 256) == LPLB_OK)
+        #expect(homes == [0, 2])
     }
 }

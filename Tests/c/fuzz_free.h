@@ -67,6 +67,17 @@ static void one_off(void) {
     lplb_status status = lplb_solve(loads, logical, phy2log, physical, ranks, tokens, info, message, sizeof message);
     if (status == LPLB_OK && info != NULL && (!info->certified || info->max_load != info->bound)) fail("lplb_solve: not certified");
     check("lplb_solve", status, expected, message);
+    if (status == LPLB_OK) { /* a placement that can be solved has homes */
+        int32_t *homes = make(logical, sizeof *homes), *former = chance(2) ? NULL : make(logical, sizeof *former);
+        for (int64_t e = 0; former != NULL && e < logical; e++) former[e] = (int32_t)below(physical);
+        const int spoilt = former != NULL && chance(4);
+        if (spoilt) former[below(logical)] = (int32_t)(chance(2) ? physical : -1 - below(9));
+        memset(message, 'x', sizeof message);
+        check("lplb_placement_homes",
+              lplb_placement_homes(phy2log, physical, logical, ranks, former, homes, message, sizeof message), spoilt ? FAILS : OK, message);
+        for (int64_t e = 0; !spoilt && e < logical; e++)
+            if (homes[e] < 0 || homes[e] >= physical || phy2log[homes[e]] != e) fail("the home of %" PRId64 " does not hold it", e);
+    }
     drop("lplb_solve");
 }
 

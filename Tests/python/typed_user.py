@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Parameter
 from typing_extensions import assert_type
 
 import lplb
@@ -22,6 +23,8 @@ def tensors(planner: Planner, ids: Tensor, counts: Tensor, counter: Tensor) -> N
     assert_type(planner.solve(counts), None)
     assert_type(planner.redirect(ids), Tensor)
     assert_type(lplb.solve(counts, ids, 2).tokens, Tensor)
+    assert_type(lplb.homes(ids, 2), Tensor)
+    assert_type(lplb.Replicas(planner).parameter("up", (3, 4)), Parameter)
     assert_type(eplb.rebalance_experts(counts, 80, 8, 1, 8), tuple[Tensor, Tensor, Tensor])
     assert_type(eplb.EplbPolicy.rebalance_experts(counts, 80, 8, 1, 8, None), Tensor)
 

@@ -8,19 +8,35 @@
 Importing needs numpy alone. The library is loaded and torch is used when the first call needs them.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from . import eplb, topology
 from ._c import VERSION
 from .errors import (
     Busy, CudaError, Disagreement, InternalError, InvalidArgument, LibraryError, LplbError, NoCuda, OutOfMemory, PeerLost, PeerTimeout,
     Unsupported, WrongOrder)
 from .info import GroupInfo, Info, Locality
+from .placement import homes
 from .planner import Planner
 from .solve import Solution, solve, witness_bound
+
+if TYPE_CHECKING:
+    from .replicas import Replicas
 
 __version__ = ".".join(map(str, VERSION))
 
 __all__ = [
-    "Planner", "Info", "GroupInfo", "Locality", "solve", "Solution", "witness_bound", "eplb", "topology",
+    "Planner", "Info", "GroupInfo", "Locality", "Replicas", "homes", "solve", "Solution", "witness_bound", "eplb", "topology",
     "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory", "NoCuda", "CudaError",
     "PeerTimeout", "PeerLost", "Disagreement", "InternalError", "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Replicas":  # which imports torch
+        from .replicas import Replicas
+
+        return Replicas
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -107,9 +107,9 @@ MESSAGE_BYTES = 4 * (4096 + 4)
 _HEADER = struct.Struct("<II")  # kind, length of all that this rank brings
 _ROOM = MESSAGE_BYTES - _HEADER.size
 
-SETTINGS, SETUP, ROW, TOKENS, CONNECT = 1, 2, 3, 4, 5
+SETTINGS, SETUP, ROW, TOKENS, CONNECT, REPLICAS = 1, 2, 3, 4, 5, 6
 _MEANING = {SETTINGS: "makes or places a planner", SETUP: "sets up an exchange", ROW: "exchanges counts", TOKENS: "compares its tokens",
-            CONNECT: "maps and tries an exchange"}
+            CONNECT: "maps and tries an exchange", REPLICAS: "calls replicas"}
 
 
 def gather_bytes(group: Any, kind: int, mine: bytes, waiting: Waiting) -> list[bytes]:

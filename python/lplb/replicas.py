@@ -1,0 +1,300 @@
+"""Replicas that train: the weights and gradients of copies, moved by torch.distributed.
+
+    replicas = Replicas(planner)                                      # who owns what: replicas.own, the experts of this rank
+    gate_up = replicas.parameter("gate_up", (2 * width, hidden))      # an nn.Parameter [own experts, 2 * width, hidden] for the optimizer
+    ... forward and backward on replicas.weights("gate_up") and replicas.gradients("gate_up"), whose rows behind are the copies ...
+    replicas.push_grads()                                             # before the optimizer and any reduction of experts' gradients
+    optimizer.step()
+    replicas.pull()                                                   # before the next forward pass
+    planner.update_placement(other)
+    replicas.update(optimizers=[optimizer])                           # homes and their state move, copies are filled
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _c
+from ._ops.arguments import integer
+from ._ops.host import Int32s, host_integers
+from .errors import Disagreement, InvalidArgument, LplbError, WrongOrder, broken_rule
+from .exchange.gather import REPLICAS, Waiting, gather_bytes, on_device
+from .placement import Move, Place, Rows
+from .planner import Planner
+
+
+@dataclass
+class _Held:
+    parameter: torch.nn.Parameter
+    weights: Tensor  # [rows, ...], of which the parameter is the first ones
+    grads: Tensor  # [rows, ...]
+    own_grad: Tensor  # the first rows of grads: parameter.grad, or parameter.main_grad in another dtype
+    pulled: int  # the version of the parameter that the copies equal
+
+    @property
+    def main(self) -> bool:
+        return self.grads.dtype != self.weights.dtype
+
+    def adopt(self) -> None:
+        """Makes the first rows of grads the parameter's gradient again, after zero_grad() or who else has set another one."""
+        grad = self.parameter.grad
+        if self.main or grad is self.own_grad:
+            return
+        if grad is None:
+            self.own_grad.zero_()
+        else:
+            self.own_grad.copy_(grad)
+        self.parameter.grad = self.own_grad
+
+
+class Replicas:
+    """Weights and gradients of a rank's own experts and of its copies of others' experts, for one MoE layer.
+
+    Each tensor of expert parameters lies in a buffer [rows, ...]: first the rank's own experts, an nn.Parameter on that memory, then the
+    copies, which are in no parameters(), optimizer or state_dict(). Gradients likewise. Physical experts find their row by row_of_slot.
+
+    planner: made with group=, or with ep_size=1. slack: by how many a rank's number of own experts may change in a later placement; as many
+    rows are kept free among the own ones and among the copies, and are zero.
+
+    Making one, parameter(), pull(), push_grads() and update() are collective: every rank of the group calls them in the same order. That
+    ranks agree is checked in each call on the CPU or with debug=True of the planner; on a GPU otherwise in all but pull() and push_grads().
+    """
+
+    own: Tensor  #: int64 [own rows], the expert of each row of the parameters, -1 where none is; changed in place by update()
+    row_of_slot: Tensor  #: int64 [n_physical], the row of every physical expert in the buffers of its rank; also changed in place
+    homes: Int32s  #: int32 [n_logical], the slot of each expert's home
+    version: int  #: grows with each update()
+
+    def __init__(self, planner: Planner, *, slack: int = 0) -> None:
+        self.planner, self.rank, self.n_ranks, self.version = planner, planner.rank or 0, planner.ep_size, 0
+        self._device = torch.device(planner.device)
+        self._held: dict[str, _Held] = {}
+        self._registered: dict[str, Tensor] = {}
+        self._outstanding = False  # copies may have gradients that their homes have not
+        self._digest, refused = "none", None
+        try:
+            if planner.tokens != "own" or (planner.ep_group is None and planner.ep_size > 1):
+                raise broken_rule("planner", "must have a group whose ranks have tokens of their own, or ep_size=1", repr(planner))
+            self.slack = integer("slack", slack, 0, _c.MAX_PHYSICAL)
+            self._rows = Rows(_phy2log(planner), self.n_ranks, self.slack)
+        except LplbError as error:
+            refused = error
+        self._meet("Replicas()" if refused else f"Replicas() of {self._rows.digest()}", refused)
+        self.own = torch.empty(self._rows.own[self.rank], dtype=torch.int64, device=self._device)
+        self.row_of_slot = torch.empty(planner.n_routed_experts, dtype=torch.int64, device=self._device)
+        self._follow(self._rows)
+        if self._device.type == "cuda" and self.n_ranks > 1:  # a communicator that starts with sends would need all ranks in the first ones
+            dist.all_reduce(torch.zeros(1, device=self._device), group=planner.ep_group)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the buffers: own experts and copies."""
+        return len(self._rows.experts[self.rank])
+
+    # ---- what trains ----
+
+    def parameter(self, name: str, shape: Sequence[int], *, dtype: torch.dtype | None = None, grad_dtype: torch.dtype | None = None
+                  ) -> torch.nn.Parameter:
+        """An nn.Parameter [own rows, *shape] of zeros on the planner's device, to be filled with the weights of the experts in own and
+        then pulled. Collective.
+
+        grad_dtype: None or dtype: gradients accumulate in parameter.grad; another one (float32 main gradients): in parameter.main_grad,
+        which zero_grad() of this object clears.
+        """
+        refused = broken_rule("name", "must not be that of another parameter", name) if name in self._held else None
+        self._meet(f"parameter({name!r}, {list(shape)}, dtype={dtype}, grad_dtype={grad_dtype})", refused)
+        rows, own = self.n_rows, len(self.own)
+        weights = torch.zeros((rows, *shape), dtype=dtype, device=self._device)
+        grads = torch.zeros_like(weights, dtype=grad_dtype)
+        # Through DLPack the parameter has a storage of its own size on the same memory: torch.save would write the copies, too, for a view.
+        parameter = torch.nn.Parameter(torch.utils.dlpack.from_dlpack(weights[:own]))
+        held = self._held[name] = _Held(parameter, weights, grads, grads[:own], -1)
+        if held.main:
+            setattr(parameter, "main_grad", held.own_grad)
+        return parameter
+
+    def weights(self, name: str) -> Tensor:
+        """The buffer [n_rows, ...] for a forward or backward pass; not for autograd. WrongOrder where copies are older than their homes."""
+        held = self._find(name)
+        if refused := self._spoilt():
+            raise refused
+        if self._rows.copies and held.parameter._version != held.pulled:
+            raise WrongOrder(f"replicas: pull() must be called after own experts' weights have changed, and {name} has changed")
+        return held.weights
+
+    def gradients(self, name: str) -> Tensor:
+        """The buffer [n_rows, ...] that a backward pass adds gradients to."""
+        held = self._find(name)
+        held.adopt()
+        self._outstanding = True
+        return held.grads
+
+    def zero_grad(self) -> None:
+        """All gradients to zero, also those of copies and main gradients."""
+        for held in self._held.values():
+            held.grads.zero_()
+            if not held.main:
+                held.parameter.grad = held.own_grad
+        self._outstanding = False
+
+    def register(self, name: str, tensor: Tensor) -> None:
+        """A further tensor [own rows, ...], such as master weights, whose rows move with the homes in update()."""
+        if refused := self._unmovable("tensor", tensor):
+            raise refused
+        self._registered[name] = tensor
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Weights from homes to copies: after the own experts' weights were set, loaded or stepped. Collective."""
+        if self._checks():
+            self._meet("pull()", self._spoilt())
+        self._pull(self._rows.pulls())
+
+    @torch.no_grad()
+    def push_grads(self) -> None:
+        """Gradients of copies to their homes, added in the order of the ranks, so that every run gives the same bits; those of the copies
+        are zero then. After the last backward pass of a step, before the optimizer and any reduction of experts' gradients. Collective."""
+        if self._checks():
+            self._meet("push_grads()", self._spoilt())
+        self._push()
+
+    @torch.no_grad()
+    def update(self, planner: Planner | None = None, *, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Follows a new placement of the planner (or of another one of the same sizes and ranks), between two micro-batches or two steps,
+        when no backward pass is outstanding. Gradients of copies go home first, so none is lost. Experts whose home moves take along their
+        weights, gradients, registered tensors and state in optimizers (tensors of the parameter's shape). Then copies that are new are
+        pulled, or all where weights have changed since the last pull. Where a rank refuses, all do, and nothing has changed. Collective.
+        """
+        refused, rows, planner = self._spoilt(), self._rows, planner or self.planner
+        try:
+            sizes = (planner.ep_size, planner.rank or 0, planner.n_routed_experts, planner.n_logical_routed_experts, planner.tokens)
+            if sizes != (self.n_ranks, self.rank, len(self.row_of_slot), len(self.homes), "own"):
+                raise broken_rule("planner", f"must have the ranks and sizes of {self.planner!r}", repr(planner))
+            rows = Rows(_phy2log(planner), self.n_ranks, self.slack, self._rows)
+        except LplbError as error:
+            refused = refused or error
+        state = {**self._registered, **self._state_of(optimizers)}
+        refused = refused or next((why for name in sorted(state) if (why := self._unmovable(name, state[name]))), None)
+        grads = self._outstanding or any(held.main or held.parameter.grad is not None for held in self._held.values())
+        stale = any(held.parameter._version != held.pulled for held in self._held.values())
+        any_grads, any_stale = self._meet(f"update() to {rows.digest()} with {sorted(state)}", refused, grads, stale)
+
+        if any_grads:
+            self._push()
+        tensors = [held.weights[: len(self.own)] for held in self._held.values()] + [state[name] for name in sorted(state)]
+        self._move_homes(rows, tensors + [held.own_grad for held in self._held.values() if any_grads])
+        before, self.planner = self._rows, planner
+        self._follow(rows)
+        self._pull(rows.pulls(None if any_stale else before))
+        self.version += 1
+
+    # ---- how ----
+
+    def _follow(self, rows: Rows) -> None:
+        self._rows, self.homes, self._digest = rows, rows.homes, rows.digest()
+        self.own.copy_(torch.tensor(rows.experts[self.rank][: rows.own[self.rank]], dtype=torch.int64))
+        self.row_of_slot.copy_(torch.tensor(rows.row_of_slot, dtype=torch.int64))
+
+    def _pull(self, moves: list[Move]) -> None:
+        for held in self._held.values():
+            self._send(moves, held.weights, held.weights)
+            held.pulled = held.parameter._version
+
+    def _push(self) -> None:
+        for held in self._held.values():
+            held.adopt()
+            for moves in self._rows.rounds():
+                for move, arrived in self._arrivals(moves, held.grads):
+                    held.grads[move.target.row] += arrived
+            held.grads[len(self.own):].zero_()
+        self._outstanding = False
+
+    def _move_homes(self, rows: Rows, tensors: list[Tensor]) -> None:
+        """From the homes in force to those of rows: rows of own experts leave and arrive; those that stay free are zero."""
+        old, new = self._rows.home, rows.home
+        moves = [Move(old[expert], new[expert]) for expert in sorted(old) if old[expert].rank != new[expert].rank]
+        free = [row for row, expert in enumerate(rows.experts[self.rank][: len(self.own)]) if expert < 0]
+        for tensor in tensors:
+            arrivals = self._arrivals(moves, tensor)
+            tensor[free] = 0
+            for move, arrived in arrivals:
+                tensor[move.target.row] = arrived
+
+    def _arrivals(self, moves: list[Move], source: Tensor) -> list[tuple[Move, Tensor]]:
+        """What comes to this rank in these moves, in memory of its own."""
+        mine = [move for move in moves if move.target.rank == self.rank]
+        arrived = source.new_empty((len(mine), *source.shape[1:]))
+        number = {move: index for index, move in enumerate(mine)}
+        self._send([Move(move.source, Place(move.target.rank, number.get(move, 0))) for move in moves], source, arrived)
+        return list(zip(mine, arrived))
+
+    def _send(self, moves: list[Move], source: Tensor, target: Tensor) -> None:
+        """Rows of source to rows of target. All sends and receives at once, so no rank waits for another's; between two ranks they match in
+        the order of the moves."""
+        operations, group = [], self.planner.ep_group
+        for (from_rank, from_row), (to_rank, to_row) in moves:
+            if from_rank == self.rank:
+                operations.append(dist.P2POp(dist.isend, source[from_row], None, group, group_peer=to_rank))
+            elif to_rank == self.rank:
+                operations.append(dist.P2POp(dist.irecv, target[to_row], None, group, group_peer=from_rank))
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+
+    def _state_of(self, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+        """The optimizers' tensors of the parameters' shape, such as moments. A parameter's shape has a row for each own expert."""
+        return {f"{key} of {name} in optimizer {index}": value
+                for index, optimizer in enumerate(optimizers) for name, held in self._held.items()
+                for key, value in optimizer.state.get(held.parameter, {}).items()
+                if isinstance(value, Tensor) and value.shape == held.parameter.shape}
+
+    def _unmovable(self, name: str, tensor: Tensor) -> LplbError | None:
+        if tensor.dim() and len(tensor) == len(self.own) and tensor.is_contiguous() and tensor.device == self.own.device:
+            return None
+        return broken_rule(name, f"must be contiguous on {self.own.device}, with a row for each of the {len(self.own)} own rows",
+                           f"shape {list(tensor.shape)} on {tensor.device}")
+
+    def _find(self, name: str) -> _Held:
+        if name not in self._held:
+            raise broken_rule("name", f"must be one of {', '.join(self._held) or 'no parameters yet'}", name)
+        return self._held[name]
+
+    def _spoilt(self) -> LplbError | None:
+        """Why the buffers cannot be used."""
+        for name, held in self._held.items():
+            if len(self.own) and held.parameter.data_ptr() != held.weights.data_ptr():
+                return broken_rule("parameter", "must keep its memory, which module.to() and assigning .data replace", name)
+        return None
+
+    def _checks(self) -> bool:
+        return self._device.type == "cpu" or self.planner.debug
+
+    def _meet(self, call: str, refused: LplbError | None = None, *flags: bool) -> list[bool]:
+        """Finds out that all ranks make the same call, or why one cannot. Returns for each flag whether it is set on any rank."""
+        group = self.planner.ep_group
+        if group is None:
+            if refused or self.n_ranks > 1:
+                raise refused or WrongOrder("replicas: the planner is closed, or its process group is destroyed")
+            return list(flags)
+        tensors = [f"{name} {list(held.weights.shape)} {held.weights.dtype} {held.grads.dtype}" for name, held in self._held.items()]
+        state = f"{call} in version {self.version} of placement {self._digest} with {', '.join(tensors) or 'no parameters'}"
+        with on_device(_c.DEVICE_CPU if self._device.index is None else self._device.index):
+            everyone = [json.loads(theirs) for theirs in gather_bytes(
+                group, REPLICAS, json.dumps([state, str(refused or ""), flags]).encode(), Waiting(f"replicas: rank {self.rank}", 0))]
+        for rank, (theirs, words, _) in enumerate(everyone):
+            if words:
+                raise InvalidArgument(words)
+            if theirs != everyone[0][0]:
+                raise Disagreement(
+                    f"replicas: all ranks must make the same call, but rank {rank} calls {theirs}, and rank 0 {everyone[0][0]}")
+        return [any(values) for values in zip(*(flags for _, _, flags in everyone))]
+
+
+def _phy2log(planner: Planner) -> Int32s:
+    return host_integers("phy2log", planner.phy2log, 1, np.int32, _c.MAX_PHYSICAL)
