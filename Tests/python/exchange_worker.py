@@ -255,6 +255,14 @@ def plain(group, rank, out):
         exchange.create(group, "cpu", 8 + rank // 2)
     except errors.Disagreement as error:
         out["different counts"] = str(error)
+    try:
+        exchange.release(group, "cpu") if rank == 1 else exchange.create(group, "cpu", 8)
+    except errors.LplbError as error:
+        out["another call"] = f"{type(error).__name__}: {error}"
+    made = exchange.create(group, "cpu", 8)  # all ranks have left both calls: the group is as good as before
+    out["after another call"] = made.all_gather(torch.full((8,), rank, dtype=torch.int32))[:, 0].tolist()
+    made.close()
+    exchange.release(group, "cpu")
 
 
 def main():

@@ -137,6 +137,14 @@ def test_who_asks_again_while_the_others_are_connecting_is_told(ranks):
             else [words + "2 sets up an exchange where this one maps and tries an exchange"])
 
 
+def test_a_rank_that_releases_while_the_others_create_is_told(ranks):
+    words = "Disagreement: group: all ranks must make the same calls in the same order, but rank "
+    for rank, seen in enumerate(ranks):
+        assert seen["another call"] == words + ("0 sets up an exchange where this one releases exchanges" if rank == 1
+                                                else "1 releases exchanges where this one sets up an exchange")
+        assert seen["after another call"] == [0, 1, 2, 3]
+
+
 def test_asking_for_nvshmem_changes_nothing():
     environment = dict(os.environ)
     assert not _rail.nvshmem_is_running()

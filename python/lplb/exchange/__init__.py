@@ -28,7 +28,7 @@ from ..errors import Disagreement, LplbError, Unsupported, broken_rule
 from . import library
 from .base import Exchange, Layout, Refused, Report, policy_number, timeout_ms
 from .by_torch import TorchExchange
-from .gather import CONNECT, Callback, Waiting, gather_objects, on_device
+from .gather import CONNECT, RELEASE, SETUP, Callback, Waiting, gather_objects, on_device
 from .native import NativeExchange
 from .rail import NvshmemRail, Rail, TorchRail, check_rail, has_plugin, nvshmem_is_running, rail_group
 from .state import Facts, state_of
@@ -88,7 +88,7 @@ def release(group: Any, device: Any, timeout: float = 30.0) -> None:
     timeout_ms(timeout)
     with on_device(_ordinal(device)):
         state = state_of(group)
-        state.settle(gather_objects(group, state.facts(), _waiting("release", group, timeout)))
+        state.settle(gather_objects(group, RELEASE, state.facts(), _waiting("release", group, timeout)))
 
 
 def _waiting(call: str, group: Any, timeout: float) -> Waiting:
@@ -144,7 +144,7 @@ class _Maker:
 
     def everyone(self, value: Any) -> list[Any]:
         """What every rank brings, in rank order. Also a barrier."""
-        return gather_objects(self.group, value, self.waiting)
+        return gather_objects(self.group, SETUP, value, self.waiting)
 
     def together(self, act: Callable[[], Any]) -> list[Any]:
         """What the function gives on every rank. Refused, on all of them, where it has failed on one."""

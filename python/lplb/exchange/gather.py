@@ -107,9 +107,9 @@ MESSAGE_BYTES = 4 * (4096 + 4)
 _HEADER = struct.Struct("<II")  # kind, length of all that this rank brings
 _ROOM = MESSAGE_BYTES - _HEADER.size
 
-SETTINGS, SETUP, ROW, TOKENS, CONNECT, REPLICAS = 1, 2, 3, 4, 5, 6
+SETTINGS, SETUP, ROW, TOKENS, CONNECT, REPLICAS, RELEASE = 1, 2, 3, 4, 5, 6, 7
 _MEANING = {SETTINGS: "makes or places a planner", SETUP: "sets up an exchange", ROW: "exchanges counts", TOKENS: "compares its tokens",
-            CONNECT: "maps and tries an exchange", REPLICAS: "calls replicas"}
+            CONNECT: "maps and tries an exchange", REPLICAS: "calls replicas", RELEASE: "releases exchanges"}
 
 
 def gather_bytes(group: Any, kind: int, mine: bytes, waiting: Waiting) -> list[bytes]:
@@ -169,9 +169,9 @@ def on_device(device: int) -> Any:
     return torch.cuda.device(device) if device >= 0 and torch.cuda.is_available() else nullcontext()
 
 
-def gather_objects(group: Any, value: object, waiting: Waiting) -> list[Any]:
+def gather_objects(group: Any, kind: int, value: object, waiting: Waiting) -> list[Any]:
     """The value of every rank, in rank order: all_gather_object with a limit. Also a barrier."""
-    return [pickle.loads(theirs) for theirs in gather_bytes(group, SETUP, pickle.dumps(value), waiting)]
+    return [pickle.loads(theirs) for theirs in gather_bytes(group, kind, pickle.dumps(value), waiting)]
 
 
 def gather_rows(group: Any, row: Tensor, waiting: Waiting) -> Tensor:
