@@ -55,7 +55,10 @@ extension MeetingRecord {
         put(hostIdentity(), at: 16)
     }
 
-    var isOurs: Bool { field(at: 0, UInt32.self) == Self.magic && field(at: 4, UInt32.self) == Self.version }
+    var isOurs: Bool {
+        field(at: 0, UInt32.self) == Self.magic && field(at: 4, UInt32.self) == Self.version
+            && lplb_status(exactly: field(at: 32, Int64.self)) != nil
+    }
     var rank: Int64 { field(at: 8, Int64.self) }
     var host: UInt64 { field(at: 16, UInt64.self) }
     var isOnCuda: Bool {

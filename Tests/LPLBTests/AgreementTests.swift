@@ -65,6 +65,11 @@ import Testing
         var records = (0..<3).map { Self.record($0, of: 3) }
         records[2].put(0 as UInt32, at: 0)
         #expect(words(records).1 == "gather: must bring what this version of lplb wrote, got other bytes from rank 2")
+        for status: Int64 in [1 << 32, .min] {  // which must not become LPLB_OK on the way
+            records[2] = Self.record(2, of: 3)
+            records[2].put(status, at: 32)
+            #expect(words(records).1 == "gather: must bring what this version of lplb wrote, got other bytes from rank 2")
+        }
         #expect(words([0, 2, 1].map { Self.record($0, of: 3) }).1.contains("entry 1 of rank 1, got that of rank 2"))
     }
 
