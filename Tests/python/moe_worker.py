@@ -307,6 +307,7 @@ def refusals(group):
     replicas.pull()
     output = layer(*mine[:3]).sum()
     planner.update_placement(turned_slots(size))
+    raises(lplb.WrongOrder, "update() must be called after the planner's placement has changed", lambda: layer(*mine[:3]))
     replicas.update()
     raises(lplb.WrongOrder, "update() must not be called between a forward pass and its backward pass", output.backward)
     replicas.zero_grad()
@@ -316,9 +317,11 @@ def refusals(group):
     raises(lplb.InvalidArgument, "placement: must leave rank 0 with at most 4 own experts and 3 copies, since its parameters were made for "
            "them (slack=0), got 7 own experts and 0 copies", replicas.update)
     assert torch.equal(before, replicas.own)
+    raises(lplb.WrongOrder, "update() must be called after the planner's placement has changed", lambda: layer(*mine[:3]))
     planner.update_placement(turned_slots(size))
     replicas.update()
     assert torch.equal(before, replicas.own)
+    layer(*mine[:3])
 
     raises(lplb.Disagreement, "all ranks must make the same call, but rank 1 calls push_grads() in version 2",
            replicas.push_grads if rank == 1 else replicas.pull)

@@ -193,7 +193,7 @@ class MoELayer(nn.Module):
                     weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
 
     def plan(self, expert_ids: Tensor) -> Tensor:
-        """Physical ids, for forward(physical=...)."""
+        """Physical ids, for forward(physical=...) under the same placement."""
         return self.replicas.planner.run(expert_ids.detach(), None)
 
     def forward(self, hidden_states: Tensor, expert_ids: Tensor, router_weights: Tensor, physical: Tensor | None = None) -> Tensor:
@@ -204,6 +204,7 @@ class MoELayer(nn.Module):
         for name, given in (("expert_ids", expert_ids), *same):
             if given.dim() != 2 or given.shape != expert_ids.shape or len(given) != len(hidden_states):
                 raise broken_rule(name, f"must be [{len(hidden_states)} tokens, k], as expert_ids", f"shape {list(given.shape)}")
+        self.replicas.check_placement()
         layout = Layout.make(self.plan(expert_ids) if physical is None else physical, self.replicas)
         rows = _Dispatch.apply(hidden_states, layout)
         gate, up = _Linear.apply(rows, self.gate_up, "gate_up", self.replicas, layout).chunk(2, dim=-1)

@@ -120,6 +120,12 @@ class Replicas:
             setattr(parameter, "main_grad", held.own_grad)
         return parameter
 
+    def check_placement(self) -> None:
+        """WrongOrder where the planner has a placement that update() has not followed: its plans then name other experts than the rows
+        hold. Before each plan; costs a comparison on the host, since every placement of a planner is an object of its own."""
+        if self.planner.phy2log is not self._placement:
+            raise WrongOrder("replicas: update() must be called after the planner's placement has changed, and before it plans")
+
     def weights(self, name: str) -> Tensor:
         """The buffer [n_rows, ...] for a forward or backward pass; not for autograd. WrongOrder where copies are older than their homes."""
         held = self._find(name)
@@ -198,7 +204,7 @@ class Replicas:
     # ---- how ----
 
     def _follow(self, rows: Rows) -> None:
-        self._rows, self.homes, self._digest = rows, rows.homes, rows.digest()
+        self._rows, self.homes, self._digest, self._placement = rows, rows.homes, rows.digest(), self.planner.phy2log
         self.own.copy_(torch.tensor(rows.experts[self.rank][: rows.own[self.rank]], dtype=torch.int64))
         self.row_of_slot.copy_(torch.tensor(rows.row_of_slot, dtype=torch.int64))
 
