@@ -33,9 +33,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lplb import Planner, errors, exchange, topology
-from lplb.exchange import library
-from lplb.exchange.gather import gather_by_torch
+from lplb import Planner, _c, errors, exchange, topology
+from lplb.exchange.gather import Waiting, gather_by_torch
 from lplb_structs import BLOB_BYTES, ExchangeConfig, function
 
 N_COUNTS = 256
@@ -116,7 +115,7 @@ class Feed:
         self.counts = torch.randint(-(2**31), 2**31, (n, N_COUNTS), generator=generator, device=device).int()
         self.wanted = torch.empty((made.ranks, n, N_COUNTS), dtype=torch.int32, device=device)
         self.got = torch.full((n, made.ranks, N_COUNTS), -7, dtype=torch.int32, device=device)
-        gather_by_torch(made.group, self.counts.view(-1), self.wanted.view(made.ranks, -1))
+        gather_by_torch(made.group, self.counts.view(-1), self.wanted.view(made.ranks, -1), Waiting("counts", 0))
         chance = torch.rand(n, generator=torch.Generator().manual_seed(77 * seed + made.rank)).tolist()
         # Most calls follow at once; some ranks stop for a while before some calls, up to about 50 us on the GPU.
         self.sleeps = [int((c - 0.9) * 10 * 100_000) if delays and c > 0.9 else 0 for c in chance]
@@ -238,7 +237,7 @@ def planners(place: Place, batches: int, kind: str, **more: Any) -> tuple[bool, 
             out = planner.run(ids, counter)
             sent = torch.bincount(out.flatten(), minlength=planner.n_routed_experts)
             all_sent = torch.empty((ranks, len(sent)), dtype=sent.dtype, device=device)
-            gather_by_torch(dist.group.WORLD, sent, all_sent)
+            gather_by_torch(dist.group.WORLD, sent, all_sent, Waiting("counts", 0))
             info = planner.info()
             split = planner.split().to(device)
             per_gpu = split.view(ranks, -1).sum(1)
@@ -377,7 +376,7 @@ def beside_a_spinning_kernel(place: Place) -> tuple[bool, str]:
     took = time.perf_counter() - began
     torch.cuda.synchronize()
     slept = time.perf_counter() - began
-    library.load().destroy(pointer.value)
+    _c.load().exchange_destroy(pointer.value)
     return status == 0 and took < 0.5 * slept, f"{took * 1000:.1f} ms while the default stream was busy for {slept * 1000:.0f} ms"
 
 

@@ -15,8 +15,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from lplb import errors, exchange
-from lplb.exchange import library
+from lplb import _c, errors, exchange
 from lplb.exchange.rail import Rail
 
 torch.set_num_threads(1)
@@ -78,7 +77,7 @@ class FakeRail(Rail):
     kind = "nvshmem"
 
     def __init__(self, layout, device, n_counts, timeout_ms):
-        self.layout, self.stage, self.abandoned, self.ops, self.limits = layout, "nothing", False, library.RailOps(), [timeout_ms]
+        self.layout, self.stage, self.abandoned, self.ops, self.limits = layout, "nothing", False, _c.RailOps(), [timeout_ms]
 
     def fail(self, stage):
         if now.rail == (stage, self.layout.rank):
@@ -113,7 +112,7 @@ class Interrupted(exchange.Callback):
 
     def _gather(self, context, mine, everyone, size):
         if now.interrupted == (dist.get_rank(), now.gathers):
-            self._error = KeyboardInterrupt()
+            self.error = KeyboardInterrupt()
             return 1
         return super()._gather(context, mine, everyone, size)
 
@@ -270,7 +269,9 @@ def main():
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     out = {}
     plain(dist.group.WORLD, rank, out)
-    exchange._Maker, library._functions = FakeMaker, FakeLibrary()
+    exchange._Maker = FakeMaker
+    for name in ("connect", "all_gather", "get_report", "close", "abort", "destroy"):
+        setattr(_c.load(), f"exchange_{name}", getattr(FakeLibrary(), name))
     with_fakes(dist.group.WORLD, out)
     taken_back(dist.group.WORLD, out)
     with open(f"{folder}/{rank}.json", "w") as file:

@@ -17,8 +17,7 @@ import torch.distributed as dist
 import lplb
 from lplb import exchange
 from lplb.exchange.by_torch import TorchExchange
-from lplb.exchange.rail import rail_group
-from lplb.exchange.state import state_of
+from lplb.exchange.native import state_of
 
 torch.set_num_threads(1)
 LIMIT = 2.0
@@ -122,15 +121,15 @@ def names(folder, rank, processes):
     for number in range(2):
         group = join(folder, f"names{number}", rank, processes)
         state = state_of(group)
-        seen[f"fresh {number}"] = [group.group_name, state.made, state.rail_group(2) is None]
-        along, again = (rail_group(group, exchange.Layout(2, rank, 1, 0), -1, state) for _ in range(2))
+        seen[f"fresh {number}"] = [group.group_name, state.made, state.rail_groups.get(2) is None]
+        along, again = (state.rail_group(group, exchange.Layout(2, rank, 1, 0), -1) for _ in range(2))
         state.made += 1
         total = torch.ones(1)
         dist.all_reduce(total, group=along)
         seen[f"used {number}"] = [again is along, total.item()]
         del along, again
         dist.destroy_process_group()
-        seen[f"gone {number}"] = state.rail_group(2) is None
+        seen[f"gone {number}"] = state.rail_groups.get(2) is None
     return seen
 
 

@@ -22,7 +22,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("needs a PyTorch with gloo", allow_module_level=True)
 
 from lplb import exchange  # noqa: E402
-from lplb.exchange import library, rail as _rail  # noqa: E402
+from lplb.exchange import rail as _rail  # noqa: E402
 from lplb_structs import BLOB_BYTES, ExchangeConfig, function  # noqa: E402
 
 PROCESSES = 4
@@ -169,7 +169,7 @@ def test_a_plugin_of_another_version_is_refused(tmp_path, monkeypatch):
         source.write_text(text)
         subprocess.run([compiler, "-shared", "-fPIC", "-o", path, source], check=True)
         monkeypatch.setenv("LPLB_NVSHMEM_PLUGIN", str(path))
-        monkeypatch.setattr(_rail, "_plugin", None)
+        _rail.load_plugin.cache_clear()
         with pytest.raises(errors.LibraryError, match="belongs to another version of lplb"):
             _rail.load_plugin()
 
@@ -263,7 +263,7 @@ def test_configs_are_refused_in_words(changes, words):
 
 
 def test_a_rail_is_refused_in_words():
-    rail = library.RailOps(struct_size=ctypes.sizeof(library.RailOps))
+    rail = _c.RailOps(struct_size=ctypes.sizeof(_c.RailOps))
     size = ctypes.c_int64()
     with_rail = config(n_nodes=2, rail=ctypes.pointer(rail))
     assert "rail.all_gather: must not be NULL" in call(buffer_bytes(), ctypes.byref(with_rail), ctypes.byref(size))[1]
@@ -273,7 +273,7 @@ def test_a_rail_is_refused_in_words():
     # An older caller's struct may end after any field.
     rail.struct_size = 16
     assert "rail.all_gather: must not be NULL" in call(buffer_bytes(), ctypes.byref(with_rail), ctypes.byref(size))[1]
-    rail.all_gather = library.RAIL_GATHER(lambda *_: 0)
+    rail.all_gather = _c.RAIL_GATHER(lambda *_: 0)
     for known in (24, 32, 40, 48, 56, 64):
         rail.struct_size = known
         assert call(buffer_bytes(), ctypes.byref(with_rail), ctypes.byref(size)) == (0, "")
@@ -291,22 +291,22 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_null_is_refused_and_harmless():
-    functions = library.load()
+    library = _c.load()
     assert function("exchange_finish", c_void_p, c_void_p)(None, None) == 1
-    assert functions.all_gather(None, None, None, None) == functions.set_limits(None, 0, 0) == 1
-    assert functions.get_report(None, None) == functions.planner_attach_exchange(None, None) == 1
-    functions.abort(None), functions.close(None), functions.destroy(None)
-    assert b"must not be NULL" in functions.error(None)
-    assert call(begin(), None, None, None)[0] == call(functions.connect, None, None)[0] == 1
+    assert library.exchange_all_gather(None, None, None, None) == library.exchange_set_limits(None, 0, 0) == 1
+    assert library.exchange_get_report(None, None) == library.planner_attach_exchange(None, None) == 1
+    library.exchange_abort(None), library.exchange_close(None), library.exchange_destroy(None)
+    assert b"must not be NULL" in library.exchange_error(None)
+    assert call(begin(), None, None, None)[0] == call(library.exchange_connect, None, None)[0] == 1
 
 
 def test_structs_equal_the_header():
     if not HEADER.is_file():
         pytest.skip(f"needs the source tree ({HEADER})")
     header = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
-    for name, struct in (("lplb_exchange_config", ExchangeConfig), ("lplb_connect_config", library.ConnectConfig),
-                         ("lplb_exchange_report", library.ReportStruct),
-                         ("lplb_rail_ops", library.RailOps)):
+    for name, struct in (("lplb_exchange_config", ExchangeConfig), ("lplb_connect_config", _c.ConnectConfig),
+                         ("lplb_exchange_report", _c.ReportStruct),
+                         ("lplb_rail_ops", _c.RailOps)):
         body = re.search(rf"typedef struct {name} \{{(.*?)\}}", header, flags=re.S).group(1)
         fields = [(kind.strip(), field) for kind, pointed, field in re.findall(r"^\s*([\w ]+ \*?)(\(\*)?(\w+)\)?[^;]*;", body, flags=re.M)]
         assert [field for _, field in fields] == [field[0] for field in struct._fields_], name
@@ -314,9 +314,8 @@ def test_structs_equal_the_header():
             scalar = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32}.get(kind)
             assert scalar is c_type or ctypes.sizeof(c_type) == ctypes.sizeof(ctypes.c_void_p), f"{name}.{field}"
     for name, value in (("LPLB_EXCHANGE_BLOB_BYTES", BLOB_BYTES), ("LPLB_EXCHANGE_TRAP", _c.POLICIES["trap"]),
-                        ("LPLB_EXCHANGE_REPORT", _c.POLICIES["report"]), ("LPLB_EXCHANGE_TIMED_OUT", library.TIMED_OUT),
-                        ("LPLB_EXCHANGE_ABORTED", library.ABORTED), ("LPLB_EXCHANGE_LOST", library.LOST),
-                        ("LPLB_EXCHANGE_DISAGREED", library.DISAGREED)):
+                        ("LPLB_EXCHANGE_REPORT", _c.POLICIES["report"]), ("LPLB_EXCHANGE_FINE", 0),
+                        *((f"LPLB_EXCHANGE_{reason.upper().replace(' ', '_')}", code) for code, reason in _c.REASONS.items())):
         assert int(re.search(rf"\b{name}\s*=?\s*(\d+)", header).group(1)) == value, name
 
 
@@ -324,7 +323,7 @@ def test_structs_equal_the_header():
 def test_only_what_may_still_wait_is_aborted_before_it_is_freed(reason, aborted):
     """Ranks that disagreed have all found out in the same call: nobody waits, and the rail's communicator serves the next exchange."""
     from lplb.exchange.base import Report
-    from lplb.exchange.state import GroupState
+    from lplb.exchange.native import GroupState
 
     class Closed:
         done = ""

@@ -117,7 +117,7 @@ def test_a_planner_closed_inside_a_call_lives_until_its_end():
     wanted = whole.run(ids, None)
 
     class Closing:
-        attached = False
+        native = False
 
         def all_gather(self, counts):
             thread = threading.Thread(target=planner.close)

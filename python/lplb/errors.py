@@ -56,21 +56,9 @@ class InternalError(LplbError):
     """A defect of the library: please report it with its text."""
 
 
-# LPLB_ERROR_* of lplb.h
-BY_STATUS: dict[int, type[LplbError]] = {
-    1: InvalidArgument,
-    2: Unsupported,
-    3: WrongOrder,
-    4: Busy,
-    5: OutOfMemory,
-    6: NoCuda,
-    7: CudaError,
-    8: PeerTimeout,
-    9: InternalError,
-    10: Disagreement,
-    11: PeerLost,
-}
-
+# LPLB_ERROR_* of lplb.h, from 1 on
+BY_STATUS: dict[int, type[LplbError]] = dict(enumerate((
+    InvalidArgument, Unsupported, WrongOrder, Busy, OutOfMemory, NoCuda, CudaError, PeerTimeout, InternalError, Disagreement, PeerLost), 1))
 
 MOST_SHOWN = 200  # characters of a value
 

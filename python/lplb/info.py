@@ -58,15 +58,6 @@ class Info:
 
 def group_info(struct: _c.GroupInfoStruct, group_size: int, first_rank: int = 0) -> GroupInfo:
     """The dataclass of an lplb_group_info whose rank 0 is first_rank of the EP group."""
-    words = struct.witness
-    witness = [first_rank + rank for rank in range(group_size) if words[rank >> 5] >> (rank & 31) & 1]
-    return GroupInfo(
-        max_load=struct.max_load,
-        bound=struct.bound,
-        total=struct.total,
-        mean=struct.total / group_size,
-        moved=struct.moved,
-        rounds=struct.rounds,
-        certified=bool(struct.certified),
-        witness=witness,
-    )
+    witness = [first_rank + rank for rank in range(group_size) if struct.witness[rank >> 5] >> (rank & 31) & 1]
+    return GroupInfo(struct.max_load, struct.bound, struct.total, struct.total / group_size, struct.moved, struct.rounds,
+                     bool(struct.certified), witness)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,11 +15,11 @@ import numpy.typing as npt
 
 from . import _c
 from ._c.handle import Handle
-from ._ops.arguments import check_exchange, default_nodes, device_ordinal, integer, one_of, truth
+from ._ops.arguments import (
+    Shape, check_exchange, default_nodes, device_ordinal, integer, one_of, shape_by_placement, shape_by_topology, truth)
 from ._ops.calls import Calls, numpy_calls
 from ._ops.host import A, Array, Int32s, Int64s, address_of, host_integers, host_numbers, is_tensor, loaded_torch, shape_of
 from ._ops.ranks import Ranks
-from ._ops.shape import Shape, shape_by_placement, shape_by_topology
 from .errors import broken_rule
 from .info import Info, Locality, group_info
 
@@ -107,14 +106,11 @@ class Planner:
         """Fills in what the native planner is made from, and the attributes that follow from the sizes."""
         number = _c.SOLVERS[one_of("solver", solver, tuple(_c.SOLVERS))]
         ordinal = device_ordinal(device, given)
-        nodes = 0 if n_nodes is None else integer("n_nodes", n_nodes, 1)
-        if nodes and self.ep_size % nodes:
-            raise broken_rule("n_nodes", f"must divide ep_size = {self.ep_size}", nodes)
         whole_batch = self.rank is None or self.tokens == "same"
         slots = self._kept = shape.slot_classes()  # the config holds its address
         self._config = _c.Config(
-            struct_size=ctypes.sizeof(_c.Config), device=ordinal, solver=number, ep_size=self.ep_size,
-            rank=_c.WHOLE_BATCH if whole_batch else self.rank, n_nodes=nodes, n_logical=shape.n_logical, n_physical=shape.n_physical,
+            device=ordinal, solver=number, ep_size=self.ep_size, rank=_c.WHOLE_BATCH if whole_batch else self.rank,
+            n_nodes=0 if n_nodes is None else integer("n_nodes", n_nodes, 1), n_logical=shape.n_logical, n_physical=shape.n_physical,
             group_size=shape.group_size, n_redundant=0 if slots is None else slots.shape[1],
             r2o=None if slots is None else address_of(slots), policy=0 if isinstance(exchange, str) else _c.POLICIES[exchange.policy])
         self._general = slots is None
@@ -150,7 +146,7 @@ class Planner:
                 self._plan = torch.empty(1, dtype=torch.int32, device=self.device) if torch else None
                 if slots is not None:
                     handle.check(handle.library.planner_set_placement(handle.opened(), address_of(slots), slots.size, self._stream()))
-            ranks.agree(config)  # every rank has made its planner
+            ranks.agree(config, config.device)  # every rank has made its planner
             ranks.connect(self, exchange, self.debug)
             undo.pop_all()
 
@@ -316,8 +312,10 @@ class Planner:
             raise
 
     def _load_ops(self) -> Any:
-        self._ops = importlib.import_module("._ops.operators", __package__)
-        return self._ops
+        from ._ops import operators  # which imports torch
+
+        self._ops = operators
+        return operators
 
     def _check_kind(self, call: str, general: bool, instead: str) -> None:
         if self._general is not general:
@@ -329,7 +327,7 @@ class Planner:
     def info(self) -> Info:
         """What the latest plan achieved, and its certificate. Waits for the GPU. WrongOrder before the first plan."""
         handle = self._handle
-        plan = _c.PlanInfoStruct(struct_size=ctypes.sizeof(_c.PlanInfoStruct))
+        plan = _c.PlanInfoStruct()
         groups = (_c.GroupInfoStruct * self.n_group)()
         handle.check(handle.library.planner_info(handle.opened(), ctypes.byref(plan), ctypes.byref(groups), self.n_group, self._stream()))
         return Info(
@@ -365,7 +363,9 @@ class Planner:
         """For callers who have a deep_ep.Buffer (or ElasticBuffer) of the same ranks. The exchange was set up with the planner and uses
         none of its memory; on several nodes it now uses the NVSHMEM that the buffer has started. Calling it again does nothing."""
         if not self.deep_ep_initialized and buffer is not None and self.ep_group is not None and self._handle.device >= 0:
-            importlib.import_module(".exchange", __package__).join_deep_ep(self, buffer)
+            from .exchange import join_deep_ep
+
+            join_deep_ep(self, buffer)
         self.deep_ep_initialized = True
 
     # ---- life ----

@@ -11,39 +11,29 @@ from typing import TYPE_CHECKING
 
 from ..errors import LplbError, WrongOrder, broken_rule
 from .library import Library, call, failure, text
-from .structs import ERROR_BUSY, MAX_CHUNKS, MAX_PHYSICAL, Config
+from .structs import ERROR_BUSY, MAX_PHYSICAL, Config
 
 if TYPE_CHECKING:
-    import torch
-
     from ..exchange import Exchange
+    from .._ops.host import Array
 
 # Operators take numbers, not objects. Never 0 or 1, which torch.compile would specialise on.
 _numbers = itertools.count(2)
 handles: dict[int, Handle] = {}
 
 
-class Native:
+class Native(ctypes.c_void_p):
     """One lplb_planner, and what a call hands to the library in its place.
 
     Whoever is inside a call holds a reference, so a planner that another thread closes meanwhile ends when the last of these calls
     returns, and costs them no lock and no counting but Python's own.
     """
 
-    __slots__ = ("address", "library", "at_end")
-
-    def __init__(self, library: Library, address: int) -> None:
-        self.address = address
-        self.library = library
-        self.at_end: Callable[[], None] | None = None
-
-    @property
-    def _as_parameter_(self) -> int:
-        """For ctypes."""
-        return self.address
+    library: Library
+    at_end: Callable[[], None] | None = None
 
     def __del__(self) -> None:
-        self.library.planner_destroy(self.address)
+        self.library.planner_destroy(self.value)
         if self.at_end is not None:
             self.at_end()
 
@@ -55,12 +45,11 @@ class Handle:
                  "debug", "compare", "width", "has_replicas", "n_ratios", "planner_run")
 
     def __init__(self, library: Library, config: Config) -> None:
-        pointer = ctypes.c_void_p()
-        call(library.planner_create, ctypes.byref(config), ctypes.byref(pointer))
-        self.library = library
-        assert pointer.value is not None
-        self.native: Native | None = Native(library, pointer.value)  #: None after close()
-        self.pointer: int | None = pointer.value  #: its address, which keeps nothing alive
+        self.library, native = library, Native()
+        native.library = library
+        call(library.planner_create, ctypes.byref(config), ctypes.byref(native))
+        self.native: Native | None = native  #: None after close()
+        self.pointer: int | None = native.value  #: its address, which keeps nothing alive
         self.planner_run = library.planner_run
         self.device: int = config.device  # as torch's Tensor.get_device(): -1 on the CPU, else the CUDA ordinal
         self.n_logical: int = config.n_logical
@@ -69,7 +58,7 @@ class Handle:
         self.rank: int = config.rank
         self.exchange: Exchange | None = None  # None: the counts given are everybody's
         self.debug = False
-        self.compare: Callable[[torch.Tensor], None] | None = None  # of the ids with those of the other ranks
+        self.compare: Callable[[Array], None] | None = None  # of the ids with those of the other ranks
         self.width: int = library.counts_width(config.n_logical)
         self.has_replicas = self.n_physical > self.n_logical
         self.n_ratios: int = config.ep_size * config.n_redundant  # 0: no slot classes, and so no ratios
@@ -82,14 +71,6 @@ class Handle:
         native, self.native, self.pointer = self.native, None, None
         if native is not None and self.exchange is not None:
             native.at_end = partial(self.exchange.leave, self.number)
-
-    def use(self, exchange: Exchange | None) -> None:
-        """Takes another exchange, and lets go of the one before: that ends with its last planner, if a planner made it."""
-        before, self.exchange = self.exchange, exchange
-        if exchange is not None:
-            exchange.join(self.number)
-        if before is not None and before is not exchange:
-            before.leave(self.number)
 
     def check(self, status: int) -> None:
         """Raises unless status is LPLB_OK."""
@@ -107,11 +88,6 @@ class Handle:
         """The header's calls take no size for these arrays, so it is checked before an address is handed over."""
         if size != wanted:
             raise broken_rule(name, f"must have {wanted} elements", size)
-
-    def check_chunks(self, n_chunks: int) -> None:
-        """Before n_chunks rows are allocated."""
-        if not 1 <= n_chunks <= MAX_CHUNKS:
-            raise broken_rule("n_chunks", f"must lie in 1 ... {MAX_CHUNKS}", n_chunks)
 
     def check_shapes(self, ratio_shape: list[int], scaled_shape: list[int]) -> None:
         """The shapes of solve's outputs, before they are allocated. Without ratios the library writes none, and any number will do that a

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_type_hints
 
 from ..errors import BY_STATUS, InternalError, LibraryError, LplbError
 from .structs import MESSAGE_SIZE, VERSION
@@ -23,19 +23,15 @@ else:
     _CArgObject = object
 
 
-class HasAddress(Protocol):
-    @property
-    def _as_parameter_(self) -> int: ...
-
-
-# An address (int), or None for NULL; or what has one as _as_parameter_. Integers are by far the cheapest thing to hand to ctypes.
-Address = Union[int, HasAddress, None]
+# An address or None for NULL. Integers are by far the cheapest thing to hand to ctypes.
+Address = Union[int, c_void_p, None]
 
 # Parameters and results: what Python gives or gets, and as which C type it travels.
 Pointer = Annotated[Address, c_void_p]
 Reference = Annotated[_CArgObject, c_void_p]  # of ctypes.byref
 Message = Annotated["ctypes.Array[ctypes.c_char]", c_char_p]
 Text = Annotated[bytes, c_char_p]
+Memory = Annotated[Union[bytes, "ctypes.Array[Any]"], c_void_p]
 I32 = Annotated[int, c_int32]
 I64 = Annotated[int, c_int64]
 
@@ -80,6 +76,29 @@ class Functions:
                         message: Message, message_size: I64) -> I32: ...
     def solve(self, loads: Pointer, n_logical: I64, phy2log: Pointer, n_physical: I64, ep_size: I64, tokens: Pointer, info: Reference,
               message: Message, message_size: I64) -> I32: ...
+    def exchange_connect(self, config: Reference, exchange: Reference, message: Message, message_size: I64) -> I32: ...
+    def exchange_all_gather(self, exchange: Pointer, counts: Pointer, gathered: Pointer, stream: Pointer) -> I32: ...
+    def exchange_set_limits(self, exchange: Pointer, policy: I32, timeout_ms: I64) -> I32: ...
+    def exchange_abort(self, exchange: Pointer) -> None: ...
+    def exchange_get_report(self, exchange: Pointer, report: Reference) -> I32: ...
+    def exchange_close(self, exchange: Pointer) -> None: ...
+    def exchange_destroy(self, exchange: Pointer) -> None: ...
+    def exchange_error(self, exchange: Pointer) -> Text: ...
+    def planner_attach_exchange(self, planner: Pointer, exchange: Pointer) -> I32: ...
+
+
+class Plugin:
+    """The functions of liblplb_nvshmem.so, see cuda/nvshmem/rail.h."""
+
+    def abi(self) -> I32: ...
+    def started(self) -> I32: ...
+    def pe(self) -> I32: ...
+    def unique_id(self, unique: Memory, message: Message, message_size: I64) -> I32: ...
+    def start(self, device: I32, unique: Memory, rank: I32, n_ranks: I32, message: Message, message_size: I64) -> I32: ...
+    def rail_create(self, device: I32, pes: Memory, n_nodes: I64, node: I64, n_counts: I64, timeout_ms: I64, ops: Reference,
+                    message: Message, message_size: I64) -> I32: ...
+    def rail_connect(self, ops: Reference, message: Message, message_size: I64) -> I32: ...
+    def rail_limits(self, ops: Reference, policy: I32, timeout_ms: I64) -> None: ...
 
 
 class Library(Functions):
@@ -88,45 +107,35 @@ class Library(Functions):
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            self._cdll = ctypes.CDLL(path)  # CDLL: other Python threads run while a call works or waits
+            library = ctypes.CDLL(path)  # CDLL: other Python threads run while a call works or waits
         except OSError as error:
             raise LibraryError(f"lplb: cannot load the library {path}: {error}") from error
         try:
-            for name, declared in vars(Functions).items():
-                if callable(declared):
-                    kinds = get_type_hints(declared, include_extras=True).values()
-                    *parameters, result = (getattr(kind, "__metadata__", (None,))[0] for kind in kinds)
-                    setattr(self, name, self._bind(f"lplb_{name}", result, *parameters))
-                if name == "version":
-                    self._check_version()
+            number = library.lplb_version()
+            major, minor, patch = number // 10000, number // 100 % 100, number % 100
+            if (major, minor) != VERSION[:2]:
+                wanted = f"{VERSION[0]}.{VERSION[1]}"
+                raise LibraryError(f"lplb: this package needs library version {wanted}.x, but {path} is {major}.{minor}.{patch}")
+            bind(self, Functions, library, "lplb_")
         except AttributeError as error:
             raise LibraryError(f"lplb: {path} is no complete lplb library: {error}") from error
 
-    def _bind(self, name: str, result: Any, *parameters: Any) -> Any:
-        function = getattr(self._cdll, name)
-        function.restype, function.argtypes = result, parameters
-        return function
 
-    def _check_version(self) -> None:
-        number = self.version()
-        major, minor, patch = number // 10000, number // 100 % 100, number % 100
-        if (major, minor) != VERSION[:2]:
-            wanted = f"{VERSION[0]}.{VERSION[1]}"
-            raise LibraryError(f"lplb: this package needs library version {wanted}.x, but {self.path} is {major}.{minor}.{patch}")
-
-
-_lock = threading.Lock()
-_loaded: Library | None = None
+def bind(target: object, declarations: type, library: ctypes.CDLL, prefix: str) -> None:
+    """Gives target the library's functions in place of their declarations."""
+    for name, declared in vars(declarations).items():
+        if callable(declared):
+            kinds = get_type_hints(declared, include_extras=True).values()
+            *parameters, result = (getattr(kind, "__metadata__", (None,))[0] for kind in kinds)
+            function = getattr(library, prefix + name)
+            function.restype, function.argtypes = result, parameters
+            setattr(target, name, function)
 
 
+@cache
 def load() -> Library:
-    """The library, loaded at the first call. LibraryError says where it looked."""
-    global _loaded
-    if _loaded is None:
-        with _lock:
-            if _loaded is None:
-                _loaded = Library(find())
-    return _loaded
+    """The library, loaded at the first call. LibraryError says where it looked. (Threads that come at once may bind it twice: no harm.)"""
+    return Library(find())
 
 
 def find() -> str:
@@ -143,7 +152,7 @@ def find() -> str:
         "Install the package with 'pip install .', or build with 'swift build -c release --product lplb' and set LPLB_LIBRARY.")
 
 
-def call(function: Callable[..., int], *arguments: Address | _CArgObject) -> None:
+def call(function: Callable[..., int], *arguments: object) -> None:
     """Calls a function whose last two parameters take a message. Raises its words unless it returns LPLB_OK."""
     message = ctypes.create_string_buffer(MESSAGE_SIZE)
     status = function(*arguments, message, MESSAGE_SIZE)

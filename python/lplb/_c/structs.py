@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
+from typing import Any
 
 VERSION = (0, 2, 0)  # LPLB_VERSION_*
 
-OK = 0
 ERROR_BUSY = 4
 INT32, INT64 = 0, 1  # LPLB_INT32, LPLB_INT64
 DEVICE_CPU = -1
@@ -25,9 +25,17 @@ MAX_LOAD = 2**40
 MAX_IDS = 2**31 - 1  # n_ids of a call
 MAX_BLOCKS = 2**31 - 1  # max_blocks of lplb_planner_run and lplb_planner_redirect
 MESSAGE_SIZE = 1024
+REASONS = {1: "timed out", 2: "aborted", 3: "lost", 4: "disagreed"}  # LPLB_EXCHANGE_TIMED_OUT, and so on
 
 
-class Config(ctypes.Structure):
+class Sized(ctypes.Structure):
+    """A struct that begins with its size."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**{"struct_size": ctypes.sizeof(self), **fields})
+
+
+class Config(Sized):
     """lplb_config"""
 
     _fields_ = [
@@ -40,7 +48,7 @@ class Config(ctypes.Structure):
 GATHER = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64)
 
 
-class AgreeConfig(ctypes.Structure):
+class AgreeConfig(Sized):
     """lplb_agree_config"""
 
     _fields_ = [
@@ -48,7 +56,7 @@ class AgreeConfig(ctypes.Structure):
         ("failure", c_char_p), ("n_ranks", c_int64), ("rank", c_int64), ("gather", GATHER), ("context", c_void_p)]
 
 
-class AgreementStruct(ctypes.Structure):
+class AgreementStruct(Sized):
     """lplb_agreement"""
 
     _fields_ = [
@@ -64,9 +72,40 @@ class GroupInfoStruct(ctypes.Structure):
         ("witness_size", c_int32), ("witness", c_uint32 * (MAX_RANKS // 32))]
 
 
-class PlanInfoStruct(ctypes.Structure):
+class PlanInfoStruct(Sized):
     """lplb_plan_info"""
 
     _fields_ = [
         ("struct_size", c_int64), ("n_groups", c_int64), ("invalid_ids", c_int64), ("own_rank", c_int64), ("own_node", c_int64),
         ("other_nodes", c_int64), ("overflow", c_int64)]
+
+
+# int32_t (*all_gather)(void *context, const int32_t *counts, int32_t *gathered, int64_t n_counts, void *stream);
+RAIL_GATHER = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
+RAIL_ERROR = ctypes.CFUNCTYPE(c_void_p, c_void_p)  # const char *(*error)(void *context);
+RAIL_END = ctypes.CFUNCTYPE(None, c_void_p)  # void (*destroy)(void *context); and abort
+
+
+class RailOps(Sized):
+    """lplb_rail_ops"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("context", c_void_p), ("all_gather", RAIL_GATHER), ("error", RAIL_ERROR), ("destroy", RAIL_END),
+        ("abort", RAIL_END), ("report", c_void_p), ("failed", c_void_p)]
+
+
+class ConnectConfig(Sized):
+    """lplb_connect_config"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("device", c_int32), ("policy", c_int32), ("n_ranks", c_int64), ("rank", c_int64), ("n_counts", c_int64),
+        ("n_nodes", c_int64), ("timeout_ms", c_int64), ("first_epoch", c_int64), ("rail", POINTER(RailOps)), ("failure", c_char_p),
+        ("gather", GATHER), ("context", c_void_p)]
+
+
+class ReportStruct(Sized):
+    """lplb_exchange_report"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("code", c_int32), ("rank", c_int32), ("peer", c_int32), ("epoch", c_uint32), ("waited_ns", c_int64),
+        ("peer_node", c_int32), ("reserved", c_int32)]

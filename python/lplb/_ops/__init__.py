@@ -1,1 +1,1 @@
-"""The planner's calls on numpy arrays and torch tensors: arguments, host arrays, buffers, the calls, and their PyTorch operators."""
+"""The planner's calls on numpy arrays and torch tensors: arguments, arrays, the ranks, the calls, and their PyTorch operators."""

@@ -6,22 +6,30 @@ they exchange the counts of all ranks inside, so all ranks must make them in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic
+
+import numpy as np
+import numpy.typing as npt
 
 from .._c.handle import Handle, closed, find, handles
-from .._c.structs import INT64
-from ..errors import broken_rule
-from .buffer import Arrays, NumpyArrays
-from .host import A, Array, as_tensor, loaded_torch
+from .._c.structs import INT32, INT64, MAX_CHUNKS, MAX_IDS
+from ..errors import LplbError, broken_rule
+from .host import A, Array, address_of, is_masked, is_tensor, loaded_torch, to_host
 
 if TYPE_CHECKING:
     import torch
 
+# Contiguous memory on the planner's device: address, type (LPLB_INT32 or LPLB_INT64 where the library asks for one), number of elements,
+# and the array that owns it. A plain tuple, since run makes two of them and is counted in tenths of a microsecond.
+Buffer = tuple[int, int, int, A]
 
-def make_run(arrays: Arrays[A]) -> Callable[[A, Array | None, int, int], A]:
-    """Calls.run. It is counted in tenths of a microsecond, so what it uses of arrays is looked up once."""
-    buffer, count_in, empty_like, address_of, stream_of = arrays.buffer, arrays.counter, arrays.empty_like, arrays.address, arrays.stream
+
+def make_run(calls: Calls[A]) -> Callable[[A, Array | None, int, int], A]:
+    """Calls.run. It is counted in tenths of a microsecond, so what it uses of the calls is looked up once."""
+    buffer, count_in, empty_like, address_in, stream_of = calls.buffer, calls.counter, calls.empty_like, calls.address, calls.stream
 
     def run(idx: A, avail_counter: Array | None, planner: int, n_sms: int, plan: Array | None = None) -> A:
         handle = handles.get(planner)
@@ -38,17 +46,17 @@ def make_run(arrays: Arrays[A]) -> Callable[[A, Array | None, int, int], A]:
         if handle.debug:
             refuse_invalid(ids, n_ids, handle.n_logical)
             if handle.compare is not None:
-                handle.compare(as_tensor(ids))
+                handle.compare(ids)
         out = empty_like(ids)
         stream = None if handle.device < 0 else stream_of(handle.device)
         everyone, exchange = None, handle.exchange
-        if exchange is not None and handle.has_replicas and not exchange.attached:  # attached: the library does it inside
+        if exchange is not None and handle.has_replicas and not exchange.native:  # native: the library does it inside
             row = new_row(handle)
             handle.check(handle.library.planner_count_row(native, address, dtype, n_ids, row.data_ptr(), stream))
             gathered = exchange.all_gather(row)
             everyone = gathered.data_ptr()
         status = handle.planner_run(
-            native.address, address, dtype, n_ids, everyone, address_of(out), counter, counter_dtype, n_sms, stream)
+            native.value, address, dtype, n_ids, everyone, address_in(out), counter, counter_dtype, n_sms, stream)
         if status:
             raise handle.failure(status)
         return out
@@ -56,70 +64,104 @@ def make_run(arrays: Arrays[A]) -> Callable[[A, Array | None, int, int], A]:
     return run
 
 
-class Calls(Generic[A]):
-    def __init__(self, arrays: Arrays[A]) -> None:
-        self.arrays: Arrays[A] = arrays
-        self.run: Callable[[A, Array | None, int, int], A] = make_run(arrays)
+class Calls(ABC, Generic[A]):
+    """For one kind of arrays. What differs between numpy arrays and torch tensors stands here and in operators.py alone."""
+
+    int32: Any  #: types as this kind calls them
+    float32: Any
+    address: Callable[[A], int]
+    empty_like: Callable[[A], A]  #: contiguous
+    stream: Callable[[int], int | None]  #: the current one of a GPU
+
+    def __init__(self) -> None:
+        self.run: Callable[[A, Array | None, int, int], A] = make_run(self)
+
+    @abstractmethod
+    def buffer(self, name: str, array: A, handle: Handle, types: dict[Any, int] | None = None) -> Buffer[A]:
+        """The argument `name`, copied if it is not contiguous. types: those allowed, integers unless it says otherwise."""
+
+    @abstractmethod
+    def empty(self, shape: Sequence[int], dtype: Any, beside: A) -> A:
+        """On the device of `beside`."""
+
+    @abstractmethod
+    def counter(self, value: Any, handle: Handle) -> tuple[int, int]:
+        """Address and type of avail_counter."""
+
+    def bad_counter(self, value: Any, handle: Handle) -> LplbError:
+        self.buffer("avail_counter", value, handle)  # raises, if its type or its device is wrong
+        return broken_rule("avail_counter", "must have one element", f"shape {list(value.shape)}")
+
+    @staticmethod
+    def wrong_type(name: str, types: dict[Any, int], dtype: object) -> LplbError:
+        return broken_rule(name, f"must be {' or '.join(str(each).removeprefix('torch.') for each in types)}", str(dtype))
+
+    @staticmethod
+    def check_number(name: str, shape: Sequence[int], size: int) -> None:
+        """Before a copy: too large for the library, and perhaps for the memory, if the elements share some."""
+        if size > MAX_IDS:
+            raise broken_rule(name, f"must have at most {MAX_IDS} elements", f"shape {list(shape)}")
 
     def count(self, idx: A, planner: int, n_chunks: int, n_logical: int) -> tuple[A, A]:
-        handle, arrays = find(planner), self.arrays
+        handle = find(planner)
         handle.check_sizes("n_logical", n_logical, handle.n_logical)
-        handle.check_chunks(n_chunks)
-        address, dtype, n_ids, ids = arrays.buffer("idx", idx, handle)
+        if not 1 <= n_chunks <= MAX_CHUNKS:  # before so many rows are allocated
+            raise broken_rule("n_chunks", f"must lie in 1 ... {MAX_CHUNKS}", n_chunks)
+        address, dtype, n_ids, ids = self.buffer("idx", idx, handle)
         if handle.debug:
             refuse_invalid(ids, n_ids, handle.n_logical)
-        counts = arrays.empty((n_logical,), arrays.int32, ids)
-        cumulative = arrays.empty((n_chunks, n_logical), arrays.int32, ids)
+        counts = self.empty((n_logical,), self.int32, ids)
+        cumulative = self.empty((n_chunks, n_logical), self.int32, ids)
         handle.check(handle.library.planner_count(
-            handle.opened(), address, dtype, n_ids, arrays.address(counts), arrays.address(cumulative), n_chunks, self._stream(handle)))
+            handle.opened(), address, dtype, n_ids, self.address(counts), self.address(cumulative), n_chunks, self._stream(handle)))
         return counts, cumulative
 
     def solve(self, workload: A, avail_counter: Array | None, plan: Array | None, planner: int, ratio_shape: list[int],
               scaled_shape: list[int]) -> tuple[A, A]:
-        handle, arrays = find(planner), self.arrays
+        handle = find(planner)
         handle.check_shapes(ratio_shape, scaled_shape)
-        address, dtype, _, counts = arrays.buffer("workload", workload, handle)
-        counter, counter_dtype = (None, INT64) if avail_counter is None else arrays.counter(avail_counter, handle)
+        address, dtype, _, counts = self.buffer("workload", workload, handle)
+        counter, counter_dtype = (None, INT64) if avail_counter is None else self.counter(avail_counter, handle)
         sources, stream = handle.sources("workload", counts.shape), self._stream(handle)
-        ratios = arrays.empty(ratio_shape, arrays.float32, counts)
+        ratios = self.empty(ratio_shape, self.float32, counts)
         if not handle.n_ratios:  # nothing is decided: every share stays at its original, and the library knows no ratios
             ratios[...] = 1
-        scaled = arrays.empty(scaled_shape, arrays.float32, counts)
-        outputs = (arrays.address(ratios) if handle.n_ratios else None, arrays.address(scaled), counter, counter_dtype, stream)
+        scaled = self.empty(scaled_shape, self.float32, counts)
+        outputs = (self.address(ratios) if handle.n_ratios else None, self.address(scaled), counter, counter_dtype, stream)
         if handle.exchange is None:
             handle.check(handle.library.planner_solve(handle.opened(), address, dtype, sources, *outputs))
         else:
             own, row = counts.reshape(sources, -1)[handle.rank if sources > 1 else 0], new_row(handle)
-            handle.check(handle.library.planner_make_row(handle.opened(), arrays.address(own), dtype, row.data_ptr(), stream))
+            handle.check(handle.library.planner_make_row(handle.opened(), self.address(own), dtype, row.data_ptr(), stream))
             rows = handle.exchange.all_gather(row)
             handle.check(handle.library.planner_solve_rows(handle.opened(), rows.data_ptr(), *outputs))
         return ratios, scaled
 
     def redirect(self, idx: A, plan: Array | None, planner: int, n_sms: int) -> A:
-        handle, arrays = find(planner), self.arrays
-        address, dtype, n_ids, ids = arrays.buffer("idx", idx, handle)
+        handle = find(planner)
+        address, dtype, n_ids, ids = self.buffer("idx", idx, handle)
         if handle.debug:
             refuse_invalid(ids, n_ids, handle.n_logical)
-        out = arrays.empty_like(ids)
+        out = self.empty_like(ids)
         handle.check(handle.library.planner_redirect(
-            handle.opened(), address, dtype, n_ids, arrays.address(out), n_sms, self._stream(handle)))
+            handle.opened(), address, dtype, n_ids, self.address(out), n_sms, self._stream(handle)))
         return out
 
     def redirect_by_ratio(self, idx: A, o_weight: A, cumulative: A, planner: int) -> A:
-        handle, arrays = find(planner), self.arrays
-        address, dtype, n_ids, ids = arrays.buffer("idx", idx, handle)
-        ratios, _, n_ratios, _weights = arrays.buffer("o_weight", o_weight, handle, {arrays.float32: 0})
-        rows, _, _, counts = arrays.buffer("local_workload_by_sm", cumulative, handle, {arrays.int32: 0})
+        handle = find(planner)
+        address, dtype, n_ids, ids = self.buffer("idx", idx, handle)
+        ratios, _, n_ratios, _weights = self.buffer("o_weight", o_weight, handle, {self.float32: 0})
+        rows, _, _, counts = self.buffer("local_workload_by_sm", cumulative, handle, {self.int32: 0})
         handle.check_sizes("o_weight", n_ratios, handle.n_ratios)
         if len(counts.shape) != 2 or counts.shape[1] != handle.n_logical:
             raise broken_rule("local_workload_by_sm", f"must be [n_sms, {handle.n_logical}]", f"shape {list(counts.shape)}")
-        out = arrays.empty_like(ids)
+        out = self.empty_like(ids)
         handle.check(handle.library.planner_redirect_by_ratio(
-            handle.opened(), address, dtype, n_ids, ratios, rows, counts.shape[0], arrays.address(out), self._stream(handle)))
+            handle.opened(), address, dtype, n_ids, ratios, rows, counts.shape[0], self.address(out), self._stream(handle)))
         return out
 
     def _stream(self, handle: Handle) -> int | None:
-        return None if handle.device < 0 else self.arrays.stream(handle.device)
+        return None if handle.device < 0 else self.stream(handle.device)
 
 
 def refuse_invalid(ids: A, n_ids: int, n_logical: int) -> None:
@@ -137,4 +179,45 @@ def new_row(handle: Handle) -> torch.Tensor:
     return row
 
 
-numpy_calls = Calls(NumpyArrays())
+INTEGERS = {np.dtype(np.int32): INT32, np.dtype(np.int64): INT64}
+
+
+class NumpyCalls(Calls["npt.NDArray[Any]"]):
+    int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
+    address = staticmethod(address_of)
+    empty_like = staticmethod(partial(np.empty_like, order="C"))
+    stream = staticmethod(lambda device: None)
+
+    def buffer(self, name: str, array: npt.NDArray[Any], handle: Handle, types: dict[Any, int] | None = None
+               ) -> Buffer[npt.NDArray[Any]]:
+        if type(array) is not np.ndarray:
+            if is_masked(array):
+                raise broken_rule(name, "must be a plain array", type(array).__name__)
+            if not isinstance(array, np.ndarray):
+                array = to_host(name, array, most=MAX_IDS)
+        dtype = (types or INTEGERS).get(array.dtype)
+        if dtype is None:
+            raise self.wrong_type(name, types or INTEGERS, array.dtype)
+        if not array.flags.c_contiguous:
+            self.check_number(name, array.shape, array.size)
+            array = np.ascontiguousarray(array).reshape(array.shape)
+        return address_of(array), dtype, array.size, array
+
+    def empty(self, shape: Sequence[int], dtype: Any, beside: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.empty(shape, dtype=dtype)
+
+    def counter(self, value: Array, handle: Handle) -> tuple[int, int]:
+        """A tensor may count, too; its memory is shared, so the caller sees it grow."""
+        if not isinstance(value, np.ndarray):
+            if not (is_tensor(value) and value.device.type == "cpu"):
+                raise broken_rule("avail_counter", "must be an array or a CPU tensor, as idx is an array", type(value).__name__)
+            value = to_host("avail_counter", value)
+        if not value.flags.writeable:
+            raise broken_rule("avail_counter", "must be writable", "a read-only array")
+        dtype = INTEGERS.get(value.dtype)
+        if dtype is None or value.size != 1:
+            raise self.bad_counter(value, handle)
+        return address_of(value), dtype
+
+
+numpy_calls = NumpyCalls()

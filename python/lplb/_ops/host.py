@@ -39,7 +39,9 @@ def to_host(name: str, value: Any, dimensions: int | None = None, most: int | No
         if is_tensor(value):
             check_plain(name, value)
             check_shape(name, value, dimensions, most)
-            return host_tensor(value.detach())
+            tensor = value.detach().cpu().resolve_conj().resolve_neg()
+            host: npt.NDArray[Any] = (tensor.double() if tensor.is_floating_point() else tensor).numpy()  # numpy has no bfloat16
+            return host
         array = np.asarray(value)
     except (LplbError, MemoryError):
         raise
@@ -88,14 +90,6 @@ def shape_of(array: Any) -> list[int]:
         return []
 
 
-def host_tensor(tensor: Any) -> npt.NDArray[Any]:
-    tensor = tensor.cpu().resolve_conj().resolve_neg()
-    if tensor.is_floating_point():
-        tensor = tensor.double()  # numpy has no bfloat16
-    array: npt.NDArray[Any] = tensor.numpy()
-    return array
-
-
 def host_integers(name: str, value: Any, dimensions: int, dtype: type[np.int32] | type[np.int64], most: int | None = None
                   ) -> npt.NDArray[Any]:
     """value as a contiguous integer array of that type and number of dimensions, with at most so many elements."""
@@ -137,10 +131,6 @@ def address_of(array: npt.NDArray[Any]) -> int:
     """Where the array's data begins. Several times cheaper than array.ctypes.data."""
     pointer: int = array.__array_interface__["data"][0]
     return pointer
-
-
-def as_tensor(array: Array) -> torch.Tensor:
-    return loaded_torch().from_numpy(np.array(array)) if isinstance(array, np.ndarray) else array
 
 
 def as_given(array: npt.NDArray[Any], given: A) -> A:

@@ -22,16 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import _c as _native
-from .._ops.arguments import EXCHANGES as KINDS, FORMER_EXCHANGES, integer
+from .. import _c
+from .._ops.arguments import EXCHANGES as KINDS, FORMER_EXCHANGES, integer, one_of
 from ..errors import Disagreement, LplbError, Unsupported, broken_rule
-from . import library
-from .base import Exchange, Layout, Refused, Report, policy_number, timeout_ms
+from .base import Exchange, Layout, Refused, Report, limits
 from .by_torch import TorchExchange
 from .gather import CONNECT, RELEASE, SETUP, Callback, Waiting, gather_objects, on_device
-from .native import NativeExchange
-from .rail import NvshmemRail, Rail, TorchRail, check_rail, has_plugin, nvshmem_is_running, rail_group
-from .state import Facts, state_of
+from .native import Facts, NativeExchange, state_of
+from .rail import NvshmemRail, Rail, TorchRail, has_plugin, nvshmem_is_running
 
 __all__ = ["KINDS", "Exchange", "Report", "connect", "create", "release"]
 
@@ -62,13 +60,11 @@ def create(group: Any, device: Any, n_counts: int, kind: str = "auto", *, n_node
     """
     ordinal = _ordinal(device)
     n_counts = integer("n_counts", n_counts, 1)
-    kind = FORMER_EXCHANGES.get(kind, kind)
-    if kind not in KINDS:
-        raise broken_rule("kind", f"must be one of {', '.join(KINDS)}", repr(kind))
+    kind = one_of("kind", FORMER_EXCHANGES.get(kind, kind), KINDS)
     if n_nodes is not None:
         n_nodes = integer("n_nodes", n_nodes, 1)
     first_epoch = integer("first_epoch", first_epoch, 0, 2**32 - 1)
-    check_rail(rail), policy_number(policy), timeout_ms(timeout)
+    one_of("rail", rail, ("auto", "nccl", "nvshmem")), limits(timeout, policy)
     with on_device(ordinal):
         return _Maker(group, ordinal, n_counts, kind, n_nodes, rail, timeout, policy, first_epoch).make()
 
@@ -85,7 +81,7 @@ def _ordinal(device: Any) -> int:
 
 def release(group: Any, device: Any, timeout: float = 30.0) -> None:
     """Frees what exchanges of the group that every rank has closed still hold; the next create() does it too. Collective."""
-    timeout_ms(timeout)
+    limits(timeout)
     with on_device(_ordinal(device)):
         state = state_of(group)
         state.settle(gather_objects(group, RELEASE, state.facts(), _waiting("release", group, timeout)))
@@ -184,52 +180,40 @@ class _Maker:
 
     def attempt(self, rail_kind: str, layout: Layout, reason: str) -> NativeExchange:
         """Refused on all ranks together, and then nothing is left of it."""
-        rail, pointer = None, ctypes.c_void_p()
+        rail: Rail | None = None
+        pointer = ctypes.c_void_p()
+        policy, timeout_ms = limits(self.timeout, self.policy)
         try:
-            if rail_kind:
-                rail = self.make_rail(rail_kind, layout)
+            if rail_kind == "nvshmem":
+                rail = NvshmemRail(layout, self.ordinal, self.n_counts, min(timeout_ms or TRIAL_MS, TRIAL_MS))
+            elif rail_kind:
+                along = self.state.rail_group(self.group, layout, self.ordinal)
+                rail = TorchRail(along, self.ordinal, partial(setattr, self.state, "rails_aborted", True))
+            if rail is not None:
                 rail.prepare(self.together)
-            failure = self.connect(rail, pointer)
-        except Refused:
+            waiting = Waiting(self.waiting.what, self.timeout + TRIAL_GRACE if self.timeout else 0)
+            gather = Callback(self.group, CONNECT, waiting, self.ordinal)
+            config = _c.ConnectConfig(
+                device=self.ordinal, policy=policy, n_ranks=self.ranks, rank=self.rank, n_counts=self.n_counts, n_nodes=self.n_nodes or 0,
+                timeout_ms=timeout_ms, first_epoch=self.first_epoch, rail=None if rail is None else ctypes.pointer(rail.ops),
+                gather=gather.function)
+            failure = gather.call(_c.load().exchange_connect, ctypes.byref(config), ctypes.byref(pointer))
+            if failure is not None:
+                raise Refused(failure)
+        except Refused as refused:
             if rail is not None:
                 rail.free()
-            raise
+            why = refused.args[0]
+            raise why if isinstance(why, LplbError) and not isinstance(why, Unsupported) else refused
         except BaseException:
             # This rank alone: the others find out at their next gather, and may write to our memory until then.
             self.state.left.append((pointer.value, rail))
             raise
-        if failure is not None:
-            if rail is not None:
-                rail.free()
-            raise Refused(str(failure)) if isinstance(failure, Unsupported) else failure
+        if rail is not None:
+            rail.taken = True
+            rail.set_limits(policy, timeout_ms)
         assert pointer.value is not None
-        if rail is not None:
-            rail.set_limits(policy_number(self.policy), timeout_ms(self.timeout))
-        exchange = NativeExchange(pointer.value, self.ordinal, self.group, layout, self.n_counts, reason, rail)
-        self.state.made += 1
-        exchange.on_close = partial(self.state.closed.__setitem__, self.state.made)
-        return exchange
-
-    def make_rail(self, kind: str, layout: Layout) -> Rail:
-        if kind == "nvshmem":
-            return NvshmemRail(layout, self.ordinal, self.n_counts, min(timeout_ms(self.timeout) or TRIAL_MS, TRIAL_MS))
-        along = rail_group(self.group, layout, self.ordinal, self.state)
-        return TorchRail(along, self.ordinal, partial(setattr, self.state, "rails_aborted", True))
-
-    def connect(self, rail: Rail | None, pointer: ctypes.c_void_p) -> LplbError | None:
-        """lplb_exchange_connect. Returns the failure that all ranks have; raises what this rank alone may have met."""
-        waiting = Waiting(self.waiting.what, self.timeout + TRIAL_GRACE if self.timeout else 0)
-        gather = Callback(self.group, CONNECT, waiting, self.ordinal)
-        config = library.ConnectConfig(
-            struct_size=ctypes.sizeof(library.ConnectConfig), device=self.ordinal, policy=policy_number(self.policy), n_ranks=self.ranks,
-            rank=self.rank, n_counts=self.n_counts, n_nodes=self.n_nodes or 0, timeout_ms=timeout_ms(self.timeout),
-            first_epoch=self.first_epoch, rail=None if rail is None else ctypes.pointer(rail.ops), gather=gather.function)
-        message = ctypes.create_string_buffer(_native.MESSAGE_SIZE)
-        status = library.load().connect(ctypes.byref(config), ctypes.byref(pointer), message, len(message))
-        if rail is not None:
-            rail.taken = status == 0
-        gather.check()
-        return _native.failure(status, _native.text(message.value)) if status else None
+        return NativeExchange(pointer.value, self.ordinal, self.group, layout, self.n_counts, reason, rail)
 
 
 def _host() -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _c as _native
+from .. import _c
+from .._ops.arguments import one_of
 from ..errors import WrongOrder, broken_rule
-from . import library
 
 
 class Refused(Exception):
@@ -61,6 +61,7 @@ class Exchange(ABC):
 
     kind: str  #: "ipc" (NVLink, mapped by CUDA IPC) or "torch" (torch.distributed)
     native: bool  #: the library does it itself, inside Planner.run too
+    pointer: int | None = None  #: the library's exchange, where it does
 
     def __init__(self, group: Any, layout: Layout, n_counts: int, reason: str) -> None:
         self._group = weakref.ref(group)
@@ -69,7 +70,6 @@ class Exchange(ABC):
         self.reason = reason  #: why nothing faster is in use, "" where nothing is
         self.closed = False
         self.policy = "trap"  #: what a GPU does that finds a rank late, or disagreeing
-        self.attached = False  #: lplb_planner_run does it inside
         self.owned = False  #: made by a planner: closed with the last planner that uses it; otherwise it is the caller's
         self._users: set[int] = set()  # numbers of the planners
 
@@ -77,10 +77,6 @@ class Exchange(ABC):
     def group(self) -> Any:
         """The process group, which belongs to torch.distributed: None once it is destroyed or the exchange is closed."""
         return None if self.closed else self._group()
-
-    def join(self, planner: int) -> None:
-        """A planner starts to use the exchange."""
-        self._users.add(planner)
 
     def leave(self, planner: int) -> None:
         """A planner has ended its use, from any thread."""
@@ -104,13 +100,13 @@ class Exchange(ABC):
                               f"{self.ranks} ranks, rank {self.rank}")
         if planner._handle.width != self.n_counts:
             raise broken_rule("exchange", f"must carry n_logical + 1 = {planner._handle.width} counts", self.n_counts)
-        self._attach(planner._handle)
-        planner._handle.use(self)
-
-    def _attach(self, handle: Any) -> None:
-        """The library's part: a native exchange that this one replaces must not be used any more."""
-        if handle.exchange is not None and handle.exchange.attached:
-            handle.check(library.load().planner_attach_exchange(handle.opened(), None))
+        handle, before = planner._handle, planner._handle.exchange
+        if self.native or (before is not None and before.native):  # one that this one replaces must not be used any more
+            handle.check(_c.load().planner_attach_exchange(handle.opened(), self.pointer))
+        handle.exchange = self
+        self._users.add(handle.number)
+        if before is not None and before is not self:
+            before.leave(handle.number)
 
     def report(self) -> Report | None:
         """What ended the exchange, None while nothing did. Waits for nothing, and works when the CUDA context is lost."""
@@ -155,14 +151,9 @@ class Exchange(ABC):
         return f"<Exchange {self.describe()}: rank {self.rank} of {self.ranks}{nodes}, {self.n_counts} counts{why}>"
 
 
-def policy_number(policy: str) -> int:
-    if policy not in _native.POLICIES:
-        raise broken_rule("policy", f"must be one of {', '.join(_native.POLICIES)}", repr(policy))
-    return _native.POLICIES[policy]
-
-
-def timeout_ms(timeout: float) -> int:
-    """Seconds as the library wants them; 0: no limit."""
+def limits(timeout: float, policy: str = "trap") -> tuple[int, int]:
+    """Both as the library wants them: the policy's number, and milliseconds, 0: no limit."""
     if not 0 <= timeout <= 2_000_000:
         raise broken_rule("timeout", "must lie in 0 ... 2,000,000 seconds", timeout)
-    return 0 if timeout == 0 else max(1, round(timeout * 1000))
+    milliseconds = 0 if timeout == 0 else max(1, round(timeout * 1000))
+    return _c.POLICIES[one_of("policy", policy, tuple(_c.POLICIES))], milliseconds

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PeerLost, PeerTimeout, WrongOrder, broken_rule
-from .base import Exchange, Layout, Report, policy_number, timeout_ms
+from .base import Exchange, Layout, Report, limits
 from .gather import Waiting, abort_group, gather_by_torch, gather_rows
 
 
@@ -42,7 +42,11 @@ class TorchExchange(Exchange):
         self._calls += 1
         self._waiting.what = f"exchange: rank {self.rank} of {self.ranks} in call {self._calls}"
         try:
-            rows = self._gather(group, row)
+            if row.is_cuda:  # in one collective of this size, which can be captured
+                rows = torch.empty((self.ranks, self.n_counts), dtype=torch.int32, device=row.device)
+                gather_by_torch(group, row, rows, self._waiting)
+            else:
+                rows = gather_rows(group, row, self._waiting)
         except PeerTimeout as error:
             # Who came too late would take the next call's counts for this one's, so this was the last call.
             reason = "aborted" if self._waiting.aborted else "lost" if isinstance(error, PeerLost) else "timed out"
@@ -50,16 +54,8 @@ class TorchExchange(Exchange):
             raise
         return everyone.copy_(rows.view_as(everyone))
 
-    def _gather(self, group: Any, row: Tensor) -> Tensor:
-        """int32 [ranks, n_counts]. Between GPUs in one collective of this size, which can be captured."""
-        if not row.is_cuda:
-            return gather_rows(group, row, self._waiting)
-        rows = torch.empty((self.ranks, self.n_counts), dtype=torch.int32, device=row.device)
-        gather_by_torch(group, row, rows, self._waiting)
-        return rows
-
     def set_limits(self, timeout: float, policy: str) -> None:
-        policy_number(policy), timeout_ms(timeout)
+        limits(timeout, policy)
         self._waiting.limit = timeout
 
     def report(self) -> Report | None:

@@ -7,28 +7,35 @@ host cannot end it: there the time limit is that of the process group, after whi
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import pickle
 import re
 import struct
 import time
+import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
-from .. import _c as _native
+from .. import _c
+from .._ops.host import Array, to_host
 from ..errors import Disagreement, LplbError, PeerLost, PeerTimeout
 
 GRACE = 1.0  # seconds for the backend to notice by itself, in words that say more than ours
+TOKENS_LIMIT = 30.0  # seconds to wait for a peer's ids, as an exchange waits for its counts
 SLICE = timedelta(seconds=0.05)  # how long a wait that may be aborted lasts at most
 
 _TIMED_OUT = re.compile(r"tim(e|ed|ing)[ -]?out", re.I)
-_LOST = re.compile(r"closed by peer|connection (was )?(closed|reset|refused|lost|aborted)|broken pipe|socket (is |was )?closed|remote process"
-                   r"|ncclRemoteError|communicator was aborted|not connected|no route to host|network is unreachable", re.I)
+_LOST = re.compile(
+    r"closed by peer|connection (was )?(closed|reset|refused|lost|aborted)|broken pipe|socket (is |was )?closed|remote process"
+    r"|ncclRemoteError|communicator was aborted|not connected|no route to host|network is unreachable", re.I)
 
 
 class Waiting:
@@ -56,14 +63,12 @@ class Waiting:
             f"{self.what}: another rank did not come within {limit}; it is late, stuck or gone; torch.distributed says: {words}")
 
 
-def gather_by_torch(group: Any, counts: Tensor, everyone: Tensor, waiting: Waiting | None = None) -> None:
+def gather_by_torch(group: Any, counts: Tensor, everyone: Tensor, waiting: Waiting) -> None:
     """everyone [ranks, n] = the counts [n] of every rank, by torch.distributed, whatever the backend.
 
     PeerTimeout where a rank does not come, PeerLost where a connection broke; the process group is of no more use then. With NCCL these
     are found by PyTorch's watchdog alone.
     """
-    if waiting is None:
-        waiting = Waiting("exchange", 0)
     if counts.is_cuda and dist.get_backend(group) == "gloo":
         on_host = torch.empty_like(everyone, device="cpu")
         gather_by_torch(group, counts.cpu(), on_host, waiting)
@@ -114,7 +119,11 @@ _MEANING = {SETTINGS: "makes or places a planner", SETUP: "sets up an exchange",
 
 def gather_bytes(group: Any, kind: int, mine: bytes, waiting: Waiting) -> list[bytes]:
     """What every rank brings, in rank order. Disagreement where another rank is in another kind of call. Also a barrier."""
-    device = _device_of_objects(group)
+    try:
+        group._get_backend(torch.device("cpu"))
+        device = torch.device("cpu")  # where the host's limit holds
+    except RuntimeError:
+        device = torch.device("cuda", torch.cuda.current_device())
     parts = [bytearray() for _ in range(dist.get_world_size(group))]
     lengths = [len(mine)] * len(parts)
     first = 0
@@ -124,7 +133,8 @@ def gather_bytes(group: Any, kind: int, mine: bytes, waiting: Waiting) -> list[b
         message[: _HEADER.size + len(piece)] = _HEADER.pack(kind, len(mine)) + piece
         everyone = torch.empty((len(parts), MESSAGE_BYTES), dtype=torch.uint8, device=device)
         gather_by_torch(group, torch.frombuffer(message, dtype=torch.uint8).to(device), everyone, waiting)
-        _await(device, waiting)
+        if device.type == "cuda":
+            _await(device, waiting)
         for rank, row in enumerate(everyone.cpu().numpy()):
             theirs, lengths[rank] = _HEADER.unpack_from(row)
             if theirs != kind:
@@ -140,8 +150,8 @@ class Callback:
 
     def __init__(self, group: Any, kind: int, waiting: Waiting, device: int) -> None:
         self._of = (group, kind, waiting, device)
-        self._error: BaseException | None = None
-        self.function = _native.GATHER(self._gather)
+        self.error: BaseException | None = None
+        self.function = _c.GATHER(self._gather)
 
     def _gather(self, context: int | None, mine: int, everyone: int, size: int) -> int:
         group, kind, waiting, device = self._of
@@ -151,17 +161,24 @@ class Callback:
             ctypes.memmove(everyone, b"".join(row.ljust(size, b"\0")[:size] for row in rows), size * len(rows))
             return 0
         except BaseException as error:  # nothing may pass through C
-            self._error = error
+            self.error = error
             return 1
 
-    def check(self) -> None:
-        """Once, after the library's call: raises what went wrong here, which says more than its PEER_LOST."""
-        error, self._error = self._error, None
+    def call(self, function: Callable[..., int], *arguments: object) -> LplbError | None:
+        """Once: calls the library, which gathers by this. Returns the failure that all ranks have. Raises what went wrong here, on this
+        rank alone perhaps, which says more than the library's PEER_LOST."""
+        failure = None
+        try:
+            _c.call(function, *arguments)
+        except LplbError as refused:
+            failure = refused.with_traceback(None)
+        error, self.error = self.error, None
         del self.function  # which holds this object, and so the group
         if isinstance(error, LplbError) or not isinstance(error, (Exception, type(None))):
             raise error
         if error is not None:
             raise PeerLost(f"group: the bytes of all ranks could not be gathered: {error}") from error
+        return failure
 
 
 def on_device(device: int) -> Any:
@@ -184,19 +201,8 @@ def gather_rows(group: Any, row: Tensor, waiting: Waiting) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), -1)
 
 
-def _device_of_objects(group: Any) -> torch.device:
-    """The CPU where the group has a backend for it, so that the host's limit holds; else the current GPU."""
-    try:
-        group._get_backend(torch.device("cpu"))
-    except RuntimeError:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
 def _await(device: torch.device, waiting: Waiting) -> None:
     """Waits for the GPU's part of a gather, not longer than the limit."""
-    if device.type == "cpu":
-        return
     event: Any = getattr(torch.cuda, "Event")()  # untyped in PyTorch
     event.record(torch.cuda.current_stream(device))
     end = time.monotonic() + waiting.limit if waiting.limit else float("inf")
@@ -214,3 +220,21 @@ def abort_group(group: Any, device: int) -> None:
     abort = getattr(backend, "abort", None) or getattr(group, "abort", None)
     if abort is not None:
         abort()
+
+
+def same_tokens(group: Any, device: int) -> Callable[[Array], None]:
+    """A check that all ranks have the same ids, for planners whose ranks hold the same tokens. Waits for the GPU, and collective."""
+    ranks = weakref.ref(group)  # it belongs to torch.distributed
+    waiting = Waiting(f"idx: rank {dist.get_rank(group)} of {dist.get_world_size(group)}", TOKENS_LIMIT)
+
+    def check(ids: Array) -> None:
+        host = to_host("idx", ids).astype(np.int64)
+        mine = hashlib.blake2b(repr(list(host.shape)).encode() + host.tobytes(), digest_size=16).digest()
+        with on_device(device):
+            digests = gather_bytes(ranks(), TOKENS, mine, waiting)
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise Disagreement("idx: must be equal on all ranks, since the planner was made with tokens='same', got other ids on ranks "
+                               f"{', '.join(map(str, odd))} than on rank 0")
+
+    return check
