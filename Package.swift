@@ -14,12 +14,14 @@ let package = Package(
         .target(name: "LPLBTopology", dependencies: ["CLPLB"]),
         .target(name: "LPLBPlacement", dependencies: ["LPLBTopology"]),
         .target(name: "LPLBSolver", dependencies: ["LPLBTopology"]),
+        .target(name: "LPLBReplicas", dependencies: ["LPLBPlacement", "LPLBTopology"]),
         .target(
-            name: "LPLB", dependencies: ["LPLBTopology", "LPLBPlacement", "LPLBSolver", "CLPLB", "CLPLBKernels"],
+            name: "LPLB", dependencies: ["LPLBTopology", "LPLBPlacement", "LPLBReplicas", "LPLBSolver", "CLPLB", "CLPLBKernels"],
             linkerSettings: cudaObjects.isEmpty ? [] : [.unsafeFlags(cudaObjects), .linkedLibrary("stdc++"), .linkedLibrary("rt")]),
         .testTarget(name: "LPLBTopologyTests", dependencies: ["LPLBTopology"]),
         .testTarget(name: "LPLBPlacementTests", dependencies: ["LPLBPlacement", "LPLBTopology"]),
         .testTarget(name: "LPLBSolverTests", dependencies: ["LPLBSolver", "LPLBTopology"]),
+        .testTarget(name: "LPLBReplicasTests", dependencies: ["LPLBReplicas", "LPLBTopology"]),
         .testTarget(name: "LPLBTests", dependencies: ["LPLB", "CLPLB", "CLPLBKernels"]),
     ],
     swiftLanguageModes: [.v6]

@@ -46,6 +46,10 @@ extern "C" const lplbk_backend *lplbk_cuda_backend(void) {
         lplbk_exchange_open,
         lplbk_exchange_close,
         lplbk_exchange_launch,
+        lplbk_replicas_prepare,
+        lplbk_replicas_allocation,
+        lplbk_replicas_pull,
+        lplbk_replicas_push,
     };
     return &backend;
 }

@@ -47,5 +47,10 @@ LPLBK_FUNCTION(exchange_settle, exchange_settle);
 LPLBK_FUNCTION(exchange_open, exchange_open);
 LPLBK_FUNCTION(exchange_close, exchange_close);
 LPLBK_FUNCTION(exchange_launch, exchange_launch);
+// replicas.cu
+LPLBK_FUNCTION(replicas_prepare, replicas_prepare);
+LPLBK_FUNCTION(replicas_allocation, replicas_allocation);
+LPLBK_FUNCTION(replicas_pull, replicas_pull);
+LPLBK_FUNCTION(replicas_push, replicas_push);
 
 #undef LPLBK_FUNCTION

@@ -7,6 +7,7 @@
  *
  * Reading order: 1. version and status  2. planner: create, place  3. planner: plan (count, solve, redirect, run)  4. reading results
  *                5. placement alone  6. one-off solve  7. exchange: everybody's counts over NVLink
+ *                8. replicas: weights and gradients of copies over NVLink
  *
  * Words
  *   rank              one GPU of the expert-parallel (EP) group; there are ep_size of them
@@ -361,6 +362,32 @@ lplb_status lplb_eplb_rebalance(const float *weight, int64_t n_layers, int64_t n
 lplb_status lplb_placement_homes(const int32_t *phy2log, int64_t n_physical, int64_t n_logical, int64_t ep_size, const int32_t *former,
                                  int32_t *homes, char *message, int64_t message_size);
 
+/*
+ * Rows: where the experts lie in the buffers [n_rows, ...] that a rank keeps for training. rows [ep_size][1 + n_rows]: for each rank first
+ * how many rows are for the experts whose home it is, then the expert in each row, -1 for a row that is not in use; the copies come behind
+ * the own ones. n_rows is n_physical / ep_size + 2 * slack.
+ * slack: by how many a rank's number of own experts may change in a later placement; as many rows stay free among the own ones and the copies.
+ * former: NULL, or the rows under the placement before. Then the numbers of own rows stay, and experts that stay own, or copies, keep their
+ * rows; a placement that does not fit is refused. homes [n_logical]: as by lplb_placement_homes, near to the former ones.
+ * row_of_slot [n_physical]: the row of each slot's expert on its rank. homes and row_of_slot may be NULL; rows may be former.
+ * Equal inputs give equal rows. Host, synchronous, allocates, thread-safe; so is the next call.
+ */
+lplb_status lplb_placement_rows(const int32_t *phy2log, int64_t n_physical, int64_t n_logical, int64_t ep_size, int64_t slack,
+                                const int32_t *former, int32_t *rows, int32_t *homes, int32_t *row_of_slot, char *message,
+                                int64_t message_size);
+
+enum { LPLB_MOVES_PULL = 0,   /* weights from homes to copies; with former only to those that did not lie there before */
+       LPLB_MOVES_PUSH = 1,   /* gradients from copies to homes; former is NULL */
+       LPLB_MOVES_HOMES = 2   /* experts whose home goes to another rank than in former */ };
+
+/*
+ * Which rows of a buffer go where: moves [n_moves][5] = round, source rank, source row, target rank, target row, in the order of the rounds;
+ * room for [ep_size * n_rows][5]. In one round no rank sends twice and none receives twice. LPLB_MOVES_PULL and _HOMES take the fewest rounds
+ * that there can be; in LPLB_MOVES_PUSH what comes to one home row comes from the lowest rank first, since sums depend on their order.
+ */
+lplb_status lplb_placement_moves(int32_t kind, const int32_t *rows, const int32_t *former, int64_t n_logical, int64_t ep_size, int64_t n_rows,
+                                 int32_t *moves, int64_t *n_moves, char *message, int64_t message_size);
+
 /* ---- 6. One-off solve ------------------------------------------------------------------------------------------------------- */
 
 /*
@@ -560,6 +587,97 @@ const char *lplb_exchange_error(const lplb_exchange *exchange);
  * ranks attach them in the same order. exchange NULL: as before. Waits for the planner's device.
  */
 lplb_status lplb_planner_attach_exchange(lplb_planner *planner, lplb_exchange *exchange);
+
+/* ---- 8. Replicas -------------------------------------------------------------------------------------------------------------- */
+
+/*
+ * Weights and gradients of copies, for processes of one host: buffers [n_rows][row_bytes] on every rank, laid out by lplb_placement_rows and
+ * mapped by all ranks, between which kernels copy and add over NVLink.
+ *
+ *   1. create     on an exchange of one node and one count, by which the ranks wait for each other on the device. Its time limit, policy,
+ *                 report and abort are those of the replicas: a rank that is late, lost or in another call ends the calls of the others
+ *   2. add        once for each buffer, all ranks together: memory of the library's, or the caller's where it can be mapped
+ *   3. place      which row holds what; at the start and after each new placement
+ *   4. pull, push as often as wanted, eager or from CUDA graphs, also from graphs captured before a new placement
+ *   5. the end    wait for the streams, close, a barrier of the ranks, destroy, then the exchange
+ *
+ * All ranks make the same calls in the same order, which belong to one stream order with the other uses of the exchange.
+ */
+#define LPLB_REPLICAS_MAX_TENSORS 32
+
+typedef struct lplb_replicas lplb_replicas;
+
+typedef int32_t lplb_float;
+enum { LPLB_FLOAT32 = 0, LPLB_FLOAT64 = 1, LPLB_FLOAT16 = 2, LPLB_BFLOAT16 = 3 };
+
+enum { LPLB_REPLICAS_WEIGHTS = 0, LPLB_REPLICAS_GRADIENTS = 1 };
+
+typedef struct lplb_replicas_config {
+    int64_t struct_size;     /* sizeof(lplb_replicas_config); LPLB_REPLICAS_CONFIG_INIT sets it */
+    lplb_exchange *exchange; /* with n_nodes 1 and n_counts 1; outlives the replicas */
+    int64_t n_logical;
+    int64_t n_rows;          /* of each buffer on each rank */
+    int64_t blocks;          /* CUDA blocks that copy, each of 1,024 threads; 0: as many as measured best */
+} lplb_replicas_config;
+
+#define LPLB_REPLICAS_CONFIG_INIT { (int64_t)sizeof(lplb_replicas_config), 0, 0, 0, 0 }
+
+typedef struct lplb_replicas_tensor {
+    int64_t struct_size;     /* sizeof(lplb_replicas_tensor); LPLB_REPLICAS_TENSOR_INIT sets it */
+    int32_t kind;            /* LPLB_REPLICAS_WEIGHTS: pulled; LPLB_REPLICAS_GRADIENTS: pushed */
+    lplb_float dtype;        /* of gradients; weights are bytes */
+    int64_t row_bytes;       /* fastest in multiples of 16 */
+    void *memory;            /* NULL: the library gives zeroed memory. Else [n_rows][row_bytes] on the exchange's device, aligned to 16, from
+                                cudaMalloc, which outlives the replicas. CUDA IPC cannot map other memory (CUDA's virtual memory, which
+                                PyTorch takes with expandable_segments; cudaMallocAsync; managed memory): it is refused */
+    const char *failure;     /* NULL, or why this rank cannot take part: then all ranks get these words */
+    lplb_gather gather;
+    void *context;           /* handed to gather */
+} lplb_replicas_tensor;
+
+#define LPLB_REPLICAS_TENSOR_INIT { (int64_t)sizeof(lplb_replicas_tensor), LPLB_REPLICAS_WEIGHTS, LPLB_FLOAT32, 0, 0, 0, 0, 0 }
+
+/* message as in lplb_planner_create. Allocates. */
+lplb_status lplb_replicas_create(const lplb_replicas_config *config, lplb_replicas **replicas, char *message, int64_t message_size);
+
+/*
+ * One more buffer, whose address here comes back in *memory. Collective: fails on all ranks alike, and then nothing is left of it, unless
+ * `gather` failed (LPLB_ERROR_PEER_LOST, on this rank alone perhaps): then what peers may have mapped stays until destroy.
+ * LPLB_ERROR_UNSUPPORTED: memory that cannot be mapped. LPLB_ERROR_DISAGREEMENT: the ranks describe different tensors. Host, synchronous,
+ * allocates; waits for the device.
+ */
+lplb_status lplb_replicas_add(lplb_replicas *replicas, const lplb_replicas_tensor *tensor, void **memory);
+
+/*
+ * rows [n_ranks][1 + n_rows] of lplb_placement_rows, host, the same on all ranks. Moves no tensor. Waits for the stream, then writes the
+ * tables in place, so that captured graphs follow. Ranks that pull or push under different rows are found out on the device.
+ */
+lplb_status lplb_replicas_place(lplb_replicas *replicas, const int32_t *rows, void *stream);
+
+/*
+ * All weights from homes to copies; only_new not 0: to copies alone that did not lie in the same row under the rows before. Homes' weights are
+ * read once the streams of all ranks have come to this call; the streams go on when all have read. Queues one kernel; allocates nothing; can
+ * be captured. LPLB_ERROR_TIMEOUT, _PEER_LOST or _DISAGREEMENT where an earlier call has failed on the device.
+ */
+lplb_status lplb_replicas_pull(lplb_replicas *replicas, int32_t only_new, void *stream);
+
+/*
+ * Gradients of copies are added to those of their homes, from the lowest rank to the highest, each sum rounded to dtype as PyTorch does, and
+ * are zero then. As pull, in two kernels. The owner zeroes its copies, since writing zeros back would take the link of the others' reads.
+ */
+lplb_status lplb_replicas_push(lplb_replicas *replicas, void *stream);
+
+/*
+ * Unmaps the peers' memory, after waiting for the device; only destroy can follow. Before the own memory is freed all ranks must have closed.
+ * CUDA graphs that hold calls of these replicas must not be replayed any more. NULL is fine.
+ */
+void lplb_replicas_close(lplb_replicas *replicas);
+
+/* Closes if nobody did, and frees the memory that the library gave. NULL is fine. */
+void lplb_replicas_destroy(lplb_replicas *replicas);
+
+/* Words about the last failed call, "" if none failed. As lplb_planner_error. */
+const char *lplb_replicas_error(const lplb_replicas *replicas);
 
 #ifdef __cplusplus
 }

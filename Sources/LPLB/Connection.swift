@@ -16,25 +16,15 @@ protocol Connectable: AnyObject {
     func end()
 }
 
-/// One rank in a step: 40 the number of the step; 96 its blob [128].
-struct ConnectionRecord: MeetingRecord {
+/// One rank in a step: 96 its blob [128].
+struct ConnectionRecord: StepRecord {
     static let magic: UInt32 = 0x4C_50_43_4E
+    static let call = "lplb_exchange_connect"
     static let numbers = ["n_counts", "n_nodes", "first_epoch", "policy", "rail"]
-    private static let stepOffset = 40, blob = 96..<96 + Int(LPLB_EXCHANGE_BLOB_BYTES)
 
     var bytes: [UInt8]
 
     init(bytes: [UInt8]) { self.bytes = bytes }
-
-    init(rank: Int, step: Int64) {
-        self.init(rank: Int64(rank))
-        put(step, at: ConnectionRecord.stepOffset)
-    }
-
-    var step: Int64 { field(at: ConnectionRecord.stepOffset, Int64.self) }
-
-    var blob: ArraySlice<UInt8> { bytes[ConnectionRecord.blob] }
-    mutating func put(_ blob: ExchangeBlob) { bytes.replaceSubrange(ConnectionRecord.blob, with: blob.bytes) }
 
     func words(ofNumber index: Int) -> String {
         ConnectionRecord.numbers[index] == "rail" ? (number(index) == 0 ? "none" : "one") : String(number(index))
@@ -48,13 +38,14 @@ struct Connection<Made: Connectable> {
 
     private let config: lplb_connect_config
     private let gathering: Gathering
-    private var step: Int64 = 0
+    private var steps: Steps<ConnectionRecord>
     /// After a failed gather: what others may still write to.
     private(set) var left: Made?
 
     init(_ config: lplb_connect_config) throws(Failure) {
         self.config = config
         gathering = try Gathering(config.gather, config.context, ranks: config.n_ranks, rank: config.rank)
+        steps = Steps(gathering)
     }
 
     /// The exchange, once it works on all ranks. Throws on all of them alike, unless a gather failed (LPLB_ERROR_PEER_LOST).
@@ -69,14 +60,14 @@ struct Connection<Made: Connectable> {
         (wanted.n_counts, wanted.first_epoch, wanted.rail) = (config.n_counts, config.first_epoch, config.rail)
         var made: Made?
         do throws(Failure) {
-            let all = try together { (mine) throws(Failure) in
+            let all = try steps.together { (mine) throws(Failure) in
                 let new = try make(wanted)
                 made = new
                 mine.put(try new.blob())
             }
             guard let made else { throw Failure(LPLB_ERROR_INTERNAL, "lplb_exchange_connect: an exchange that was not made") }
             let blobs = all.records[node * perNode..<(node + 1) * perNode].flatMap(\.blob)
-            try together { (_) throws(Failure) in try blobs.withBytes { (memory) throws(Failure) in try made.finish(memory) } }
+            try steps.together { (_) throws(Failure) in try blobs.withBytes { (memory) throws(Failure) in try made.finish(memory) } }
             try attempt(made, limitMs: trialMs)
             return made
         } catch {
@@ -95,7 +86,7 @@ struct Connection<Made: Connectable> {
         }
         let bytes = try gathering.all(mine.withUnsafeBytes { [UInt8]($0) }, "the counts of the trial")
         let config = config
-        try together { (_) throws(Failure) in
+        try steps.together { (_) throws(Failure) in
             let got = try made.trial(mine, calls: calls, limitMs: limitMs)
             let wrong = bytes.withUnsafeBytes { memory in
                 let wanted = memory.bindMemory(to: Int32.self)  // [ranks][calls][counts]
@@ -123,35 +114,10 @@ struct Connection<Made: Connectable> {
         }
     }
 
-    // MARK: Steps
-
-    /// One step: what this rank does by itself, then everybody's record, or the same failure on all ranks as soon as one has failed.
-    @discardableResult
-    private mutating func together(
-        _ act: (inout ConnectionRecord) throws(Failure) -> Void
-    ) throws(Failure) -> Meeting<ConnectionRecord> {
-        step += 1
-        var mine = ConnectionRecord(rank: gathering.rank, step: step)
-        do throws(Failure) { try act(&mine) } catch { mine.failure = error }
-        let all = try Meeting(mine, gathering, "a step")
-        try all.checkOrder()
-        try all.equal("gather", { all.records[$0].step }, { "step \(all.records[$0].step) of lplb_exchange_connect" })
-        let failed = all.records.compactMap { record in record.failure.map { (rank: record.rank, failure: $0) } }
-        // Where a rank has failed others wait for it in vain, so that theirs is not the reason.
-        guard let cause = failed.first(where: { Int($0.failure.status) != LPLB_ERROR_TIMEOUT }) ?? failed.first else {
-            if let own = mine.failure { throw own }  // which the gather has lost
-            return all
-        }
-        let isRule = Int(cause.failure.status) == LPLB_ERROR_INVALID_ARGUMENT
-        let more = failed.count > 1 ? " (and \(failed.count - 1) more)" : ""
-        throw Failure(
-            isRule ? LPLB_ERROR_INVALID_ARGUMENT : LPLB_ERROR_UNSUPPORTED, "rank \(cause.rank): \(cause.failure.message)\(more)")
-    }
-
     /// Compares what the ranks want, and returns the number of nodes.
     private mutating func agree() throws(Failure) -> Int {
         let config = config, ranks = gathering.ranks
-        let all = try together { (mine) throws(Failure) in
+        let all = try steps.together { (mine) throws(Failure) in
             if let words = config.failure { throw Failure(LPLB_ERROR_UNSUPPORTED, String(cString: words)) }
             _ = try Check.range(Int64(config.device), "device", Int64(LPLB_DEVICE_CPU)...Int64(Int32.max))
             _ = try Exchange.limits(policy: config.policy, timeoutMs: config.timeout_ms)

@@ -158,25 +158,12 @@ final class Exchange {
         for peer in 0..<settings.ranks {
             let theirs = ExchangeBlob(blobs + peer * Int(LPLB_EXCHANGE_BLOB_BYTES))
             try theirs.check(entry: peer, against: own)
-            if peer != settings.rank { setPeer(peer, try map(theirs, of: peer, own: own)) }
+            if peer == settings.rank { continue }
+            let (buffer, isImported) = try theirs.mapped(for: settings, of: peer, "lplb_exchange_finish", cuda)
+            if isImported { imported.append(buffer) }
+            setPeer(peer, buffer)
         }
         stage = .ready
-    }
-
-    private func map(_ blob: ExchangeBlob, of peer: Int, own: ExchangeBlob) throws(Failure) -> UnsafeMutableRawPointer? {
-        let here = blob.isOfThisProcess
-        var reach: Int32 = 0
-        try check(blob.reach(from: settings.device, enable: here, &reach, cuda), "lplb_exchange_finish: peer access to rank \(peer)")
-        guard reach != 0 else {
-            throw Failure(
-                LPLB_ERROR_UNSUPPORTED, "lplb_exchange_finish: the GPU of rank \(settings.rank) cannot write to that of rank \(peer)")
-        }
-        if here { return blob.buffer }
-        var mapped: UnsafeMutableRawPointer?
-        let error = blob.map(on: settings.device, &mapped, cuda)
-        try check(error, "lplb_exchange_finish: the buffer of rank \(peer) cannot be mapped here by CUDA IPC")
-        if let mapped { imported.append(mapped) }
-        return mapped
     }
 
     // MARK: Calls

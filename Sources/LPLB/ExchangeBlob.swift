@@ -50,12 +50,27 @@ struct ExchangeBlob: Record {
         bytes.withUnsafeMutableBufferPointer { cuda.exchange_export(device, buffer, $0.baseAddress! + ExchangeBlob.handleOffset) }
     }
 
-    func map(on device: Int32, _ mapped: inout UnsafeMutableRawPointer?, _ cuda: lplbk_backend) -> Int32 {
-        bytes.withUnsafeBufferPointer { cuda.exchange_import(device, $0.baseAddress! + ExchangeBlob.handleOffset, &mapped) }
-    }
-
-    func reach(from device: Int32, enable: Bool, _ reach: inout Int32, _ cuda: lplbk_backend) -> Int32 {
-        bytes.withUnsafeBufferPointer { cuda.exchange_reach(device, $0.baseAddress! + ExchangeBlob.uuidOffset, enable ? 1 : 0, &reach) }
+    /// The buffer of rank `peer` for this rank's device, and whether it was imported, so that it has to be given back.
+    func mapped(
+        for settings: ExchangeSettings, of peer: Int, _ call: String, _ cuda: lplbk_backend
+    ) throws(Failure) -> (buffer: UnsafeMutableRawPointer, isImported: Bool) {
+        var reach: Int32 = 0, mapped = isOfThisProcess ? buffer : nil
+        let asked = bytes.withUnsafeBufferPointer {
+            cuda.exchange_reach(settings.device, $0.baseAddress! + ExchangeBlob.uuidOffset, isOfThisProcess ? 1 : 0, &reach)
+        }
+        try LPLB.check(asked, "\(call): peer access to rank \(peer)")
+        guard reach != 0 else {
+            throw Failure(
+                LPLB_ERROR_UNSUPPORTED, "\(call): the GPU of rank \(settings.rank) cannot write to that of rank \(peer)")
+        }
+        if !isOfThisProcess {
+            let error = bytes.withUnsafeBufferPointer {
+                cuda.exchange_import(settings.device, $0.baseAddress! + ExchangeBlob.handleOffset, &mapped)
+            }
+            try LPLB.check(error, "\(call): the buffer of rank \(peer) cannot be mapped here by CUDA IPC")
+        }
+        guard let mapped else { throw Failure(LPLB_ERROR_INTERNAL, "\(call): no buffer of rank \(peer)") }
+        return (mapped, !isOfThisProcess)
     }
 
     /// A buffer of this process needs no mapping (and CUDA IPC would refuse it).

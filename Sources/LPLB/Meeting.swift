@@ -114,6 +114,56 @@ struct Gathering {
     }
 }
 
+/// What a rank brings to one of several steps that make one call: 40 the number of the step; 96 the blob of a buffer [128].
+protocol StepRecord: MeetingRecord {
+    /// The call, in words.
+    static var call: String { get }
+}
+
+extension StepRecord {
+    private static var stepOffset: Int { 40 }
+    private static var blobRange: Range<Int> { 96..<96 + Int(LPLB_EXCHANGE_BLOB_BYTES) }
+
+    init(rank: Int, step: Int64) {
+        self.init(rank: Int64(rank))
+        put(step, at: Self.stepOffset)
+    }
+
+    var step: Int64 { field(at: Self.stepOffset, Int64.self) }
+
+    var blob: ArraySlice<UInt8> { bytes[Self.blobRange] }
+    mutating func put(_ blob: ExchangeBlob) { bytes.replaceSubrange(Self.blobRange, with: blob.bytes) }
+}
+
+/// The steps of one call that all ranks make together.
+struct Steps<Entry: StepRecord> {
+    private let gathering: Gathering
+    private var step: Int64 = 0
+
+    init(_ gathering: Gathering) { self.gathering = gathering }
+
+    /// One step: what this rank does by itself, then everybody's record, or the same failure on all ranks as soon as one has failed.
+    @discardableResult
+    mutating func together(_ act: (inout Entry) throws(Failure) -> Void) throws(Failure) -> Meeting<Entry> {
+        step += 1
+        var mine = Entry(rank: gathering.rank, step: step)
+        do throws(Failure) { try act(&mine) } catch { mine.failure = error }
+        let all = try Meeting(mine, gathering, "a step")
+        try all.checkOrder()
+        try all.equal("gather", { all.records[$0].step }, { "step \(all.records[$0].step) of \(Entry.call)" })
+        let failed = all.records.compactMap { record in record.failure.map { (rank: record.rank, failure: $0) } }
+        // Where a rank has failed others wait for it in vain, so that theirs is not the reason.
+        guard let cause = failed.first(where: { Int($0.failure.status) != LPLB_ERROR_TIMEOUT }) ?? failed.first else {
+            if let own = mine.failure { throw own }  // which the gather has lost
+            return all
+        }
+        let isRule = Int(cause.failure.status) == LPLB_ERROR_INVALID_ARGUMENT
+        let more = failed.count > 1 ? " (and \(failed.count - 1) more)" : ""
+        throw Failure(
+            isRule ? LPLB_ERROR_INVALID_ARGUMENT : LPLB_ERROR_UNSUPPORTED, "rank \(cause.rank): \(cause.failure.message)\(more)")
+    }
+}
+
 /// Every rank's record, in rank order. All ranks hold the same, so all come to the same conclusion and the same words.
 struct Meeting<Entry: MeetingRecord> {
     let records: [Entry]

@@ -2,6 +2,7 @@
 
 import CLPLB
 import LPLBPlacement
+import LPLBReplicas
 import LPLBTopology
 
 @_cdecl("lplb_eplb_rebalance") @implementation
@@ -44,5 +45,97 @@ public func lplb_placement_homes(
             return try LPLBPlacement.homes(of: placement, former: before)
         }
         result.update(from: found, count: found.count)
+    }
+}
+
+@_cdecl("lplb_placement_rows") @implementation
+public func lplb_placement_rows(
+    _ phy2log: UnsafePointer<Int32>?, _ n_physical: Int64, _ n_logical: Int64, _ ep_size: Int64, _ slack: Int64,
+    _ former: UnsafePointer<Int32>?, _ rows: UnsafeMutablePointer<Int32>?, _ homes: UnsafeMutablePointer<Int32>?,
+    _ row_of_slot: UnsafeMutablePointer<Int32>?, _ message: UnsafeMutablePointer<CChar>?, _ message_size: Int64
+) -> lplb_status {
+    withMessage(message, message_size) { () throws(Failure) in
+        let phy2log = try Check.pointer(phy2log, "phy2log"), result = try Check.pointer(rows, "rows")
+        try Check.aligned(UnsafeRawPointer(homes), "homes", to: 4)
+        try Check.aligned(UnsafeRawPointer(row_of_slot), "row_of_slot", to: 4)
+        let slack = try Check.range(slack, "slack", 0...Int64(LPLB_MAX_PHYSICAL))
+        let shape = try translating { () throws(RuleViolation) in
+            try ExpertShape(epSize: Int(ep_size), nNodes: 1, groupSize: 0, nLogical: Int(n_logical), nPhysical: Int(n_physical))
+        }
+        let before = try former.map { (former) throws(Failure) in
+            try Rows(former, "former", nRanks: shape.epSize, nRows: shape.nLocal + 2 * slack, nLogical: shape.nLogical)
+        }
+        let found = try translating { () throws(RuleViolation) in
+            let placement = try Placement(shape: shape, phy2log: Array(UnsafeBufferPointer(start: phy2log, count: shape.nPhysical)))
+            return try Rows.settled(placement, slack: slack, before: before)
+        }
+        found.rows.write(to: result)
+        homes?.update(from: found.homes, count: found.homes.count)
+        row_of_slot?.update(from: found.rows.ofSlots(phy2log, shape), count: shape.nPhysical)
+    }
+}
+
+@_cdecl("lplb_placement_moves") @implementation
+public func lplb_placement_moves(
+    _ kind: Int32, _ rows: UnsafePointer<Int32>?, _ former: UnsafePointer<Int32>?, _ n_logical: Int64, _ ep_size: Int64, _ n_rows: Int64,
+    _ moves: UnsafeMutablePointer<Int32>?, _ n_moves: UnsafeMutablePointer<Int64>?, _ message: UnsafeMutablePointer<CChar>?,
+    _ message_size: Int64
+) -> lplb_status {
+    withMessage(message, message_size) { () throws(Failure) in
+        let moves = try Check.pointer(moves, "moves"), count = try Check.pointer(n_moves, "n_moves")
+        let kind = try Check.range(Int64(kind), "kind", Int64(LPLB_MOVES_PULL)...Int64(LPLB_MOVES_HOMES))
+        let nLogical = try Check.range(n_logical, "n_logical", 1...Int64(LPLB_MAX_LOGICAL))
+        let nRanks = try Check.range(ep_size, "ep_size", 1...Int64(LPLB_MAX_RANKS))
+        let nRows = try Check.range(n_rows, "n_rows", 1...Rows.most)
+        let now = try Rows(rows, "rows", nRanks: nRanks, nRows: nRows, nLogical: nLogical)
+        let before = try former.map { (former) throws(Failure) in
+            try Rows(former, "former", nRanks: nRanks, nRows: nRows, nLogical: nLogical)
+        }
+        let found: [Move]
+        switch (kind, before) {
+        case (Int(LPLB_MOVES_PULL), _): found = now.pulls(except: before)
+        case (Int(LPLB_MOVES_PUSH), nil): found = now.pushes()
+        case (Int(LPLB_MOVES_HOMES), let before?): found = now.homeMoves(from: before)
+        default:
+            throw Failure("former", "must be NULL for LPLB_MOVES_PUSH, and rows for LPLB_MOVES_HOMES", value: before == nil ? "NULL" : "rows")
+        }
+        for (index, move) in found.enumerated() {
+            let words = [move.round, move.source.rank, move.source.row, move.target.rank, move.target.row].map(Int32.init)
+            (moves + 5 * index).update(from: words, count: 5)
+        }
+        count.pointee = Int64(found.count)
+    }
+}
+
+extension Rows {
+    /// The largest n_rows that lplb_placement_rows makes.
+    static var most: Int64 { 3 * Int64(LPLB_MAX_PHYSICAL) }
+
+    /// From [nRanks][1 + nRows] of a caller.
+    init(_ memory: UnsafePointer<Int32>?, _ argument: String, nRanks: Int, nRows: Int, nLogical: Int) throws(Failure) {
+        let memory = try Check.pointer(memory, argument), width = 1 + nRows
+        let own = (0..<nRanks).map { memory[$0 * width] }
+        let experts = (0..<nRanks).flatMap { UnsafeBufferPointer(start: memory + $0 * width + 1, count: nRows) }
+        self = try translating { () throws(RuleViolation) in
+            try Rows(argument, nRanks: nRanks, nRows: nRows, nLogical: nLogical, own: own, experts: experts)
+        }
+    }
+
+    fileprivate func write(to memory: UnsafeMutablePointer<Int32>) {
+        for rank in 0..<nRanks {
+            memory[rank * (1 + nRows)] = own[rank]
+            for row in 0..<nRows { memory[rank * (1 + nRows) + 1 + row] = experts[rank * nRows + row] }
+        }
+    }
+
+    /// The row of the expert in each slot, on the slot's rank.
+    fileprivate func ofSlots(_ phy2log: UnsafePointer<Int32>, _ shape: ExpertShape) -> [Int32] {
+        var result: [Int32] = []
+        for rank in 0..<nRanks {
+            var row: [Int32: Int32] = [:]
+            for (index, expert) in experts[rank * nRows..<(rank + 1) * nRows].enumerated() where expert >= 0 { row[expert] = Int32(index) }
+            for slot in rank * shape.nLocal..<(rank + 1) * shape.nLocal { result.append(row[phy2log[slot]] ?? -1) }
+        }
+        return result
     }
 }

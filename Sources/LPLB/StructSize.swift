@@ -131,3 +131,15 @@ extension lplb_rail_ops: SizedStruct {
     static var defaults: Self { Self() }
     static var fields: [PartialKeyPath<Self>] { [\.context, \.all_gather, \.error, \.destroy, \.abort, \.report, \.failed] }
 }
+
+extension lplb_replicas_config: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] { [\.exchange, \.n_logical, \.n_rows, \.blocks] }
+}
+
+extension lplb_replicas_tensor: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] {
+        [\.kind, \.dtype, \.row_bytes, \.memory, \.failure, \.gather, \.context]
+    }
+}

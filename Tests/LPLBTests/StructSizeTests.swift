@@ -7,7 +7,10 @@ import Testing
 
 @Suite struct StructSizeTests {
     static var read: [any SizedStruct.Type] {
-        [lplb_config.self, lplb_agree_config.self, lplb_exchange_config.self, lplb_connect_config.self, lplb_rail_ops.self]
+        [
+            lplb_config.self, lplb_agree_config.self, lplb_exchange_config.self, lplb_connect_config.self, lplb_rail_ops.self,
+            lplb_replicas_config.self, lplb_replicas_tensor.self,
+        ]
     }
     static var written: [any SizedStruct.Type] { [lplb_agreement.self, lplb_plan_info.self, lplb_exchange_report.self] }
 
@@ -168,6 +171,12 @@ import Testing
             var handle: OpaquePointer?
             return lplb_exchange_connect(config, &handle, &words, 512)
         }, lplb_status(LPLB_ERROR_UNSUPPORTED))
+        var replicas = lplb_replicas_config.defaults
+        (replicas.n_logical, replicas.n_rows) = (4, 4)
+        expect(tried(replicas, before: \.blocks) { config, words in
+            var handle: OpaquePointer?
+            return lplb_replicas_create(config, &handle, &words, 512)
+        }, lplb_status(LPLB_ERROR_INVALID_ARGUMENT))  // without an exchange
     }
 
     @Test func agreeingTakesOtherVersionsOfAllItsStructs() {

@@ -443,6 +443,7 @@ int main(int argc, char **argv) {
         else if (chance(8)) one_off();
         else if (chance(20)) exchange_config();
         else if (chance(20)) connect_config();
+        else if (chance(20)) replicas_config();
         else if (chance(20)) agree();
         else calls[below((int64_t)(sizeof calls / sizeof *calls))](s);
     }

@@ -2,6 +2,42 @@
 #ifndef LPLB_TESTS_FUZZ_FREE_H
 #define LPLB_TESTS_FUZZ_FREE_H
 
+/* Rows of a valid placement twice, the second ones after the first; then moves between them, or hostile calls. */
+static void rows_and_moves(const int32_t *phy2log, int64_t physical, int64_t logical, int64_t ranks) {
+    const int64_t slack = below(4), n_rows = physical / ranks + 2 * slack, size = ranks * (1 + n_rows);
+    int32_t *rows = make(size, 4), *former = chance(2) ? NULL : make(size, 4), *homes = chance(2) ? NULL : make(logical, 4);
+    int32_t *row_of_slot = make(physical, 4), *moves = make(5 * ranks * n_rows, 4);
+    const int bad = chance(2) ? 0 : 1 + (int)below(6);
+    int expected = OK;
+    memset(message, 'x', sizeof message);
+    if (former != NULL) check("lplb_placement_rows", lplb_placement_rows(phy2log, physical, logical, ranks, slack, NULL, former, NULL, NULL, message, 256), OK, message);
+    if (former != NULL && bad == 1) former[below(size)] = (int32_t)wrong(0), expected = ANY;
+    if (bad == 2) expected = FAILS;
+    if (bad == 3) rows = NULL, expected = FAILS;
+    memset(message, 'x', sizeof message);
+    check("lplb_placement_rows",
+          lplb_placement_rows(bad == 4 ? NULL : phy2log, physical, logical, ranks, bad == 2 ? (chance(2) ? -1 : INT64_MAX) : slack, former, rows, homes, row_of_slot,
+                              message, sizeof message), bad == 4 ? FAILS : expected, message);
+    if (rows == NULL || bad != 0) return;
+    for (int64_t p = 0; p < physical; p++)
+        if (row_of_slot[p] < 0 || rows[p / (physical / ranks) * (1 + n_rows) + 1 + row_of_slot[p]] != phy2log[p]) fail("slot %" PRId64 " has no row", p);
+    int64_t n_moves = -1, asked = n_rows;
+    int32_t kind = (int32_t)below(3);
+    expected = kind == LPLB_MOVES_PUSH && former != NULL ? FAILS : kind == LPLB_MOVES_HOMES && former == NULL ? FAILS : OK;
+    switch (chance(2) ? 0 : 1 + below(4)) {
+        case 1: kind = chance(2) ? 3 : INT32_MIN, expected = FAILS; break;
+        case 2: asked = chance(2) ? -1 : INT64_MAX, expected = FAILS; break;
+        case 3: moves = NULL, expected = FAILS; break;
+        case 4: rows[below(size)] = (int32_t)wrong(0), expected = ANY; break;
+        default: break;
+    }
+    memset(message, 'x', sizeof message);
+    const lplb_status status = lplb_placement_moves(kind, rows, former, logical, ranks, asked, moves, &n_moves, message, sizeof message);
+    check("lplb_placement_moves", status, expected, message);
+    for (int64_t i = 0; status == LPLB_OK && i < n_moves; i++)
+        if (moves[5 * i + 1] >= ranks || moves[5 * i + 2] >= n_rows || moves[5 * i + 3] >= ranks || moves[5 * i + 4] >= n_rows) fail("a move leaves the rows");
+}
+
 static void one_off(void) {
     int64_t ranks = 1 + below(8), nodes = chance(2) ? 1 : ranks, groups = 1 + below(4), layers = 1 + below(3);
     int64_t logical = groups * (1 + below(6));
@@ -77,6 +113,7 @@ static void one_off(void) {
               lplb_placement_homes(phy2log, physical, logical, ranks, former, homes, message, sizeof message), spoilt ? FAILS : OK, message);
         for (int64_t e = 0; !spoilt && e < logical; e++)
             if (homes[e] < 0 || homes[e] >= physical || phy2log[homes[e]] != e) fail("the home of %" PRId64 " does not hold it", e);
+        rows_and_moves(phy2log, physical, logical, ranks);
     }
     drop("lplb_solve");
 }
@@ -163,6 +200,31 @@ static void connect_config(void) {
     drop("lplb_exchange_connect");
 }
 
+/* Replicas need an exchange, and that needs GPUs, so that every config is refused here. */
+static void replicas_config(void) {
+    const lplb_replicas_config fresh = LPLB_REPLICAS_CONFIG_INIT;
+    lplb_replicas_config *config = make(1, sizeof *config);
+    *config = fresh;
+    config->n_logical = 1 + below(100), config->n_rows = 1 + below(100);
+    switch (below(6)) {
+        case 0: config->struct_size = wrong_size(fresh.struct_size); break;
+        case 1: config->n_logical = wrong(1); break;
+        case 2: config->n_rows = wrong(1); break;
+        case 3: config->blocks = wrong(0); break;
+        case 4: config = NULL; break;
+        default: break;
+    }
+    lplb_replicas *replicas = NULL;
+    memset(message, 'x', sizeof message);
+    check("lplb_replicas_create", lplb_replicas_create(config, &replicas, message, sizeof message), LPLB_ERROR_INVALID_ARGUMENT, message);
+    if (replicas != NULL) fail("refused replicas were handed out");
+    drop("lplb_replicas_create");
+}
+
+static void refused_replicas(const char *call, lplb_status status) {
+    check(call, status, LPLB_ERROR_INVALID_ARGUMENT, lplb_replicas_error(NULL));
+}
+
 static void refused_exchange(const char *call, lplb_status status) {
     check(call, status, LPLB_ERROR_INVALID_ARGUMENT, lplb_exchange_error(NULL));
 }
@@ -197,6 +259,14 @@ static void null_handles(void) {
     lplb_exchange_close(NULL);
     lplb_exchange_destroy(NULL);
     lplb_planner_destroy(NULL);
+    const lplb_replicas_tensor tensor = LPLB_REPLICAS_TENSOR_INIT;
+    void *memory = NULL;
+    refused_replicas("add", lplb_replicas_add(NULL, &tensor, &memory));
+    refused_replicas("place", lplb_replicas_place(NULL, i32, NULL));
+    refused_replicas("pull", lplb_replicas_pull(NULL, 0, NULL));
+    refused_replicas("push", lplb_replicas_push(NULL, NULL));
+    lplb_replicas_close(NULL);
+    lplb_replicas_destroy(NULL);
     for (int32_t status = -2; status < 12; status++)
         if (lplb_status_string(status)[0] == 0) fail("status %d has no text", status);
     if (lplb_version() != LPLB_VERSION) fail("header %d, library %d", LPLB_VERSION, lplb_version());

@@ -22,6 +22,8 @@ CHECK(exchange_config_rail, offsetof(lplb_exchange_config, rail) == 72);
 CHECK(exchange_report_size, sizeof(lplb_exchange_report) == 40);
 CHECK(exchange_report_oldest, offsetof(lplb_exchange_report, peer_node) == 32); /* where an older caller's ends */
 CHECK(rail_size, sizeof(lplb_rail_ops) == 64);
+CHECK(replicas_config_size, sizeof(lplb_replicas_config) == 40);
+CHECK(replicas_tensor_size, sizeof(lplb_replicas_tensor) == 56);
 CHECK(rail_oldest, offsetof(lplb_rail_ops, abort) == 40);
 
 lplb_config config_of_defaults(void);
@@ -29,6 +31,8 @@ lplb_plan_info info_of_defaults(void);
 lplb_exchange_config exchange_config_of_defaults(void);
 lplb_agree_config agree_config_of_defaults(void);
 lplb_connect_config connect_config_of_defaults(void);
+lplb_replicas_config replicas_config_of_defaults(void);
+lplb_replicas_tensor replicas_tensor_of_defaults(void);
 
 lplb_config config_of_defaults(void) {
     lplb_config config = LPLB_CONFIG_INIT;
@@ -53,4 +57,14 @@ lplb_agree_config agree_config_of_defaults(void) {
 lplb_connect_config connect_config_of_defaults(void) {
     lplb_connect_config config = LPLB_CONNECT_CONFIG_INIT;
     return config;
+}
+
+lplb_replicas_config replicas_config_of_defaults(void) {
+    lplb_replicas_config config = LPLB_REPLICAS_CONFIG_INIT;
+    return config;
+}
+
+lplb_replicas_tensor replicas_tensor_of_defaults(void) {
+    lplb_replicas_tensor tensor = LPLB_REPLICAS_TENSOR_INIT;
+    return tensor;
 }
