@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -43,62 +43,47 @@ class Place(NamedTuple):
 class Move(NamedTuple):
     """A row of a tensor that goes from one rank to another. Every rank has the same list of them, in the same order."""
 
+    round: int  #: in one round no rank is the source of two moves, and none the target of two
     source: Place
     target: Place
 
 
 class Rows:
-    """Which expert lies in which row of the buffers, on every rank: own[r] rows of experts whose home is rank r, then the copies."""
+    """Which expert lies in which row of the buffers, on every rank: the rows of experts whose home is there, then the copies.
+
+    The library plans them: see lplb_placement_rows and lplb_placement_moves in lplb.h.
+    """
 
     def __init__(self, phy2log: Int32s, n_ranks: int, slack: int, before: Rows | None = None) -> None:
-        self.homes: Int32s = homes(phy2log, n_ranks, former=None if before is None else before.homes)
-        n_local = phy2log.size // n_ranks
-        ranks = self.homes // n_local
-        if before is None:
-            self.own = [int(number) + slack for number in np.bincount(ranks, minlength=n_ranks)]
-            experts = [[-1] * (n_local + 2 * slack)] * n_ranks
-        else:
-            self.own, experts = before.own, before.experts
-        self.experts: list[list[int]] = []  #: [ranks][rows], -1 for a row that is not in use
-        for rank, (own, old) in enumerate(zip(self.own, experts)):
-            held = list(dict.fromkeys(phy2log[rank * n_local:(rank + 1) * n_local].tolist()))
-            mine = [expert for expert in held if ranks[expert] == rank]
-            copies = [expert for expert in held if ranks[expert] != rank]
-            if len(mine) > own or len(copies) > len(old) - own:
-                rule = f"must leave rank {rank} with at most {own} own experts and {len(old) - own} copies, since its parameters were made"
-                raise broken_rule("placement", f"{rule} for them (slack={slack})", f"{len(mine)} own experts and {len(copies)} copies")
-            self.experts.append(_settled(old[:own], mine) + _settled(old[own:], copies))
-        self.home = {expert: Place(rank, row) for rank, row, expert in self._each(copies=False)}
-        self.copies = {Place(rank, row): expert for rank, row, expert in self._each(copies=True)}  # by rank, then row
-        self.row_of_slot = [self.experts[slot // n_local].index(expert) for slot, expert in enumerate(phy2log.tolist())]
-
-    def _each(self, copies: bool) -> Iterable[tuple[int, int, int]]:
-        for rank, (own, experts) in enumerate(zip(self.own, self.experts)):
-            for row, expert in enumerate(experts):
-                if expert >= 0 and (row >= own) == copies:
-                    yield rank, row, expert
+        self.n_ranks, self.n_rows, self.n_logical = n_ranks, phy2log.size // n_ranks + 2 * slack, int(phy2log.max(initial=0)) + 1
+        self.table: Int32s = np.empty((n_ranks, 1 + self.n_rows), dtype=np.int32)
+        self.homes: Int32s = np.empty(self.n_logical, dtype=np.int32)
+        row_of_slot: Int32s = np.empty(phy2log.size, dtype=np.int32)
+        _c.call(_c.load().placement_rows, address_of(phy2log), phy2log.size, self.n_logical, n_ranks, slack,
+                None if before is None else address_of(before.table), address_of(self.table), address_of(self.homes), address_of(row_of_slot))
+        self.own: list[int] = self.table[:, 0].tolist()
+        self.experts: list[list[int]] = self.table[:, 1:].tolist()  #: [ranks][rows], -1 for a row that is not in use
+        self.row_of_slot: list[int] = row_of_slot.tolist()
+        self.has_copies = any(expert >= 0 for own, experts in zip(self.own, self.experts) for expert in experts[own:])
 
     def pulls(self, known: Rows | None = None) -> list[Move]:
         """From homes to copies. known: rows that hold the same copy there are left out."""
-        return [Move(self.home[expert], place) for place, expert in self.copies.items()
-                if known is None or known.copies.get(place) != expert]
+        return self._moves("pull", known)
+
+    def pushes(self) -> list[Move]:
+        """From copies to homes; what comes to one home comes from the lowest rank first."""
+        return self._moves("push", None)
+
+    def home_moves(self, before: Rows) -> list[Move]:
+        """Of experts whose home was on another rank."""
+        return self._moves("homes", before)
+
+    def _moves(self, kind: str, former: Rows | None) -> list[Move]:
+        found: Int32s = np.empty((self.n_ranks * self.n_rows, 5), dtype=np.int32)
+        number = ctypes.c_int64()
+        _c.call(_c.load().placement_moves, _c.MOVES[kind], address_of(self.table), None if former is None else address_of(former.table),
+                self.n_logical, self.n_ranks, self.n_rows, address_of(found), ctypes.byref(number))
+        return [Move(step, Place(rank, row), Place(to_rank, to_row)) for step, rank, row, to_rank, to_row in found[: number.value].tolist()]
 
     def digest(self) -> str:
-        return hashlib.blake2b(repr((self.homes.tolist(), self.own, self.experts)).encode(), digest_size=6).hexdigest()
-
-    def rounds(self) -> list[list[Move]]:
-        """From copies to homes; in each round a home row gets one, so that what arrives is never more than the own experts."""
-        rounds: list[list[Move]] = []
-        seen = dict.fromkeys(self.home, 0)
-        for place, expert in self.copies.items():
-            if seen[expert] == len(rounds):
-                rounds.append([])
-            rounds[seen[expert]].append(Move(place, self.home[expert]))
-            seen[expert] += 1
-        return rounds
-
-
-def _settled(old: list[int], experts: list[int]) -> list[int]:
-    """Experts that have a row keep it; the others take the free rows in their order."""
-    new = iter([expert for expert in experts if expert not in old])
-    return [expert if expert in experts else next(new, -1) for expert in old]
+        return hashlib.blake2b(self.homes.tobytes() + self.table.tobytes(), digest_size=6).hexdigest()

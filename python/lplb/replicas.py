@@ -1,4 +1,4 @@
-"""Replicas that train: the weights and gradients of copies, moved by torch.distributed.
+"""Replicas that train: the weights and gradients of copies, moved over NVLink or by torch.distributed.
 
     replicas = Replicas(planner)                                      # who owns what: replicas.own, the experts of this rank
     gate_up = replicas.parameter("gate_up", (2 * width, hidden))      # an nn.Parameter [own experts, 2 * width, hidden] for the optimizer
@@ -22,12 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _c
-from ._ops.arguments import integer
+from ._ops.arguments import integer, one_of
 from ._ops.host import Int32s, host_integers
 from .errors import Disagreement, InvalidArgument, LplbError, WrongOrder, broken_rule
 from .exchange.gather import REPLICAS, Waiting, gather_bytes, on_device
-from .placement import Move, Place, Rows
+from .placement import Rows
 from .planner import Planner
+from .transport import TRANSPORTS, connect
 
 
 @dataclass
@@ -60,7 +61,9 @@ class Replicas:
     Each tensor of expert parameters lies in a buffer [rows, ...]: first the rank's own experts, an nn.Parameter on that memory, then the
     copies, which are in no parameters(), optimizer or state_dict(). Gradients likewise. Physical experts find their row by row_of_slot.
 
-    planner: made with group=, or with ep_size=1. slack: by how many a rank's number of own experts may change in a later placement; as many
+    planner: made with group=, or with ep_size=1. transport: how pull() and push_grads() go: "nvlink", by kernels of the library in memory that
+    the GPUs of one host map (no host waits, CUDA graphs may hold them, also across update()); "torch", by torch.distributed; "auto", by NVLink
+    where that is possible on all ranks. Both give the same bits. slack: by how many a rank's number of own experts may change in a later placement; as many
     rows are kept free among the own ones and among the copies, and are zero.
 
     Making one, parameter(), pull(), push_grads() and update() are collective: every rank of the group calls them in the same order. That
@@ -72,7 +75,7 @@ class Replicas:
     homes: Int32s  #: int32 [n_logical], the slot of each expert's home
     version: int  #: grows with each update()
 
-    def __init__(self, planner: Planner, *, slack: int = 0) -> None:
+    def __init__(self, planner: Planner, *, transport: str = "auto", slack: int = 0) -> None:
         self.planner, self.rank, self.n_ranks, self.version = planner, planner.rank or 0, planner.ep_size, 0
         self._device = torch.device(planner.device)
         self._held: dict[str, _Held] = {}
@@ -82,11 +85,14 @@ class Replicas:
         try:
             if planner.tokens != "own" or (planner.ep_group is None and planner.ep_size > 1):
                 raise broken_rule("planner", "must have a group whose ranks have tokens of their own, or ep_size=1", repr(planner))
+            one_of("transport", transport, TRANSPORTS)
             self.slack = integer("slack", slack, 0, _c.MAX_PHYSICAL)
             self._rows = Rows(_phy2log(planner), self.n_ranks, self.slack)
         except LplbError as error:
             refused = error
-        self._meet("Replicas()" if refused else f"Replicas() of {self._rows.digest()}", refused)
+        call = f"Replicas(transport={transport!r})"
+        self._meet(call if refused else f"{call} of {self._rows.digest()}", refused)
+        self.transport = connect(transport, planner.ep_group, self.rank, self.n_ranks, self._device, self._rows)
         self.own = torch.empty(self._rows.own[self.rank], dtype=torch.int64, device=self._device)
         self.row_of_slot = torch.empty(planner.n_routed_experts, dtype=torch.int64, device=self._device)
         self._follow(self._rows)
@@ -111,8 +117,8 @@ class Replicas:
         refused = broken_rule("name", "must not be that of another parameter", name) if name in self._held else None
         self._meet(f"parameter({name!r}, {list(shape)}, dtype={dtype}, grad_dtype={grad_dtype})", refused)
         rows, own = self.n_rows, len(self.own)
-        weights = torch.zeros((rows, *shape), dtype=dtype, device=self._device)
-        grads = torch.zeros_like(weights, dtype=grad_dtype)
+        weights = self.transport.zeros((rows, *shape), dtype, _c.WEIGHTS)
+        grads = self.transport.zeros((rows, *shape), grad_dtype or weights.dtype, _c.GRADIENTS)
         # Through DLPack the parameter has a storage of its own size on the same memory: torch.save would write the copies, too, for a view.
         parameter = torch.nn.Parameter(torch.utils.dlpack.from_dlpack(weights[:own]))
         held = self._held[name] = _Held(parameter, weights, grads, grads[:own], -1)
@@ -131,7 +137,7 @@ class Replicas:
         held = self._find(name)
         if refused := self._spoilt():
             raise refused
-        if self._rows.copies and held.parameter._version != held.pulled:
+        if self._rows.has_copies and held.parameter._version != held.pulled:
             raise WrongOrder(f"replicas: pull() must be called after own experts' weights have changed, and {name} has changed")
         return held.weights
 
@@ -161,7 +167,7 @@ class Replicas:
         """Weights from homes to copies: after the own experts' weights were set, loaded or stepped. Collective."""
         if self._checks():
             self._meet("pull()", self._spoilt())
-        self._pull(self._rows.pulls())
+        self._pull(None)
 
     @torch.no_grad()
     def push_grads(self) -> None:
@@ -198,8 +204,15 @@ class Replicas:
         self._move_homes(rows, tensors + [held.own_grad for held in self._held.values() if any_grads])
         before, self.planner = self._rows, planner
         self._follow(rows)
-        self._pull(rows.pulls(None if any_stale else before))
+        self._pull(None if any_stale else before)
         self.version += 1
+
+    def close(self) -> None:
+        """Ends the use of the peers' memory on this rank; waits for the device. Not collective: the tensors of this object can be used on, and
+        over NVLink their memory is freed with the last of them, once all ranks have closed and next make a planner's exchange or other
+        replicas on the group, or call lplb.exchange.release. CUDA graphs that hold pull() or push_grads() must not be replayed any more.
+        Also done when the object dies."""
+        self.transport.close()
 
     # ---- how ----
 
@@ -207,51 +220,28 @@ class Replicas:
         self._rows, self.homes, self._digest, self._placement = rows, rows.homes, rows.digest(), self.planner.phy2log
         self.own.copy_(torch.tensor(rows.experts[self.rank][: rows.own[self.rank]], dtype=torch.int64))
         self.row_of_slot.copy_(torch.tensor(rows.row_of_slot, dtype=torch.int64))
+        self.transport.place(rows)
 
-    def _pull(self, moves: list[Move]) -> None:
+    def _pull(self, known: Rows | None) -> None:
+        self.transport.pull([held.weights for held in self._held.values()], known)
         for held in self._held.values():
-            self._send(moves, held.weights, held.weights)
             held.pulled = held.parameter._version
 
     def _push(self) -> None:
         for held in self._held.values():
             held.adopt()
-            for moves in self._rows.rounds():
-                for move, arrived in self._arrivals(moves, held.grads):
-                    held.grads[move.target.row] += arrived
-            held.grads[len(self.own):].zero_()
+        self.transport.push([held.grads for held in self._held.values()])
         self._outstanding = False
 
     def _move_homes(self, rows: Rows, tensors: list[Tensor]) -> None:
         """From the homes in force to those of rows: rows of own experts leave and arrive; those that stay free are zero."""
-        old, new = self._rows.home, rows.home
-        moves = [Move(old[expert], new[expert]) for expert in sorted(old) if old[expert].rank != new[expert].rank]
+        moves = rows.home_moves(self._rows)
         free = [row for row, expert in enumerate(rows.experts[self.rank][: len(self.own)]) if expert < 0]
         for tensor in tensors:
-            arrivals = self._arrivals(moves, tensor)
+            arrivals = self.transport.arrivals(moves, tensor)
             tensor[free] = 0
             for move, arrived in arrivals:
                 tensor[move.target.row] = arrived
-
-    def _arrivals(self, moves: list[Move], source: Tensor) -> list[tuple[Move, Tensor]]:
-        """What comes to this rank in these moves, in memory of its own."""
-        mine = [move for move in moves if move.target.rank == self.rank]
-        arrived = source.new_empty((len(mine), *source.shape[1:]))
-        number = {move: index for index, move in enumerate(mine)}
-        self._send([Move(move.source, Place(move.target.rank, number.get(move, 0))) for move in moves], source, arrived)
-        return list(zip(mine, arrived))
-
-    def _send(self, moves: list[Move], source: Tensor, target: Tensor) -> None:
-        """Rows of source to rows of target. All sends and receives at once, so no rank waits for another's; between two ranks they match in
-        the order of the moves."""
-        operations, group = [], self.planner.ep_group
-        for (from_rank, from_row), (to_rank, to_row) in moves:
-            if from_rank == self.rank:
-                operations.append(dist.P2POp(dist.isend, source[from_row], None, group, group_peer=to_rank))
-            elif to_rank == self.rank:
-                operations.append(dist.P2POp(dist.irecv, target[to_row], None, group, group_peer=from_rank))
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            work.wait()
 
     def _state_of(self, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
         """The optimizers' tensors of the parameters' shape, such as moments. A parameter's shape has a row for each own expert."""

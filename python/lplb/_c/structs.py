@@ -25,6 +25,9 @@ MAX_LOAD = 2**40
 MAX_IDS = 2**31 - 1  # n_ids of a call
 MAX_BLOCKS = 2**31 - 1  # max_blocks of lplb_planner_run and lplb_planner_redirect
 MESSAGE_SIZE = 1024
+MOVES = {"pull": 0, "push": 1, "homes": 2}  # LPLB_MOVES_*
+WEIGHTS, GRADIENTS = 0, 1  # LPLB_REPLICAS_*
+FLOATS = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}  # LPLB_FLOAT*
 REASONS = {1: "timed out", 2: "aborted", 3: "lost", 4: "disagreed"}  # LPLB_EXCHANGE_TIMED_OUT, and so on
 
 
@@ -109,3 +112,17 @@ class ReportStruct(Sized):
     _fields_ = [
         ("struct_size", c_int64), ("code", c_int32), ("rank", c_int32), ("peer", c_int32), ("epoch", c_uint32), ("waited_ns", c_int64),
         ("peer_node", c_int32), ("reserved", c_int32)]
+
+
+class ReplicasConfig(Sized):
+    """lplb_replicas_config"""
+
+    _fields_ = [("struct_size", c_int64), ("exchange", c_void_p), ("n_logical", c_int64), ("n_rows", c_int64), ("blocks", c_int64)]
+
+
+class ReplicasTensor(Sized):
+    """lplb_replicas_tensor"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("kind", c_int32), ("dtype", c_int32), ("row_bytes", c_int64), ("memory", c_void_p),
+        ("failure", c_char_p), ("gather", GATHER), ("context", c_void_p)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,14 @@ from .rail import Rail
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 Facts = tuple["dict[int, bool]", bool]
+
+
+class Closed(Protocol):
+    """What a rank has closed and others may still be using."""
+
+    def report(self) -> Report | None: ...
+    def abort(self) -> None: ...
+    def free(self) -> None: ...
 
 
 class NativeExchange(Exchange):
@@ -104,7 +112,7 @@ class GroupState:
 
     def __init__(self) -> None:
         self.made = 0  #: exchanges, which all ranks number alike
-        self.closed: dict[int, NativeExchange] = {}  #: that other ranks may still be using
+        self.closed: dict[int, Closed] = {}  #: that other ranks may still be using
         self.left: list[tuple[int | None, Rail | None]] = []  #: what this rank had made when an exception of its own ended create()
         self.rails_aborted = False  #: the communicators of the rails' groups cannot be used any more
         self.rail_groups: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  #: by number of nodes
