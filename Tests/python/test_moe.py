@@ -73,6 +73,11 @@ def test_one_process():
     assert (layer.gate_up.grad - gate_up.grad).abs().max() < 1e-11 and (layer.down.grad - down.grad).abs().max() < 1e-11
     with pytest.raises(ValueError, match="planner: must have a group"):
         Replicas(Planner.from_placement([0, 1], ep_size=2, device="cpu"))
+    assert layer.replicas.transport.kind == Replicas(planner, transport="torch").transport.kind == "torch"
+    with pytest.raises(ValueError, match="transport: must be auto or torch, since NVLink joins GPUs of several ranks, got nvlink"):
+        Replicas(planner, transport="nvlink")
+    with pytest.raises(ValueError, match="transport: must be one of auto, nvlink, torch, got 'tcp'"):
+        Replicas(planner, transport="tcp")
 
 
 def test_grouped_products_are_the_loop(monkeypatch):

@@ -90,7 +90,7 @@ class Replicas:
             self._rows = Rows(_phy2log(planner), self.n_ranks, self.slack)
         except LplbError as error:
             refused = error
-        call = f"Replicas(transport={transport!r})"
+        call = f"Replicas(transport={transport!r}) on {self._device.type}"
         self._meet(call if refused else f"{call} of {self._rows.digest()}", refused)
         self.transport = connect(transport, planner.ep_group, self.rank, self.n_ranks, self._device, self._rows)
         self.own = torch.empty(self._rows.own[self.rank], dtype=torch.int64, device=self._device)
