@@ -1,11 +1,11 @@
 // Weights and gradients of copies: kernels that read the peers' rows over NVLink, between two meetings of all ranks.
 //
-// A meeting is one call of an exchange that carries one count, the digest of what the ranks are about to do (exchange.cuh). At the first one
-// the rows of all ranks are ready: every rank's kernel comes behind what its stream wrote to them. After the second one all ranks have
+// A meeting is one call of an exchange that carries one count, the digest of what the ranks are about to do (exchange.cuh). At the first
+// one the rows of all ranks are ready: every rank's kernel comes behind what its stream wrote to them. After the second one all ranks have
 // read. So a pull takes two epochs of the exchange, and a rank that does not come ends the others by the exchange's time limit and policy.
 //
-// Every block goes through the whole list of moves, and a thread has the same part of a row in every move. So the sums of one home row, which
-// are several moves, need no order among threads, and while one move ends the next one's loads are under way.
+// Every block goes through the whole list of moves, and a thread has the same part of a row in every move. So the sums of one home row,
+// which are several moves, need no order among threads, and while one move ends the next one's loads are under way.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -133,8 +133,8 @@ __device__ __forceinline__ void each(lplbk_replicas *replicas, int list, int kin
     }
 }
 
-// Waits for all ranks, in each block that calls it; `sends` in one block of this rank. True, in all threads of the block, where all have come
-// with this word. What this rank's stream and this block did before is seen by those who have met, and what they did by this block.
+// Waits for all ranks, in each block that calls it; `sends` in one block of this rank. True, in all threads of the block, where all have
+// come with this word. What this rank's stream and this block did before is seen by those who have met, and what they did by this block.
 __device__ bool meet(const lplbk_exchange_view &view, const exchange::Call &call, const int32_t *word, bool sends) {
     bool agreed = true;
     if (sends) {

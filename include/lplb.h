@@ -366,7 +366,8 @@ lplb_status lplb_placement_homes(const int32_t *phy2log, int64_t n_physical, int
  * Rows: where the experts lie in the buffers [n_rows, ...] that a rank keeps for training. rows [ep_size][1 + n_rows]: for each rank first
  * how many rows are for the experts whose home it is, then the expert in each row, -1 for a row that is not in use; the copies come behind
  * the own ones. n_rows is n_physical / ep_size + 2 * slack.
- * slack: by how many a rank's number of own experts may change in a later placement; as many rows stay free among the own ones and the copies.
+ * slack: by how many a rank's number of own experts may change in a later placement; as many rows stay free among the own ones and among the
+ * copies.
  * former: NULL, or the rows under the placement before. Then the numbers of own rows stay, and experts that stay own, or copies, keep their
  * rows; a placement that does not fit is refused. homes [n_logical]: as by lplb_placement_homes, near to the former ones.
  * row_of_slot [n_physical]: the row of each slot's expert on its rank. homes and row_of_slot may be NULL; rows may be former.
@@ -381,12 +382,13 @@ enum { LPLB_MOVES_PULL = 0,   /* weights from homes to copies; with former only 
        LPLB_MOVES_HOMES = 2   /* experts whose home goes to another rank than in former */ };
 
 /*
- * Which rows of a buffer go where: moves [n_moves][5] = round, source rank, source row, target rank, target row, in the order of the rounds;
- * room for [ep_size * n_rows][5]. In one round no rank sends twice and none receives twice. LPLB_MOVES_PULL and _HOMES take the fewest rounds
- * that there can be; in LPLB_MOVES_PUSH what comes to one home row comes from the lowest rank first, since sums depend on their order.
+ * Which rows of a buffer go where: moves [n_moves][5] = round, source rank, source row, target rank, target row, in the order of the
+ * rounds; room for [ep_size * n_rows][5]. In one round no rank sends twice and none receives twice. LPLB_MOVES_PULL and _HOMES take the
+ * fewest rounds that there can be; in LPLB_MOVES_PUSH what comes to one home row comes from the lowest rank first, since sums depend on
+ * their order.
  */
-lplb_status lplb_placement_moves(int32_t kind, const int32_t *rows, const int32_t *former, int64_t n_logical, int64_t ep_size, int64_t n_rows,
-                                 int32_t *moves, int64_t *n_moves, char *message, int64_t message_size);
+lplb_status lplb_placement_moves(int32_t kind, const int32_t *rows, const int32_t *former, int64_t n_logical, int64_t ep_size,
+                                 int64_t n_rows, int32_t *moves, int64_t *n_moves, char *message, int64_t message_size);
 
 /* ---- 6. One-off solve ------------------------------------------------------------------------------------------------------- */
 
@@ -591,8 +593,8 @@ lplb_status lplb_planner_attach_exchange(lplb_planner *planner, lplb_exchange *e
 /* ---- 8. Replicas -------------------------------------------------------------------------------------------------------------- */
 
 /*
- * Weights and gradients of copies, for processes of one host: buffers [n_rows][row_bytes] on every rank, laid out by lplb_placement_rows and
- * mapped by all ranks, between which kernels copy and add over NVLink.
+ * Weights and gradients of copies, for processes of one host: buffers [n_rows][row_bytes] on every rank, laid out by lplb_placement_rows
+ * and mapped by all ranks, between which kernels copy and add over NVLink.
  *
  *   1. create     on an exchange of one node and one count, by which the ranks wait for each other on the device. Its time limit, policy,
  *                 report and abort are those of the replicas: a rank that is late, lost or in another call ends the calls of the others
@@ -627,9 +629,9 @@ typedef struct lplb_replicas_tensor {
     int32_t kind;            /* LPLB_REPLICAS_WEIGHTS: pulled; LPLB_REPLICAS_GRADIENTS: pushed */
     lplb_float dtype;        /* of gradients; weights are bytes */
     int64_t row_bytes;       /* fastest in multiples of 16 */
-    void *memory;            /* NULL: the library gives zeroed memory. Else [n_rows][row_bytes] on the exchange's device, aligned to 16, from
-                                cudaMalloc, which outlives the replicas. CUDA IPC cannot map other memory (CUDA's virtual memory, which
-                                PyTorch takes with expandable_segments; cudaMallocAsync; managed memory): it is refused */
+    void *memory;            /* NULL: the library gives zeroed memory. Else [n_rows][row_bytes] on the exchange's device, aligned to 16,
+                                from cudaMalloc, which outlives the replicas. CUDA IPC cannot map other memory (CUDA's virtual memory,
+                                which PyTorch takes with expandable_segments; cudaMallocAsync; managed memory): it is refused */
     const char *failure;     /* NULL, or why this rank cannot take part: then all ranks get these words */
     lplb_gather gather;
     void *context;           /* handed to gather */
@@ -655,9 +657,9 @@ lplb_status lplb_replicas_add(lplb_replicas *replicas, const lplb_replicas_tenso
 lplb_status lplb_replicas_place(lplb_replicas *replicas, const int32_t *rows, void *stream);
 
 /*
- * All weights from homes to copies; only_new not 0: to copies alone that did not lie in the same row under the rows before. Homes' weights are
- * read once the streams of all ranks have come to this call; the streams go on when all have read. Queues one kernel; allocates nothing; can
- * be captured. LPLB_ERROR_TIMEOUT, _PEER_LOST or _DISAGREEMENT where an earlier call has failed on the device.
+ * All weights from homes to copies; only_new not 0: to copies alone that did not lie in the same row under the rows before. Homes' weights
+ * are read once the streams of all ranks have come to this call; the streams go on when all have read. Queues one kernel; allocates nothing;
+ * can be captured. LPLB_ERROR_TIMEOUT, _PEER_LOST or _DISAGREEMENT where an earlier call has failed on the device.
  */
 lplb_status lplb_replicas_pull(lplb_replicas *replicas, int32_t only_new, void *stream);
 
@@ -668,8 +670,8 @@ lplb_status lplb_replicas_pull(lplb_replicas *replicas, int32_t only_new, void *
 lplb_status lplb_replicas_push(lplb_replicas *replicas, void *stream);
 
 /*
- * Unmaps the peers' memory, after waiting for the device; only destroy can follow. Before the own memory is freed all ranks must have closed.
- * CUDA graphs that hold calls of these replicas must not be replayed any more. NULL is fine.
+ * Unmaps the peers' memory, after waiting for the device; only destroy can follow. Before the own memory is freed all ranks must have
+ * closed. CUDA graphs that hold calls of these replicas must not be replayed any more. NULL is fine.
  */
 void lplb_replicas_close(lplb_replicas *replicas);
 

@@ -97,7 +97,8 @@ public func lplb_placement_moves(
         case (Int(LPLB_MOVES_PUSH), nil): found = now.pushes()
         case (Int(LPLB_MOVES_HOMES), let before?): found = now.homeMoves(from: before)
         default:
-            throw Failure("former", "must be NULL for LPLB_MOVES_PUSH, and rows for LPLB_MOVES_HOMES", value: before == nil ? "NULL" : "rows")
+            throw Failure(
+                "former", "must be NULL for LPLB_MOVES_PUSH, and rows for LPLB_MOVES_HOMES", value: before == nil ? "NULL" : "rows")
         }
         for (index, move) in found.enumerated() {
             let words = [move.round, move.source.rank, move.source.row, move.target.rank, move.target.row].map(Int32.init)

@@ -148,7 +148,8 @@ final class Replicas {
             if error == Int32(LPLBK_UNSUPPORTED) { throw refused("other memory") }
             try check(error, "lplb_replicas_add: the allocation of memory")
             guard Int64(base - start) + wanted <= bytes else {
-                throw Failure("memory", "must have n_rows * row_bytes = \(wanted) bytes in one allocation", value: bytes - Int64(base - start))
+                throw Failure(
+                    "memory", "must have n_rows * row_bytes = \(wanted) bytes in one allocation", value: bytes - Int64(base - start))
             }
         }
         (record.offset, base) = (Int64(base - start), start)

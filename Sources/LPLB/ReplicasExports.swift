@@ -15,8 +15,8 @@ private func withReplicas(_ handle: OpaquePointer?, _ body: (Replicas) throws(Fa
 
 @_cdecl("lplb_replicas_create") @implementation
 public func lplb_replicas_create(
-    _ config: UnsafePointer<lplb_replicas_config>?, _ handle: UnsafeMutablePointer<OpaquePointer?>?, _ message: UnsafeMutablePointer<CChar>?,
-    _ message_size: Int64
+    _ config: UnsafePointer<lplb_replicas_config>?, _ handle: UnsafeMutablePointer<OpaquePointer?>?,
+    _ message: UnsafeMutablePointer<CChar>?, _ message_size: Int64
 ) -> lplb_status {
     withMessage(message, message_size) { () throws(Failure) in
         let handle = try Check.pointer(handle, "replicas")

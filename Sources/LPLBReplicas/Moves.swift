@@ -22,8 +22,8 @@ extension Rows {
         return coloured(moves)
     }
 
-    /// From copies to homes. What comes to one home row comes from the lowest rank first, since sums depend on their order; so the rounds may
-    /// be more than the fewest, but fewer than twice as many.
+    /// From copies to homes. What comes to one home row comes from the lowest rank first, since sums depend on their order; so the rounds
+    /// may be more than the fewest, but fewer than twice as many.
     public func pushes() -> [Move] {
         var moves: [Move] = []
         var sends = [Set<Int>](repeating: [], count: nRanks), gets = sends, next = [Int](repeating: 0, count: nLogical)

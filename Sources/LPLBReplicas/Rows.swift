@@ -3,9 +3,9 @@
 import LPLBPlacement
 import LPLBTopology
 
-/// Which expert lies in which row on every rank. A rank's rows begin with `own[rank]` rows for the experts whose home it is; the rest is for
-/// its copies of others' experts. Every rank has as many rows: those of its slots, and twice the slack. The number of own rows stays when the
-/// placement changes, since parameters were made of them.
+/// Which expert lies in which row on every rank. A rank's rows begin with `own[rank]` rows for the experts whose home it is; the rest is
+/// for its copies of others' experts. Every rank has as many rows: those of its slots, and twice the slack. The number of own rows stays
+/// when the placement changes, since parameters were made of them.
 public struct Rows: Sendable {
     public let nRanks: Int
     public let nRows: Int
@@ -25,7 +25,8 @@ public struct Rows: Sendable {
     ) throws(RuleViolation) -> (rows: Rows, homes: [Int32]) {
         let shape = placement.shape, nLocal = shape.nLocal, nRows = nLocal + 2 * slack
         if let before, (before.nRanks, before.nRows, before.nLogical) != (shape.epSize, nRows, shape.nLogical) {
-            throw RuleViolation("former", "must be rows of \(shape.epSize) ranks, \(nRows) each", value: "those of \(before.nRanks), \(before.nRows)")
+            throw RuleViolation(
+                "former", "must be rows of \(shape.epSize) ranks, \(nRows) each", value: "those of \(before.nRanks), \(before.nRows)")
         }
         let former = before.map { before in before.home.map { Int32($0 / nRows * nLocal) } }  // some slot of the rank of each home
         let homes = try homes(of: placement, former: former)

@@ -10,17 +10,22 @@ static void rows_and_moves(const int32_t *phy2log, int64_t physical, int64_t log
     const int bad = chance(2) ? 0 : 1 + (int)below(6);
     int expected = OK;
     memset(message, 'x', sizeof message);
-    if (former != NULL) check("lplb_placement_rows", lplb_placement_rows(phy2log, physical, logical, ranks, slack, NULL, former, NULL, NULL, message, 256), OK, message);
+    if (former != NULL)
+        check("lplb_placement_rows",
+              lplb_placement_rows(phy2log, physical, logical, ranks, slack, NULL, former, NULL, NULL, message, sizeof message), OK, message);
     if (former != NULL && bad == 1) former[below(size)] = (int32_t)wrong(0), expected = ANY;
     if (bad == 2) expected = FAILS;
     if (bad == 3) rows = NULL, expected = FAILS;
     memset(message, 'x', sizeof message);
+    const int64_t given = bad == 2 ? (chance(2) ? -1 : INT64_MAX) : slack;
     check("lplb_placement_rows",
-          lplb_placement_rows(bad == 4 ? NULL : phy2log, physical, logical, ranks, bad == 2 ? (chance(2) ? -1 : INT64_MAX) : slack, former, rows, homes, row_of_slot,
-                              message, sizeof message), bad == 4 ? FAILS : expected, message);
+          lplb_placement_rows(bad == 4 ? NULL : phy2log, physical, logical, ranks, given, former, rows, homes, row_of_slot, message,
+                              sizeof message), bad == 4 ? FAILS : expected, message);
     if (rows == NULL || bad != 0) return;
-    for (int64_t p = 0; p < physical; p++)
-        if (row_of_slot[p] < 0 || rows[p / (physical / ranks) * (1 + n_rows) + 1 + row_of_slot[p]] != phy2log[p]) fail("slot %" PRId64 " has no row", p);
+    for (int64_t p = 0; p < physical; p++) {
+        const int32_t *of_rank = rows + p / (physical / ranks) * (1 + n_rows) + 1;
+        if (row_of_slot[p] < 0 || of_rank[row_of_slot[p]] != phy2log[p]) fail("slot %" PRId64 " has no row", p);
+    }
     int64_t n_moves = -1, asked = n_rows;
     int32_t kind = (int32_t)below(3);
     expected = kind == LPLB_MOVES_PUSH && former != NULL ? FAILS : kind == LPLB_MOVES_HOMES && former == NULL ? FAILS : OK;
@@ -34,8 +39,8 @@ static void rows_and_moves(const int32_t *phy2log, int64_t physical, int64_t log
     memset(message, 'x', sizeof message);
     const lplb_status status = lplb_placement_moves(kind, rows, former, logical, ranks, asked, moves, &n_moves, message, sizeof message);
     check("lplb_placement_moves", status, expected, message);
-    for (int64_t i = 0; status == LPLB_OK && i < n_moves; i++)
-        if (moves[5 * i + 1] >= ranks || moves[5 * i + 2] >= n_rows || moves[5 * i + 3] >= ranks || moves[5 * i + 4] >= n_rows) fail("a move leaves the rows");
+    for (const int32_t *move = moves; status == LPLB_OK && move < moves + 5 * n_moves; move += 5)
+        if (move[1] >= ranks || move[2] >= n_rows || move[3] >= ranks || move[4] >= n_rows) fail("a move leaves the rows");
 }
 
 static void one_off(void) {

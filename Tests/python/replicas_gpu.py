@@ -84,7 +84,8 @@ class Pair:
     def __init__(self, place: Place, dtype: torch.dtype, grad_dtype: torch.dtype | None, slack: int) -> None:
         self.place, self.slack, self.step = place, slack, 0
         slots = fixed_homes(place, 0)
-        self.planners = [Planner.from_placement(slots, group=place.group, device=device, exchange="torch") for device in (place.device, "cpu")]
+        devices = (place.device, "cpu")
+        self.planners = [Planner.from_placement(slots, group=place.group, device=device, exchange="torch") for device in devices]
         self.both = [Replicas(planner, transport=kind, slack=slack) for planner, kind in zip(self.planners, ("nvlink", "torch"))]
         self.parameters = {name: [one.parameter(name, shape, dtype=dtype, grad_dtype=grad_dtype) for one in self.both]
                            for name, shape in SHAPES.items()}

@@ -143,6 +143,23 @@ def test_processes_connect_on_gpus(connect: Path, run: Run, ranks: int) -> None:
     assert f"plain, rank {ranks - 1}: 0 " in run([connect, "gpu", str(ranks)], timeout=200)
 
 
+# ---- Replicas ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(1200)
+def test_replicas_in_host_memory(run: Run, tmp_path: Path, note: Callable[[str], None]) -> None:
+    """Everything of replicas but the kernels: the library with functions in their place that work in host memory."""
+    kernels, program = ROOT / "build/host_kernels.o", tmp_path / "replicas"
+    compiler = tool("c++", "g++", "clang++")
+    flags = [compiler, "-std=c++20", "-O1", "-g", *WARNINGS, f"-I{ROOT / 'include'}", f"-I{ROOT / 'cuda'}"]
+    run([*flags, "-fPIC", "-c", SOURCES / "host_kernels.cpp", "-o", kernels])
+    build = [tool("swift"), "build", "--product", "lplb", "--package-path", ROOT, "--scratch-path", ROOT / "build/host"]
+    run(build, timeout=900, LPLB_CUDA_OBJECTS=str(kernels))
+    products = Path(run([*build, "--show-bin-path"], LPLB_CUDA_OBJECTS=str(kernels)).strip().split("\n")[-1])
+    run([*flags, SOURCES / "replicas.cpp", "-o", program, products / "liblplb.so", f"-Wl,-rpath,{products}", "-pthread"])
+    note(run([program], timeout=120).strip())
+
+
 # ---- Hostile calls -----------------------------------------------------------------------------------------------------------------
 
 

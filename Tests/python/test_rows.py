@@ -35,7 +35,7 @@ class PlainRows:
             copies = [expert for expert in held if ranks[expert] != rank]
             self.fits &= len(mine) <= own and len(copies) <= len(old) - own
             self.experts.append(settled(old[:own], mine) + settled(old[own:], copies))
-        self.row_of_slot = [self.experts[slot // n_local].index(expert) if self.fits else -1 for slot, expert in enumerate(phy2log.tolist())]
+        self.row_of_slot = [self.experts[slot // n_local].index(expert) for slot, expert in enumerate(phy2log.tolist()) if self.fits]
         places = [(rank, row, expert) for rank, rows in enumerate(self.experts) for row, expert in enumerate(rows) if expert >= 0]
         self.home = {expert: (rank, row) for rank, row, expert in places if row < self.own[rank]}
         self.copies = {(rank, row): expert for rank, row, expert in places if row >= self.own[rank]}

@@ -60,7 +60,8 @@ class Rows:
         self.homes: Int32s = np.empty(self.n_logical, dtype=np.int32)
         row_of_slot: Int32s = np.empty(phy2log.size, dtype=np.int32)
         _c.call(_c.load().placement_rows, address_of(phy2log), phy2log.size, self.n_logical, n_ranks, slack,
-                None if before is None else address_of(before.table), address_of(self.table), address_of(self.homes), address_of(row_of_slot))
+                None if before is None else address_of(before.table), address_of(self.table), address_of(self.homes),
+                address_of(row_of_slot))
         self.own: list[int] = self.table[:, 0].tolist()
         self.experts: list[list[int]] = self.table[:, 1:].tolist()  #: [ranks][rows], -1 for a row that is not in use
         self.row_of_slot: list[int] = row_of_slot.tolist()
@@ -83,7 +84,8 @@ class Rows:
         number = ctypes.c_int64()
         _c.call(_c.load().placement_moves, _c.MOVES[kind], address_of(self.table), None if former is None else address_of(former.table),
                 self.n_logical, self.n_ranks, self.n_rows, address_of(found), ctypes.byref(number))
-        return [Move(step, Place(rank, row), Place(to_rank, to_row)) for step, rank, row, to_rank, to_row in found[: number.value].tolist()]
+        return [Move(step, Place(*source), Place(*target)) for step, source, target in
+                zip(found[: number.value, 0].tolist(), found[:, 1:3].tolist(), found[:, 3:].tolist())]
 
     def digest(self) -> str:
         return hashlib.blake2b(self.homes.tobytes() + self.table.tobytes(), digest_size=6).hexdigest()

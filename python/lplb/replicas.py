@@ -61,10 +61,11 @@ class Replicas:
     Each tensor of expert parameters lies in a buffer [rows, ...]: first the rank's own experts, an nn.Parameter on that memory, then the
     copies, which are in no parameters(), optimizer or state_dict(). Gradients likewise. Physical experts find their row by row_of_slot.
 
-    planner: made with group=, or with ep_size=1. transport: how pull() and push_grads() go: "nvlink", by kernels of the library in memory that
-    the GPUs of one host map (no host waits, CUDA graphs may hold them, also across update()); "torch", by torch.distributed; "auto", by NVLink
-    where that is possible on all ranks. Both give the same bits. slack: by how many a rank's number of own experts may change in a later placement; as many
-    rows are kept free among the own ones and among the copies, and are zero.
+    planner: made with group=, or with ep_size=1. transport: how pull() and push_grads() go, with the same bits: "nvlink", by kernels of the
+    library on the current stream, in memory that the GPUs of one host map (no host waits; CUDA graphs may hold them, also across update());
+    "torch", by torch.distributed; "auto", by NVLink where all ranks can. Over NVLink transport.exchange has the time limit and policy for
+    ranks that do not come (set_limits, report, abort; see lplb.exchange). slack: by how many a rank's number of own experts may change in a
+    later placement; as many rows are kept free among the own ones and among the copies, and are zero.
 
     Making one, parameter(), pull(), push_grads() and update() are collective: every rank of the group calls them in the same order. That
     ranks agree is checked in each call on the CPU or with debug=True of the planner; on a GPU otherwise in all but pull() and push_grads().
@@ -208,10 +209,9 @@ class Replicas:
         self.version += 1
 
     def close(self) -> None:
-        """Ends the use of the peers' memory on this rank; waits for the device. Not collective: the tensors of this object can be used on, and
-        over NVLink their memory is freed with the last of them, once all ranks have closed and next make a planner's exchange or other
-        replicas on the group, or call lplb.exchange.release. CUDA graphs that hold pull() or push_grads() must not be replayed any more.
-        Also done when the object dies."""
+        """Ends the use of the peers' memory on this rank; waits for the device. Not collective. The tensors can be used on: over NVLink their
+        memory is freed with the last of them, once all ranks have closed and next make an exchange or other replicas on the group, or call
+        lplb.exchange.release. CUDA graphs that hold pull() or push_grads() must not be replayed any more. Also done when the object dies."""
         self.transport.close()
 
     # ---- how ----
