@@ -35,7 +35,7 @@ LPLBK_FUNCTION(redirect, redirect);
 LPLBK_FUNCTION(redirect_by_ratio, redirect_by_ratio);
 LPLBK_FUNCTION(run, run);
 LPLBK_FUNCTION(run_exchanging, run_exchanging);
-LPLBK_FUNCTION(layout, layout);
+LPLBK_FUNCTION(lay_out, lay_out);
 // exchange.cu
 LPLBK_FUNCTION(exchange_alloc, exchange_alloc);
 LPLBK_FUNCTION(exchange_fill, exchange_fill);

@@ -136,7 +136,7 @@ typedef struct lplbk_backend {
        the planner's ranks. LPLBK_UNSUPPORTED where this takes several launches (several nodes, large sizes; nothing is queued then). */
     int32_t (*LPLBK_SET run_exchanging)(const lplbk_planner *planner, const lplbk_exchange_view *view, const void *ids, int32_t ids64,
                                         int64_t n_ids, void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream);
-    int32_t (*LPLBK_SET layout)(const lplbk_planner *planner, const lplbk_dispatch *dispatch, void *stream);
+    int32_t (*LPLBK_SET lay_out)(const lplbk_planner *planner, const lplbk_dispatch *dispatch, void *stream);
 
     /* ---- Buffers of an exchange, which peers write ---- */
     /* Memory of its own 2 MiB pages, so that exporting it shows the peers nothing else, filled by exchange_fill. */

@@ -407,7 +407,7 @@ int32_t prepare_layout(const lplbk_planner &planner) {
 
 }  // namespace lplb
 
-extern "C" int32_t lplbk_layout(const lplbk_planner *planner, const lplbk_dispatch *dispatch, void *stream) {
+extern "C" int32_t lplbk_lay_out(const lplbk_planner *planner, const lplbk_dispatch *dispatch, void *stream) {
     lplb::OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return lplb::taken(on.error());
     return lplb::taken(lplb::lay_out(*planner, *dispatch, static_cast<cudaStream_t>(stream)));

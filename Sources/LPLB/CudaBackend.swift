@@ -227,7 +227,7 @@ final class CudaBackend: PlannerBackend {
         (dispatch.order, dispatch.sent, dispatch.received) = (request.order, request.sent, request.received)
         (dispatch.ends, dispatch.numbers) = (request.ends, request.numbers)
         (dispatch.by_row, dispatch.n_by_row) = (request.byRow, Int64(request.nByRow))
-        try check(cuda.layout(state, &dispatch, stream), "layout")
+        try check(cuda.lay_out(state, &dispatch, stream), "layout")
     }
 
     // MARK: Reading

@@ -36,7 +36,7 @@ struct LayoutRequest {
 
         rowType = layout.row_of_slot == nil ? .int32 : try Check.dtype(layout.row_dtype, "layout.row_dtype")
         try Check.aligned(layout.row_of_slot, "layout.row_of_slot", to: rowType.stride)
-        if layout.row_of_slot == nil && nRows < shape.nLocal {
+        if layout.row_of_slot == nil && nRows < shape.nLocal && (sends || planned) {
             throw Failure("layout.n_rows", "must be at least the \(shape.nLocal) slots of a rank where row_of_slot is NULL", value: nRows)
         }
         rowOfSlot = layout.row_of_slot
