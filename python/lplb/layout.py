@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 from . import _c
 from ._ops.calls import Calls, layout_sections
-from ._ops.host import A, is_tensor, loaded_torch
+from ._ops.host import A, loaded_torch
 from .errors import LplbError, WrongOrder, broken_rule
 
 if TYPE_CHECKING:
@@ -42,9 +42,12 @@ class Layout(Generic[A]):
 
     def __init__(self, planner: Planner, calls: Calls[A], physical: A, experts: A | None, received: Callable[[A], A] | None,
                  row_of_slot: A | None, n_rows: int, max_received: int | None) -> None:
-        n_ranks, self._calls, self._max_received = planner.ep_size, calls, max_received
+        self._calls: Calls[A] = calls
+        n_ranks, self._max_received = planner.ep_size, max_received
         self._of = planner.number, n_ranks, n_rows
         self._rule = f"must be -1 .. {planner.n_routed_experts - 1}, slots of the planner's placement"
+        if row_of_slot is not None:
+            self._rule += f", whose row_of_slot is 0 .. {n_rows - 1}"
         self.order, words = calls.layout(physical, experts, row_of_slot, planner._token(), *self._of, received is None)
         begin = layout_sections(n_ranks, n_rows)
         if received is not None:
@@ -52,14 +55,16 @@ class Layout(Generic[A]):
             if tuple(theirs.shape) != (n_ranks, n_rows):
                 raise broken_rule("received", f"must return [{n_ranks}, {n_rows}]", f"shape {list(theirs.shape)}")
             words = calls.layout_received(words, theirs, *self._of)
-        self._words, self._splits = words, None
+        self._words: A = words
+        self._splits: Splits | None = None
+        self._event: Any = None  # behind the copy to pinned memory
+        self._captured = False
         self.sent_rows = words[begin.sent : begin.sent + n_ranks * n_rows].reshape(n_ranks, n_rows)
         self.received_rows = words[begin.received : begin.received + n_ranks * n_rows].reshape(n_ranks, n_rows)
         self.ends = words[begin.ends : begin.ends + n_rows]
-        self._numbers = words[: _c.LAYOUT_RANKS + 2 * n_ranks + n_rows]
-        self._by_row = None if max_received is None else calls.layout_by_row(words, *self._of, max_received)
-        self._captured, self._event = False, None
-        if is_tensor(words) and words.is_cuda:  # type: ignore[union-attr]
+        self._numbers: A = words[: _c.LAYOUT_RANKS + 2 * n_ranks + n_rows]
+        self._by_row: A | None = None if max_received is None else calls.layout_by_row(words, *self._of, max_received)
+        if planner._handle.device >= 0:
             self._send_to_host()
         else:
             self.wait()
@@ -85,20 +90,20 @@ class Layout(Generic[A]):
             _, n_ranks, _ = self._of
             sent, received = _c.LAYOUT_RANKS, _c.LAYOUT_RANKS + n_ranks
             splits = Splits(numbers[sent:received], numbers[received : received + n_ranks], numbers[received + n_ranks :])
-            if self._captured:
-                return splits
-            self._splits = splits
+            self._splits = None if self._captured else splits
+            return splits
         return self._splits
 
     @property
     def by_row(self) -> A:
         """int64 [rows received, or max_received]: brings the rows as they come, by rank and then buffer row, together by buffer row and then
         rank. Without max_received, made at the first use, after wait()."""
-        if self._by_row is None:
+        by_row = self._by_row
+        if by_row is None:
             if self._captured:
                 raise broken_rule("max_received", "must be given for by_row in a captured CUDA graph", None)
-            self._by_row = self._calls.layout_by_row(self._words, *self._of, sum(self.wait().received))
-        return self._by_row
+            by_row = self._by_row = self._calls.layout_by_row(self._words, *self._of, sum(self.wait().received))
+        return by_row
 
     def _check(self, numbers: list[int]) -> None:
         found: LplbError | None = None
