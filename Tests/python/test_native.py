@@ -84,7 +84,8 @@ def test_constants_equal_the_header(header):
     for name in ("INT32", "INT64", "DEVICE_CPU", "WHOLE_BATCH"):
         assert getattr(_c, name) == constant(header, f"LPLB_{name}"), name
     assert _c.SOLVERS == {"flow": constant(header, "LPLB_SOLVER_FLOW"), "ipm": constant(header, "LPLB_SOLVER_IPM")}
-    assert _c.MAX_RANKS == constant(header, "LPLB_MAX_RANKS")
+    for name in ["MAX_RANKS", "MAX_LAYOUT_ROWS", *(name for name in vars(_c) if name.startswith("LAYOUT_"))]:
+        assert getattr(_c, name) == constant(header, f"LPLB_{name}"), name
 
 
 def test_loaded_library_is_this_version():
