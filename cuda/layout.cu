@@ -15,8 +15,7 @@ namespace {
 
 constexpr int kThreads = 128;  // of a block that sorts
 constexpr int kWarps = kThreads / 32;
-constexpr int kTile = 4096;    // choices that a block sorts at a time; each warp counts those of its part in 16 bits
-constexpr int kOfWarp = kTile / kWarps;
+constexpr int kTile = 4096;  // choices that a block sorts at a time; each warp counts those of its part in 16 bits
 constexpr int kSumThreads = 1024;
 
 // What the kernels are given.

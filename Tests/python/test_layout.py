@@ -48,7 +48,7 @@ def counts_of(ids, n_logical):
 
 
 def random_case(seed):
-    """Placement or topology, and every rank's ids."""
+    """A generator, what makes the planner of a rank (of a topology or a placement), experts, and every rank's ids."""
     random = np.random.default_rng(seed)
     groups, group_size = int(random.choice([1, 1, 2])), int(random.choice([1, 2, 3, 4, 8]))
     ranks = groups * group_size
@@ -60,8 +60,8 @@ def random_case(seed):
         per_rank = columns * of_each + int(random.integers(0, 3))
         n_logical, n_physical = ranks * per_rank, ranks * (per_rank + columns * of_each)
 
-        def make(rank):
-            planner = Planner(torch.tensor(r2o), n_physical, n_logical, ranks, device="cpu", n_nodes=nodes, rank=rank)
+        def make(rank, device="cpu"):
+            planner = Planner(torch.tensor(r2o), n_physical, n_logical, ranks, device=device, n_nodes=nodes, rank=rank)
             planner.update_redundancy_mapping(torch.arange(n_logical) % 7)
             return planner
     else:
@@ -71,8 +71,8 @@ def random_case(seed):
             group * experts + random.permutation(np.concatenate([np.arange(experts), random.integers(0, experts, slots - experts)]))
             for group in range(groups)])
 
-        def make(rank):
-            return Planner.from_placement(torch.tensor(phy2log), ep_size=ranks, n_logical=n_logical, group_size=group_size, device="cpu",
+        def make(rank, device="cpu"):
+            return Planner.from_placement(torch.tensor(phy2log), ep_size=ranks, n_logical=n_logical, group_size=group_size, device=device,
                                           n_nodes=nodes, rank=rank)
 
     dtype, k = random.choice([torch.int32, torch.int64]), int(random.integers(1, 5))
