@@ -28,17 +28,17 @@ def same(cpu, gpu):
 
 def run_gathered(planner, ids, rows):
     """run() for all ranks' rows, as where torch.distributed has brought them."""
-    handle = planner._handle
-    out, stream = torch.empty_like(ids), torch.cuda.current_stream().cuda_stream if ids.is_cuda else None
+    handle, out = planner._handle, torch.empty_like(ids)
     handle.check(handle.library.planner_run(handle.opened(), ids.data_ptr(), int(ids.dtype is torch.int64), ids.numel(), rows.data_ptr(),
-                                            out.data_ptr(), None, 1, 0, stream))
+                                            out.data_ptr(), None, 1, 0, planner._stream()))
     return out
 
 
 def rows_of(planner, counts):
-    handle, rows = planner._handle, torch.zeros(len(counts), planner._handle.width, dtype=torch.int32)
-    for row, mine in zip(rows, counts.int()):
-        handle.check(handle.library.planner_make_row(handle.opened(), mine.contiguous().data_ptr(), 0, row.data_ptr(), None))
+    handle, counts = planner._handle, counts.int().to(planner.device).contiguous()
+    rows = torch.zeros(len(counts), handle.width, dtype=torch.int32, device=planner.device)
+    for row, mine in zip(rows, counts):
+        handle.check(handle.library.planner_make_row(handle.opened(), mine.data_ptr(), 0, row.data_ptr(), planner._stream()))
     return rows
 
 
@@ -58,8 +58,8 @@ def test_bits_are_the_cpu_s(seed):
                     planner.solve(counts.to(planner.device))
                 physical, theirs = cpu.redirect(mine), gpu.redirect(mine.cuda())
             else:
-                rows = rows_of(cpu, counts)
-                physical, theirs = run_gathered(cpu, mine, rows), run_gathered(gpu, mine.cuda(), rows.cuda())
+                physical = run_gathered(cpu, mine, rows_of(cpu, counts))
+                theirs = run_gathered(gpu, mine.cuda(), rows_of(gpu, counts))
             assert torch.equal(physical, theirs.cpu())
             same(cpu.layout(physical, experts=mine), gpu.layout(theirs, experts=mine.cuda()))
             same(cpu.layout(physical, row_of_slot=table, n_rows=more), gpu.layout(theirs, row_of_slot=table.cuda(), n_rows=more))
