@@ -9,8 +9,7 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from itertools import accumulate
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
@@ -233,10 +232,9 @@ class LayoutSections(NamedTuple):
     end: int
 
 
-@cache
 def layout_sections(n_ranks: int, n_rows: int) -> LayoutSections:
-    sizes = (LAYOUT_RANKS + 2 * n_ranks + n_rows, n_ranks * n_rows, n_ranks * n_rows, n_rows)
-    return LayoutSections(*accumulate((size + 3) // 4 * 4 for size in sizes))
+    sent, matrix = (LAYOUT_RANKS + 2 * n_ranks + n_rows + 3) // 4 * 4, (n_ranks * n_rows + 3) // 4 * 4
+    return LayoutSections(sent, sent + matrix, sent + 2 * matrix, sent + 2 * matrix + (n_rows + 3) // 4 * 4)
 
 
 def refuse_invalid(ids: A, n_ids: int, n_logical: int) -> None:
