@@ -35,6 +35,7 @@ extern "C" const lplbk_backend *lplbk_cuda_backend(void) {
         lplbk_redirect_by_ratio,
         lplbk_run,
         lplbk_run_exchanging,
+        lplbk_lay_out,
         lplbk_exchange_alloc,
         lplbk_exchange_fill,
         lplbk_exchange_export,

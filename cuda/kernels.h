@@ -47,16 +47,36 @@ typedef struct lplbk_planner {
     lplbk_device_info info;
     int32_t *tables;         /* [layout.words] */
     int32_t *staged;         /* [layout.words] where place brings tables before they are taken over */
-    int32_t *plan;           /* [lplbk_plan_words()]; the next four are parts of it */
+    int32_t *plan;           /* [lplbk_plan_words()]; the next four, kept and sources are parts of it */
     int64_t *counters;
     int32_t *group_info;     /* [n_groups][LPLBK_INFO_WORDS] */
     int32_t *quota;          /* [n_physical] tokens of each slot, all sources; zeroed when the placement changes */
     int32_t *take;           /* [n_physical] the same from this planner's source */
+    int32_t *kept;           /* [ep_size][n_local] for layouts, see tables.h */
+    int32_t *sources;        /* [1] */
     int32_t *scratch;
+    int32_t *dispatch;       /* scratch memory of layouts */
     /* for rows whose digests differ */
     uint64_t report;         /* device address of an lplbk_report, 0: rows are never compared */
     int32_t traps;           /* 1: the kernel traps after reporting */
 } lplbk_planner;
+
+/* One lplb_layout, checked; pointers on the device. What its parts do not use may be anything. */
+typedef struct lplbk_dispatch {
+    const void *ids, *experts, *row_of_slot;
+    int64_t n_ids;
+    int32_t n_rows;
+    int32_t ids64, row64;
+    int32_t sends, receives, gathers, planned; /* parts, and whether `received` comes from the plan: 0 or 1 */
+    int64_t *order;
+    int32_t *sent, *received, *ends, *numbers;
+    int64_t *by_row;
+    int64_t n_by_row;
+} lplbk_dispatch;
+
+/* Of lplb.h. */
+enum { LPLBK_LAYOUT_BAD_IDS = 1, LPLBK_LAYOUT_OTHER_EXPERTS = 2, LPLBK_LAYOUT_OTHER_PLAN = 4, LPLBK_LAYOUT_NO_PLAN = 8,
+       LPLBK_LAYOUT_BAD_RECEIVED = 16, LPLBK_LAYOUT_BY_ROW_SHORT = 32, LPLBK_LAYOUT_RANKS = 8 };
 
 typedef struct lplbk_backend {
     int32_t version;           /* of CUDA that this was built with, e.g. 13000 */
@@ -117,6 +137,7 @@ typedef struct lplbk_backend {
        the planner's ranks. LPLBK_UNSUPPORTED where this takes several launches (several nodes, large sizes; nothing is queued then). */
     int32_t (*LPLBK_SET run_exchanging)(const lplbk_planner *planner, const lplbk_exchange_view *view, const void *ids, int32_t ids64,
                                         int64_t n_ids, void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream);
+    int32_t (*LPLBK_SET lay_out)(const lplbk_planner *planner, const lplbk_dispatch *dispatch, void *stream);
 
     /* ---- Buffers of an exchange, which peers write ---- */
     /* Memory of its own 2 MiB pages, so that exporting it shows the peers nothing else, filled by exchange_fill. */

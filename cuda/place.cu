@@ -1,6 +1,7 @@
 // A planner's memory on the device, and the placement that it plans for.
 #include "backend.cuh"
 #include "launch.cuh"
+#include "layout.cuh"
 #include "multi.cuh"
 
 namespace lplb {
@@ -22,15 +23,17 @@ int32_t prepare(lplbk_planner &planner) {
     if (on.error() != cudaSuccess) return taken(on.error());
     int32_t error = prepare_solve(planner);
     if (error == 0) error = prepare_rewrite(planner);
+    if (error == 0) error = prepare_layout(planner);
     return error != 0 ? error : prepare_run(planner);
 }
 
-// All in one piece of memory: [plan][tables][staged][scratch], each at 16 bytes.
+// All in one piece of memory: [plan][tables][staged][scratch][dispatch], each at 16 bytes.
 int32_t allocate(lplbk_planner &planner) {
     int32_t end = 0;
     const int32_t plan = lplbk_section(&end, lplbk_plan_words(&planner.shape));
     const int32_t tables = lplbk_section(&end, planner.layout.words), staged = lplbk_section(&end, planner.layout.words);
     const int32_t scratch = lplbk_section(&end, multi_scratch_words(planner.shape));
+    const int32_t dispatch = lplbk_section(&end, dispatch_words(planner.shape));
     void *memory = nullptr;
     const int32_t error = lplbk_alloc(planner.device, 4ll * end, &memory);
     if (error != 0) return error;
@@ -40,9 +43,12 @@ int32_t allocate(lplbk_planner &planner) {
     planner.group_info = planner.plan + lplbk_plan_info();
     planner.quota = planner.plan + lplbk_plan_quota(&planner.shape);
     planner.take = planner.plan + lplbk_plan_take(&planner.shape);
+    planner.kept = planner.plan + lplbk_plan_kept(&planner.shape);
+    planner.sources = planner.plan + lplbk_plan_sources(&planner.shape);
     planner.tables = words + tables;
     planner.staged = words + staged;
     planner.scratch = words + scratch;
+    planner.dispatch = words + dispatch;
     return 0;
 }
 

@@ -371,6 +371,17 @@ struct ClusterRun {
         }
     }
 
+    // ---- What a layout will ask for
+    __device__ __forceinline__ void keep() const {
+        if (!writes || warp < n_solvers) return;
+        const int first = threadIdx.x - 32 * n_solvers, stride = kRunThreads - 32 * n_solvers;
+        if constexpr (kGathered) {
+            keep_counts(t, out, gathered, gathered.n_sources > 1, first, stride);
+        } else if (first == 0) {
+            *out.sources = 1;
+        }
+    }
+
     // ---- Occurrences in the warps before each warp, by the last threads
     __device__ __forceinline__ void number_warps() const {
         const int row_words = counter_words(max_replicated);
@@ -547,6 +558,7 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     run.number_queued();
     with_ids(rewritten, in.wide, [&](auto *rewritten) { run.rewrite_singles(rewritten); });
     if (reads_later) run.write_singles();
+    run.keep();
     MARK(16);
     __syncthreads();
     MARK(17);

@@ -16,6 +16,7 @@
 enum { LPLBK_MAX_GROUP = 512, LPLBK_MAX_LOGICAL = 1024, LPLBK_MAX_PHYSICAL = 4096 }; /* LPLB_MAX_*_CUDA of lplb.h */
 enum { LPLBK_MAX_INTERIOR_GROUP = 128 }; /* ranks of a group for LPLB_SOLVER_IPM */
 enum { LPLBK_MAX_COLOURS = 8 };
+enum { LPLBK_MAX_LAYOUT_ROWS = 8192 }; /* LPLB_MAX_LAYOUT_ROWS of lplb.h */
 
 /* The sizes that a planner keeps for its life. */
 typedef struct lplbk_shape {
@@ -39,6 +40,7 @@ typedef struct lplbk_layout {
     int32_t code;         /* [n_logical] slot of an expert's only replica, or -1 - i: it is replicated expert i */
     int32_t replicated;   /* [n_logical][4] lplbk_expert of the replicated: bundle by bundle, then those that are in none */
     int32_t expert;       /* [n_logical][4] lplbk_expert of all, group by group; in each bundle by bundle, then the others by slot */
+    int32_t slot_expert;  /* [n_physical] the expert whose place a slot is; -1: of none, since another slot of its rank holds that expert */
     int32_t class_bundle; /* [ep_size * n_redundant] bundle of a slot class, -1: none */
     int32_t image;        /* [n_groups][image_words] */
     int32_t image_words;
@@ -110,13 +112,14 @@ static inline lplbk_layout lplbk_layout_of(const lplbk_shape *shape) {
     at.code = lplbk_section(&end, shape->n_logical);
     at.replicated = lplbk_section(&end, 4ll * shape->n_logical);
     at.expert = lplbk_section(&end, 4ll * shape->n_logical);
+    at.slot_expert = lplbk_section(&end, shape->n_physical);
     at.class_bundle = lplbk_section(&end, (int64_t)shape->ep_size * shape->n_redundant);
     at.image = lplbk_section(&end, (int64_t)shape->n_groups * at.image_words);
     at.words = end;
     return at;
 }
 
-/* ---- What a plan leaves: one block of int32, [counters][group_info][quota][take] ----------------------------------------------- */
+/* ---- What a plan leaves: one block of int32, [counters][group_info][quota][take][kept][sources] ---------------------------------- */
 
 /* Words of the information of one group. */
 enum {
@@ -134,7 +137,11 @@ enum { LPLBK_COUNTER_INVALID = 0, LPLBK_COUNTER_OVERFLOW = 1, LPLBK_COUNTERS = 8
 LPLBK_BOTH int32_t lplbk_plan_info(void) { return 2 * LPLBK_COUNTERS; }
 LPLBK_BOTH int32_t lplbk_plan_quota(const lplbk_shape *shape) { return lplbk_plan_info() + shape->n_groups * LPLBK_INFO_WORDS; }
 LPLBK_BOTH int32_t lplbk_plan_take(const lplbk_shape *shape) { return lplbk_plan_quota(shape) + shape->n_physical; }
-LPLBK_BOTH int32_t lplbk_plan_words(const lplbk_shape *shape) { return lplbk_plan_take(shape) + shape->n_physical; }
+/* [ep_size][n_local]: for each slot of the planner's rank, the counts of its expert on all ranks; valid with several sources. */
+LPLBK_BOTH int32_t lplbk_plan_kept(const lplbk_shape *shape) { return lplbk_plan_take(shape) + shape->n_physical; }
+/* 1 word: how many ranks' counts the plan was made for, 1 or ep_size; 0: there is no plan. */
+LPLBK_BOTH int32_t lplbk_plan_sources(const lplbk_shape *shape) { return lplbk_plan_kept(shape) + shape->n_physical; }
+LPLBK_BOTH int32_t lplbk_plan_words(const lplbk_shape *shape) { return lplbk_plan_sources(shape) + 1; }
 
 /* ---- The solver's loop ----------------------------------------------------------------------------------------------------------- */
 

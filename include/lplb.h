@@ -8,6 +8,7 @@
  * Reading order: 1. version and status  2. planner: create, place  3. planner: plan (count, solve, redirect, run)  4. reading results
  *                5. placement alone  6. one-off solve  7. exchange: everybody's counts over NVLink
  *                8. replicas: weights and gradients of copies over NVLink
+ *                9. layout: where the rows of a dispatch go
  *
  * Words
  *   rank              one GPU of the expert-parallel (EP) group; there are ep_size of them
@@ -25,10 +26,10 @@
  *     lplb_planner_error(planner); functions without a planner write them to `message`.
  *   - A failed call changes nothing: the planner keeps the placement and the plan it had. (Except that a launch which CUDA refuses in the
  *     middle of a call of section 3, LPLB_ERROR_CUDA, leaves a plan that nobody should use; the next solve or run makes a whole one.)
- *   - `stream` is a cudaStream_t (NULL: the default stream) and is ignored by CPU planners. On a CUDA planner all data pointers of section 3
- *     are device pointers and the call returns before the work is done; on a CPU planner they are host pointers and the work is done
+ *   - `stream` is a cudaStream_t (NULL: the default stream) and is ignored by CPU planners. On a CUDA planner all data pointers of sections 3
+ *     and 8 are device pointers and the call returns before the work is done; on a CPU planner they are host pointers and the work is done
  *     when the call returns. The pointers of the sections 2, 4, 5 and 6 are always host pointers and these calls are synchronous.
- *   - Section 3 allocates nothing, waits for nothing and can be captured in a CUDA graph.
+ *   - Section 3 allocates nothing, waits for nothing and can be captured in a CUDA graph; so does section 8.
  *   - Threads: different planners may be used from different threads at the same time. Two calls on one planner at the same time are
  *     refused with LPLB_ERROR_BUSY, never corrupted. On CUDA a planner's work belongs to one stream order: calls on several streams
  *     need an event between them, as for any buffer.
@@ -680,6 +681,69 @@ void lplb_replicas_destroy(lplb_replicas *replicas);
 
 /* Words about the last failed call, "" if none failed. As lplb_planner_error. */
 const char *lplb_replicas_error(const lplb_replicas *replicas);
+/* ---- 9. Layout ---------------------------------------------------------------------------------------------------------------- */
+
+/*
+ * Where the rows of a dispatch go, for an all-to-all of rows and a grouped product behind it. A choice is one of n_ids pairs of a token and
+ * an expert, a row is one choice's token on its way. Each rank holds its experts in buffers of n_rows rows of weights, in which slot p lies
+ * at row_of_slot[p], and sends its rows by rank and, for each rank, by buffer row.
+ *
+ * The assignment follows from the plan and from all ranks' counts, which travelled when it was made. So each rank knows, without asking
+ * again, how many rows every other rank sends it for each of its slots: `received` is written from the latest plan. That holds where every
+ * rank lays out the ids that it counted and rewrote by that plan. It does not where there is no plan (lplb_planner_run of a planner without
+ * replicas), for ids of an earlier plan, and for a planner of the whole batch of several ranks: then set `exchanged`, let each rank bring
+ * `sent` to the others by an all-to-all, and give what arrived as `received`. Or keep the layout itself for as long as the ids.
+ *
+ * Values on a device can be looked at by nobody before the work is done: what is wrong with them stands in `numbers`, on CPU planners too.
+ */
+#define LPLB_MAX_LAYOUT_ROWS 8192     /* ep_size * n_rows */
+
+enum { LPLB_LAYOUT_SENT = 1,          /* lplb_layout.parts: order and sent, from ids */
+       LPLB_LAYOUT_RECEIVED = 2,      /* received (if it is not given) and ends */
+       LPLB_LAYOUT_BY_ROW = 4 };      /* by_row, from received */
+
+enum { LPLB_LAYOUT_BAD_IDS = 1,       /* numbers[0]: some ids are neither -1 nor a slot (or the row of a slot is none); they count as -1 */
+       LPLB_LAYOUT_OTHER_EXPERTS = 2, /* some slots do not hold the expert that `experts` says */
+       LPLB_LAYOUT_OTHER_PLAN = 4,    /* the ids are not those of the latest plan, so `received` does not belong to them */
+       LPLB_LAYOUT_NO_PLAN = 8,       /* numbers[1]: on CUDA, a placement has come and no plan since */
+       LPLB_LAYOUT_BAD_RECEIVED = 16, /* a number in `received` is negative, or all together are above 2^31 - 1 */
+       LPLB_LAYOUT_BY_ROW_SHORT = 32  /* n_by_row is below the rows received */ };
+
+/* Words of lplb_layout.numbers. LPLB_LAYOUT_RANKS: rows sent to each rank [ep_size], received from each [ep_size], received for each buffer
+   row [n_rows]. SENT and RECEIVED write their words each. */
+enum { LPLB_LAYOUT_N_BAD_IDS = 2, LPLB_LAYOUT_N_OTHER_EXPERTS = 3, LPLB_LAYOUT_N_SENT = 4, LPLB_LAYOUT_N_RECEIVED = 5,
+       LPLB_LAYOUT_RANKS = 8 };
+
+typedef struct lplb_layout {
+    int64_t struct_size;   /* sizeof(lplb_layout); LPLB_LAYOUT_INIT sets it */
+    const void *ids;       /* [n_ids] slots, -1: no expert; as lplb_planner_run or lplb_planner_redirect wrote them */
+    const void *experts;   /* NULL, or [n_ids] of the same dtype: the logical experts of the ids, to be compared (-1 or out of range: none) */
+    const void *row_of_slot; /* NULL: the slots of a rank in order; or [n_physical], 0 .. n_rows-1 each */
+    int64_t n_ids;
+    int64_t n_rows;        /* buffer rows of a rank; 0: its slots, n_physical / ep_size */
+    lplb_dtype ids_dtype;
+    lplb_dtype row_dtype;  /* of row_of_slot */
+    int32_t parts;         /* LPLB_LAYOUT_*; 0: SENT and RECEIVED. Only what a part uses has to be there */
+    int32_t exchanged;     /* 1: `received` is given. 0: it is written, from the latest plan; with SENT, `sent` is compared with that plan */
+    int64_t *order;        /* [n_ids] the choices by rank and buffer row, stable; those without an expert last */
+    int32_t *sent;         /* [ep_size][n_rows] rows for each buffer row of each rank */
+    int32_t *received;     /* [ep_size][n_rows] rows from each rank for each buffer row of this one */
+    int32_t *ends;         /* [n_rows] rows received for the buffer rows 0 .. i: the offsets of a grouped product */
+    int32_t *numbers;      /* [LPLB_LAYOUT_RANKS + 2 * ep_size + n_rows], for a copy to the host */
+    /* [n_by_row] the rows as they come, by rank and then buffer row, brought together by buffer row and then rank: output[i] =
+       arrived[by_row[i]]. Behind the rows received, by_row[i] = i, so that with a larger n_by_row it is a permutation too. */
+    int64_t *by_row;
+    int64_t n_by_row;      /* at most 2^31 - 1 */
+} lplb_layout;
+
+#define LPLB_LAYOUT_INIT { (int64_t)sizeof(lplb_layout), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/*
+ * Computes the parts of a layout. LPLB_ERROR_WRONG_ORDER where RECEIVED needs a plan and there is none. A CPU planner may allocate in the
+ * first call with so many rows. Equal bits on the CPU and on the GPU, unless numbers[0] or numbers[1] names a problem: then only these two
+ * are certain, and no other array holds a number outside its range of indices.
+ */
+lplb_status lplb_planner_layout(lplb_planner *planner, const lplb_layout *layout, void *stream);
 
 #ifdef __cplusplus
 }

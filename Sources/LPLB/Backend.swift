@@ -104,6 +104,9 @@ protocol PlannerBackend: AnyObject {
         _ ids: IdBuffer, exchanging view: UnsafePointer<lplbk_exchange_view>, to out: IdOutput, counter: CounterBuffer, maxBlocks: Int,
         stream: UnsafeMutableRawPointer?) throws(Failure) -> Bool
 
+    /// The parts of a layout; where it is planned, there is a plan.
+    func layout(_ request: LayoutRequest, stream: UnsafeMutableRawPointer?) throws(Failure)
+
     /// The latest plan; wait for the stream where there is one. `groups` has room for every group.
     func readInfo(groups: UnsafeMutablePointer<lplb_group_info>?, stream: UnsafeMutableRawPointer?) throws(Failure) -> PlanTotals
 

@@ -6,13 +6,14 @@ import LPLBTopology
 
 final class CpuBackend: PlannerBackend {
     let replaysGraphs = false
-    private let shape: ExpertShape
+    let shape: ExpertShape
     private let rank: Int?
     private let mapper: TokenMapper
     /// [nLogical] what `run` counts.
     private let counts: UnsafeMutablePointer<Int32>
     private var solver: FlowSolver?
     private var assigner: TokenAssigner?
+    private(set) var dispatch: DispatchLayout?
     private var invalidIds: Int64 = 0
     private var digest: Int32 = 0
 
@@ -31,13 +32,14 @@ final class CpuBackend: PlannerBackend {
     func load(_ network: Network, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
         solver = FlowSolver(network)
         assigner = TokenAssigner(network, source: rank)
+        dispatch = DispatchLayout(network)
         self.digest = digest
     }
 
     func setDigest(_ digest: Int32) { self.digest = digest }
 
     /// The planner lets nobody plan without a placement.
-    private func loaded() throws(Failure) -> (FlowSolver, TokenAssigner) {
+    func loaded() throws(Failure) -> (FlowSolver, TokenAssigner) {
         guard let solver, let assigner else { throw Failure(LPLB_ERROR_INTERNAL, "the CPU backend was asked to plan without a placement") }
         return (solver, assigner)
     }
@@ -201,8 +203,8 @@ final class CpuBackend: PlannerBackend {
 
 extension IdBuffer {
     /// Read only when `count` > 0, when the boundary has made sure that there is a pointer.
-    fileprivate var as32: UnsafePointer<Int32> { typed(Int32.self) }
-    fileprivate var as64: UnsafePointer<Int64> { typed(Int64.self) }
+    var as32: UnsafePointer<Int32> { typed(Int32.self) }
+    var as64: UnsafePointer<Int64> { typed(Int64.self) }
 
     private func typed<Id>(_: Id.Type) -> UnsafePointer<Id> {
         // Any address will do where nothing is read.

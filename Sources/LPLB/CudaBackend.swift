@@ -216,6 +216,20 @@ final class CudaBackend: PlannerBackend {
         return true
     }
 
+    func layout(_ request: LayoutRequest, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        if request.planned { try requireAgreement() }
+        var dispatch = lplbk_dispatch()
+        (dispatch.ids, dispatch.experts, dispatch.row_of_slot) = (request.ids.base, request.experts, request.rowOfSlot)
+        (dispatch.n_ids, dispatch.n_rows) = (Int64(request.ids.count), Int32(request.nRows))
+        (dispatch.ids64, dispatch.row64) = (request.ids.type.is64, request.rowType.is64)
+        (dispatch.sends, dispatch.receives) = (request.sends ? 1 : 0, request.receives ? 1 : 0)
+        (dispatch.gathers, dispatch.planned) = (request.gathers ? 1 : 0, request.planned ? 1 : 0)
+        (dispatch.order, dispatch.sent, dispatch.received) = (request.order, request.sent, request.received)
+        (dispatch.ends, dispatch.numbers) = (request.ends, request.numbers)
+        (dispatch.by_row, dispatch.n_by_row) = (request.byRow, Int64(request.nByRow))
+        try check(cuda.lay_out(state, &dispatch, stream), "layout")
+    }
+
     // MARK: Reading
 
     /// The plan as the stream leaves it, see cuda/tables.h.

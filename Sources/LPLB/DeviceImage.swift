@@ -24,6 +24,7 @@ struct DeviceImage {
     private func pack(_ digest: Int32) {
         put(layout.digest, 0, digest)
         replicated()
+        slotExperts()
         classBundles()
         experts()
         for group in 0..<network.shape.nGroups { image(group) }
@@ -85,6 +86,13 @@ struct DeviceImage {
             for slot in group * slotsOfGroup..<(group + 1) * slotsOfGroup where single[slot] >= 0 { add(single[slot]) }
             put(image(of: group), Int(LPLBK_IMAGE_FIRST_EXPERT), Int32(first))
             put(image(of: group), Int(LPLBK_IMAGE_EXPERTS), Int32(count - first))
+        }
+    }
+
+    private func slotExperts() {
+        for slot in 0..<network.shape.nPhysical { put(layout.slot_expert, slot, -1) }
+        for expert in 0..<network.shape.nLogical {
+            for place in network.places(of: expert) { put(layout.slot_expert, Int(network.placeSlot[place]), Int32(expert)) }
         }
     }
 

@@ -4,11 +4,11 @@ import CLPLB
 
 /// Ids and their output, as several calls take them.
 @inline(__always)
-private func idBuffer(_ ids: UnsafeRawPointer?, _ dtype: lplb_dtype, _ n_ids: Int64) throws(Failure) -> IdBuffer {
-    let type = try Check.dtype(dtype, "ids_dtype")
-    let count = try Check.range(n_ids, "n_ids", 0...Int64(Int32.max))
-    if count > 0 && ids == nil { throw Failure("ids", "must not be NULL when n_ids > 0", value: "NULL") }
-    try Check.aligned(ids, "ids", to: type.stride)
+func idBuffer(_ ids: UnsafeRawPointer?, _ dtype: lplb_dtype, _ n_ids: Int64, in whole: StaticString = "") throws(Failure) -> IdBuffer {
+    let type = try Check.dtype(dtype, "\(whole)ids_dtype")
+    let count = try Check.range(n_ids, "\(whole)n_ids", 0...Int64(Int32.max))
+    if count > 0 && ids == nil { throw Failure("\(whole)ids", "must not be NULL when n_ids > 0", value: "NULL") }
+    try Check.aligned(ids, "\(whole)ids", to: type.stride)
     return IdBuffer(base: ids, type: type, count: count)
 }
 

@@ -97,6 +97,16 @@ extension lplb_plan_info: SizedStruct {
     }
 }
 
+extension lplb_layout: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] {
+        [
+            \.ids, \.experts, \.row_of_slot, \.n_ids, \.n_rows, \.ids_dtype, \.row_dtype, \.parts, \.exchanged, \.order, \.sent,
+            \.received, \.ends, \.numbers, \.by_row, \.n_by_row,
+        ]
+    }
+}
+
 extension lplb_exchange_config: SizedStruct {
     static var defaults: Self {
         var config = Self()

@@ -41,6 +41,15 @@ public final class TokenAssigner {
     private let nodeKept: UnsafeMutablePointer<Int64>
     private let nodeMatched: UnsafeMutablePointer<Int64>
 
+    /// [epSize][ownPlaces] of the latest `assign` with several sources: their counts of the experts that have a place on the source's rank.
+    private let kept: UnsafeMutablePointer<Int64>
+    /// The places on the source's rank, and the expert of each.
+    private let ownPlaces: [(place: Int, expert: Int)]
+    /// [nPlaces]: what another rank sends.
+    private let ofOther: UnsafeMutablePointer<Int64>
+    /// Sources of the latest `assign`; 0 before it.
+    private var assigned = 0
+
     private let arena = Arena()
 
     /// - Parameter source: 0 ..< epSize, or nil.
@@ -61,6 +70,12 @@ public final class TokenAssigner {
         nodeMatched = arena.filled(shape.nNodes, 0)
         loads = UnsafePointer(sums)
         take = UnsafePointer(taken)
+        let rank = source ?? (shape.epSize == 1 ? 0 : -1)
+        ownPlaces = (0..<shape.nLogical).flatMap { expert in
+            network.places(of: expert).filter { Int(network.placeRank[$0]) == rank }.map { (place: $0, expert: expert) }
+        }
+        kept = arena.filled(source == nil ? 0 : shape.epSize * ownPlaces.count, 0)
+        ofOther = arena.filled(nPlaces, 0)
     }
 
     /// The largest load of an expert, LPLB_MAX_LOAD.
@@ -109,6 +124,7 @@ public final class TokenAssigner {
 
     @inline(__always)
     private func distribute<T: FixedWidthInteger>(_ counts: UnsafePointer<T>, _ sources: Int, _ quotas: UnsafePointer<Int64>) {
+        assigned = sources
         if let source, sources > 1 {
             let row = counts + source &* width
             for expert in 0..<nLogical {
@@ -117,7 +133,13 @@ public final class TokenAssigner {
                 if end &- first == 1 {
                     taken[first] = tokens
                 } else {
-                    distributeExpert(counts, expert, first, end, tokens, quotas, source)
+                    distributeExpert(
+                        counts + expert, width, first, end, tokens, quotas, source, beforeNode[expert], beforeSource[expert], taken)
+                }
+            }
+            for (index, own) in ownPlaces.enumerated() {
+                for rank in 0..<sources {
+                    kept[rank &* ownPlaces.count &+ index] = Int64(truncatingIfNeeded: counts[rank &* width &+ own.expert])
                 }
             }
         } else {
@@ -126,21 +148,46 @@ public final class TokenAssigner {
         measure()
     }
 
-    /// One expert with several places `first ..< end`, `tokens` of it on the source.
+    /// Calls visit(rank, slot, tokens) for every rank and every place on the source's rank: how many tokens that rank sends there. Every
+    /// rank follows the same rule, so this one can apply it for the others. Without a `source`, the only rank's own.
+    /// - Parameter quotas: those of the latest `assign`.
+    public func eachReceived(quotas: UnsafePointer<Int64>, _ visit: (Int, Int, Int64) -> Void) {
+        for (index, own) in ownPlaces.enumerated() {
+            let slot = Int(network.placeSlot[own.place])
+            if assigned == 1 { visit(source ?? 0, slot, quotas[own.place]) }
+            if assigned <= 1 { continue }
+            let places = network.places(of: own.expert), column = UnsafePointer(kept) + index, width = ownPlaces.count
+            var beforeNode: Int64 = 0, before: Int64 = 0
+            for rank in 0..<network.shape.epSize {
+                if rank % ranksPerNode == 0 { beforeNode = before }
+                let tokens = column[rank &* width]
+                if places.count > 1 {
+                    distributeExpert(
+                        column, width, places.lowerBound, places.upperBound, tokens, quotas, rank, beforeNode, before, ofOther)
+                }
+                visit(rank, slot, places.count > 1 ? ofOther[own.place] : tokens)
+                before &+= tokens
+            }
+        }
+    }
+
+    /// One expert with several places `first ..< end`, `tokens` of it on the source; its counts are every `width`-th of `counts`, and before*
+    /// the sums of those on ranks before the source's node and before the source.
     @inline(__always)
     private func distributeExpert<T: FixedWidthInteger>(
-        _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ quotas: UnsafePointer<Int64>, _ source: Int
+        _ counts: UnsafePointer<T>, _ width: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ quotas: UnsafePointer<Int64>, _ source: Int,
+        _ beforeNode: Int64, _ beforeSource: Int64, _ taken: UnsafeMutablePointer<Int64>
     ) {
-        let rankOf = network.placeRank, width = width, perNode = ranksPerNode
+        let rankOf = network.placeRank, perNode = ranksPerNode
         for place in first..<end { taken[place] = 0 }
         if tokens == 0 { return }
 
         // Step 1. Positions of the source among the supplies of step 2 and 3 shrink by what ranks before it keep.
         let ownNode = source / perNode, ownNodeStart = ownNode &* perNode
-        var left = tokens, position = beforeSource[expert] &- beforeNode[expert], positionOfNode = beforeNode[expert]
+        var left = tokens, position = beforeSource &- beforeNode, positionOfNode = beforeNode
         for place in first..<end {
             let rank = Int(rankOf[place]), node = rank / perNode
-            let kept = min(Int64(truncatingIfNeeded: counts[rank &* width &+ expert]), quotas[place])
+            let kept = min(Int64(truncatingIfNeeded: counts[rank &* width]), quotas[place])
             nodeQuota[node] &+= quotas[place] &- kept
             nodeKept[node] &+= kept
             if rank == source {
@@ -156,7 +203,7 @@ public final class TokenAssigner {
             var remaining = left
             for place in first..<end where Int(rankOf[place]) / perNode == ownNode {
                 let rank = Int(rankOf[place])
-                let quota = quotas[place] &- min(Int64(truncatingIfNeeded: counts[rank &* width &+ expert]), quotas[place])
+                let quota = quotas[place] &- min(Int64(truncatingIfNeeded: counts[rank &* width]), quotas[place])
                 let part = overlap(position, left, offset, quota)
                 taken[place] &+= part
                 remaining &-= part
@@ -164,7 +211,7 @@ public final class TokenAssigner {
             }
             if remaining > 0 {
                 let before = max(0, position &- offset)
-                distributeAbroad(counts, expert, first, end, remaining, positionOfNode &+ before, quotas, ownNode)
+                distributeAbroad(counts, width, first, end, remaining, positionOfNode &+ before, quotas, ownNode, taken)
             }
         }
         for place in first..<end {
@@ -179,10 +226,10 @@ public final class TokenAssigner {
     /// the source, except that those which nodes before it placed in step 2 are still to be taken off.
     @inline(__always)
     private func distributeAbroad<T: FixedWidthInteger>(
-        _ counts: UnsafePointer<T>, _ expert: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ position: Int64,
-        _ quotas: UnsafePointer<Int64>, _ ownNode: Int
+        _ counts: UnsafePointer<T>, _ width: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ position: Int64,
+        _ quotas: UnsafePointer<Int64>, _ ownNode: Int, _ taken: UnsafeMutablePointer<Int64>
     ) {
-        let rankOf = network.placeRank, width = width, perNode = ranksPerNode
+        let rankOf = network.placeRank, perNode = ranksPerNode
         var position = position
         for place in first..<end {
             let node = Int(rankOf[place]) / perNode
@@ -190,7 +237,7 @@ public final class TokenAssigner {
             if node == ownNode || nodeQuota[node] == 0 { continue }
             var supply = 0 &- nodeKept[node]
             for rank in (node &* perNode)..<((node &+ 1) &* perNode) {
-                supply &+= Int64(truncatingIfNeeded: counts[rank &* width &+ expert])
+                supply &+= Int64(truncatingIfNeeded: counts[rank &* width])
             }
             let matched = min(supply, nodeQuota[node])
             nodeMatched[node] = matched
@@ -201,7 +248,7 @@ public final class TokenAssigner {
         for place in first..<end {
             let rank = Int(rankOf[place]), node = rank / perNode
             if node == ownNode { continue }
-            var quota = quotas[place] &- min(Int64(truncatingIfNeeded: counts[rank &* width &+ expert]), quotas[place])
+            var quota = quotas[place] &- min(Int64(truncatingIfNeeded: counts[rank &* width]), quotas[place])
             let used = min(quota, nodeMatched[node])
             nodeMatched[node] &-= used
             quota &-= used

@@ -70,6 +70,15 @@ private func check(_ placement: Placement, _ random: inout Random) {
             #expect(assigner.onOwnNode == node - own)
             #expect(assigner.onOtherNodes == rows[s].reduce(0, +) - node)
 
+            // Each rank knows what the others send to its places.
+            var known = 0
+            assigner.eachReceived(quotas: solver.quotas) { from, slot, tokens in
+                let place = (0..<network.nPlaces).first { Int(network.placeSlot[$0]) == slot }!
+                #expect(Int(network.placeRank[place]) == s && tokens == expected[from][place])
+                known += 1
+            }
+            #expect(known == shape.epSize * (0..<network.nPlaces).filter { Int(network.placeRank[$0]) == s }.count)
+
             let again = assigner.sum(narrow, sources: shape.epSize)
             #expect(again)
             assigner.assign(narrow, sources: shape.epSize, quotas: solver.quotas)

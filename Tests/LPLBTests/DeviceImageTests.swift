@@ -18,7 +18,16 @@ import Testing
             #expect(Group(solver.memory, 0).maxRounds == Int(lplbk_max_rounds(Int32(size))))
         }
         #expect(Int(LPLB_MAX_RANKS_CUDA) == Int(LPLBK_MAX_GROUP) && Int(LPLB_MAX_LOGICAL_CUDA) == Int(LPLBK_MAX_LOGICAL))
-        #expect(Int(LPLB_MAX_PHYSICAL_CUDA) == Int(LPLBK_MAX_PHYSICAL))
+        #expect(Int(LPLB_MAX_PHYSICAL_CUDA) == Int(LPLBK_MAX_PHYSICAL) && Int(LPLB_MAX_LAYOUT_ROWS) == Int(LPLBK_MAX_LAYOUT_ROWS))
+        let layout = [
+            LPLB_LAYOUT_BAD_IDS, LPLB_LAYOUT_OTHER_EXPERTS, LPLB_LAYOUT_OTHER_PLAN, LPLB_LAYOUT_NO_PLAN, LPLB_LAYOUT_BAD_RECEIVED,
+            LPLB_LAYOUT_BY_ROW_SHORT, LPLB_LAYOUT_RANKS,
+        ]
+        #expect(
+            layout == [
+                LPLBK_LAYOUT_BAD_IDS, LPLBK_LAYOUT_OTHER_EXPERTS, LPLBK_LAYOUT_OTHER_PLAN, LPLBK_LAYOUT_NO_PLAN,
+                LPLBK_LAYOUT_BAD_RECEIVED, LPLBK_LAYOUT_BY_ROW_SHORT, LPLBK_LAYOUT_RANKS,
+            ])
     }
 
     /// The words of one expert.
@@ -43,6 +52,7 @@ import Testing
         // Expert 1, then 3 (slot 4), then 2 (slot 5). Bundles of the second group begin at 2.
         #expect(section(at.replicated, 12) == entry(1, 0, 1) + entry(3, 2, 4) + entry(2, 3, 5))
         #expect(section(at.code, 5) == [3, -1, -3, -2, 0])
+        #expect(section(at.slot_expert, 8) == [4, 1, 1, 0, 3, 2, 2, 3])
         #expect(section(at.expert, 12) == entry(1, 0, 1) + entry(4, -1, 0) + entry(0, -2, 3))
         #expect(section(at.expert + 12, 8) == entry(3, 2, 4) + entry(2, 3, 5))
         #expect(section(at.image + Int32(LPLBK_IMAGE_FIRST_EXPERT), 2) == [0, 3])
@@ -78,6 +88,7 @@ import Testing
             let pairs = entry(3, 0, 0, copy: 5, 0) + entry(1, 1, 3, copy: 2, 1)
             #expect(section(at.n_bundled, 1) == [2] && section(at.code, 4) == [4, -2, 1, -1])
             #expect(section(at.replicated, 8) == pairs && section(at.expert, 16) == pairs + alone)
+            #expect(section(at.slot_expert, 6) == [3, 2, 1, 1, 0, 3])
             #expect(section(at.class_bundle, 2) == [0, 1])
             let lanes = at.image + at.lanes
             #expect(section(lanes, 2) == [lplbk_lane(1, 0, 0), lplbk_lane(0, 0, 1)])
@@ -87,6 +98,7 @@ import Testing
             #expect(section(at.n_bundled, 1) == [0] && section(at.code, 4) == [4, -1, 1, -2])
             #expect(section(at.replicated, 8) == second + first)
             #expect(section(at.expert, 16) == first + entry(2, -1, 1) + second + entry(0, -2, 4))
+            #expect(section(at.slot_expert, 6) == [3, 2, -1, 1, 0, -1])
             #expect(section(at.class_bundle, 2) == [-1, -1])
         }
     }

@@ -426,13 +426,14 @@ static void read_plan(subject *s) {
     }
 }
 
+#include "fuzz_layout.h"
 #include "fuzz_free.h"
 
 int main(int argc, char **argv) {
     const uint64_t iterations = argc > 1 ? strtoull(argv[1], NULL, 10) : 20000;
     seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     static void (*const calls[])(subject *) = {place, set_placement, set_placement, read_placement, plan_ids, plan_ids, plan_ids, rows,
-                                               solve, solve, read_plan};
+                                               solve, solve, read_plan, layout, layout};
     null_handles();
     subject subjects[4] = {{0}};
     for (iteration = 0; iteration < iterations; iteration++) {

@@ -255,6 +255,7 @@ static void null_handles(void) {
     refused("info", lplb_planner_info(NULL, NULL, NULL, 0, NULL));
     refused("split", lplb_planner_split(NULL, i64, 1, NULL));
     refused("assignment", lplb_planner_assignment(NULL, i64, 1, NULL));
+    refused("layout", lplb_planner_layout(NULL, NULL, NULL));
     refused("attach_exchange", lplb_planner_attach_exchange(NULL, NULL));
     refused_exchange("finish", lplb_exchange_finish(NULL, i64));
     refused_exchange("all_gather", lplb_exchange_all_gather(NULL, i32, i32, NULL));

@@ -166,6 +166,11 @@ inline vector<int32_t> tables(const Instance &in) {
     for (int g = 0; g < s.n_groups; ++g) first_bundle[g + 1] += first_bundle[g];
     const auto bundle_number = [&](int u) { return in.bundles[u].group * s.max_bundles + u - first_bundle[in.bundles[u].group]; };
 
+    for (int slot = 0; slot < s.n_physical; ++slot) t[at.slot_expert + slot] = -1;
+    for (int e = 0; e < s.n_logical; ++e) {
+        for (int slot : in.place_slot[e]) t[at.slot_expert + slot] = e;
+    }
+
     // Slot classes of a topology, by expert; -1: none.
     vector<int> slot_class(s.n_logical, -1);
     const int n_own = s.n_redundant ? s.n_logical / s.ep_size : 0;

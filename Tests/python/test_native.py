@@ -57,10 +57,12 @@ def test_signatures_equal_the_header(header):
 
 
 def test_structs_equal_the_header(header):
-    c_types = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "const int32_t *": ctypes.c_void_p}
-    for name, struct in (("lplb_config", _c.Config), ("lplb_group_info", _c.GroupInfoStruct), ("lplb_plan_info", _c.PlanInfoStruct)):
+    c_types = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "const int32_t *": ctypes.c_void_p,
+               "const void *": ctypes.c_void_p, "int32_t *": ctypes.c_void_p, "int64_t *": ctypes.c_void_p, "lplb_dtype": ctypes.c_int32}
+    for name, struct in (("lplb_config", _c.Config), ("lplb_group_info", _c.GroupInfoStruct), ("lplb_plan_info", _c.PlanInfoStruct),
+                         ("lplb_layout", _c.LayoutStruct)):
         body = re.search(rf"typedef struct {name} \{{(.*?)\}}", header, flags=re.S).group(1)
-        fields = re.findall(r"^\s*(const int32_t \*|int64_t|int32_t|uint32_t)\s*(\w+)(\[[^\]]*\])?;", body, flags=re.M)
+        fields = re.findall(r"^\s*(const (?:int32_t|void) \*|int32_t \*|int64_t \*|int64_t|int32_t|uint32_t|lplb_dtype)\s*(\w+)(\[[^\]]*\])?;", body, flags=re.M)
         assert [field for _, field, _ in fields] == [field[0] for field in struct._fields_], name
         for (c_type, field, array), (_, kind) in zip(fields, struct._fields_):
             if array:
@@ -82,7 +84,8 @@ def test_constants_equal_the_header(header):
     for name in ("INT32", "INT64", "DEVICE_CPU", "WHOLE_BATCH"):
         assert getattr(_c, name) == constant(header, f"LPLB_{name}"), name
     assert _c.SOLVERS == {"flow": constant(header, "LPLB_SOLVER_FLOW"), "ipm": constant(header, "LPLB_SOLVER_IPM")}
-    assert _c.MAX_RANKS == constant(header, "LPLB_MAX_RANKS")
+    for name in ["MAX_RANKS", "MAX_LAYOUT_ROWS", *(name for name in vars(_c) if name.startswith("LAYOUT_"))]:
+        assert getattr(_c, name) == constant(header, f"LPLB_{name}"), name
 
 
 def test_loaded_library_is_this_version():

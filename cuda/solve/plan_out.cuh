@@ -9,7 +9,7 @@ namespace lplb {
 
 // Where a solve writes.
 struct PlanOut {
-    int32_t *quota, *take, *group_info;
+    int32_t *quota, *take, *kept, *sources, *group_info;
     int64_t *counters;
     void *counter;
     float *ratios;
@@ -29,6 +29,8 @@ struct PlanOut {
         const int per_node = shape.ep_size / shape.n_nodes;
         return {planner.quota,
                 planner.take,
+                planner.kept,
+                planner.sources,
                 planner.group_info,
                 planner.counters,
                 counter,
@@ -81,6 +83,20 @@ template <bool kAnyWidth>
 __device__ __forceinline__ void compare_digests(const CountMatrix<kAnyWidth> &rows, const PlanOut &out) {
     if (out.digest != nullptr && uniform_warp_id() == (int)(blockDim.x >> 5) - 1) {
         compare_digests(rows.counts + rows.n_logical, rows.n_sources, rows.width, out.digest, out.rank, out.report, out.traps != 0);
+    }
+}
+
+// Keeps what a layout of this plan will ask for: whose counts it was made for and, where several ranks' tokens are told apart, their counts of
+// the experts of this rank's slots. By the threads first, first + 1 ..., `stride` of them.
+template <bool kAnyWidth>
+__device__ __forceinline__ void keep_counts(const Tables &t, const PlanOut &out, const CountMatrix<kAnyWidth> &counts, bool several,
+                                            int first, int stride) {
+    if (first == 0) *out.sources = several ? counts.n_sources : 1;
+    if (!several) return;
+#pragma unroll 1
+    for (int i = first; i < counts.n_sources * out.n_local; i += stride) {
+        const int source = i / out.n_local, expert = t.words[t.at.slot_expert + out.rank * out.n_local + i - source * out.n_local];
+        out.kept[i] = expert < 0 ? 0 : counts.of(source, expert);
     }
 }
 

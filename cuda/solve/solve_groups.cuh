@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(512, 1)
         if (solves) write_lane_info(out, group, flow);
     }
     int moved = 0;
+    if (!solves && blockIdx.x == 0) keep_counts(t, out, loads, work.assigned, work.first, work.stride);
     if (!solves) {
         if constexpr (kPlain && !Work::kLanes) {
             moved = work.overflow ? work.write_bundled() : work.write_arcs();

@@ -39,21 +39,17 @@ class Layout:
     counts: list[int]  # rows received for each buffer row
 
     @classmethod
-    def make(cls, physical: Tensor, replicas: Replicas) -> Layout:
-        """From physical ids [tokens, k], -1 where there is no expert."""
-        group, ranks, rows = replicas.planner.ep_group, replicas.n_ranks, replicas.n_rows
-        n_local, flat = replicas.planner.n_local_routed_experts, physical.reshape(-1).long()
-        place = flat // n_local * rows + replicas.row_of_slot[flat.clamp(min=0)]
-        place = torch.where(flat < 0, ranks * rows, place)  # those without an expert come last
-        order = place.argsort(stable=True)
-        to = torch.bincount(place, minlength=ranks * rows + 1)[:-1].view(ranks, rows)
-        come = _exchange(to, [1] * ranks, [1] * ranks, group)
-        host = torch.stack([to, come]).tolist()  # the only place where a GPU is waited for
-        sent, received = ([sum(row) for row in side] for side in host)
-        row = torch.arange(rows, device=flat.device).repeat(ranks).repeat_interleave(come.flatten(), output_size=sum(received))
-        ends = come.sum(0).cumsum(0).int()
-        counts = [sum(column) for column in zip(*host[1])]
-        return cls(group, replicas.version, physical.shape[-1], order[: sum(sent)], sent, received, row.argsort(stable=True), ends, counts)
+    def make(cls, physical: Tensor, replicas: Replicas, expert_ids: Tensor, planned: bool) -> Layout:
+        """From physical ids [tokens, k], -1 where there is no expert. planned: they are those of the planner's latest plan, from which the
+        planner knows what the other ranks send. Otherwise, and without replicas, where nothing is planned, the ranks ask each other."""
+        planner, ranks = replicas.planner, [1] * replicas.n_ranks
+        knows = planned and planner.n_routed_experts > planner.n_logical_routed_experts
+        layout = planner.layout(
+            physical, experts=expert_ids.detach().to(physical.dtype), row_of_slot=replicas.row_of_slot, n_rows=replicas.n_rows,
+            received=None if knows else lambda rows: _exchange(rows, ranks, ranks, planner.ep_group))
+        sent, received, counts = layout.wait()  # the only place where a GPU is waited for
+        return cls(planner.ep_group, replicas.version, physical.shape[-1], layout.order[: sum(sent)], sent, received, layout.by_row,
+                   layout.ends, counts)
 
 
 def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
@@ -163,9 +159,10 @@ def _add_grouped(sums: Tensor, grad: Tensor, rows: Tensor, layout: Layout) -> No
 
 
 def save_plans() -> Any:
-    """context_fn of torch.utils.checkpoint.checkpoint(..., use_reentrant=False): the physical ids of the forward pass are kept and used
-    again when activations are recomputed, instead of being planned and exchanged a second time."""
-    return create_selective_checkpoint_contexts([torch.ops.lplb.run.default])  # type: ignore[no-untyped-call]
+    """context_fn of torch.utils.checkpoint.checkpoint(..., use_reentrant=False): the physical ids of the forward pass and their layout are
+    kept and used again when activations are recomputed, instead of being planned and exchanged a second time."""
+    kept = [torch.ops.lplb.run.default, torch.ops.lplb.layout.default, torch.ops.lplb.layout_received.default]
+    return create_selective_checkpoint_contexts(kept)  # type: ignore[no-untyped-call]
 
 
 class MoELayer(nn.Module):
@@ -205,7 +202,7 @@ class MoELayer(nn.Module):
             if given.dim() != 2 or given.shape != expert_ids.shape or len(given) != len(hidden_states):
                 raise broken_rule(name, f"must be [{len(hidden_states)} tokens, k], as expert_ids", f"shape {list(given.shape)}")
         self.replicas.check_placement()
-        layout = Layout.make(self.plan(expert_ids) if physical is None else physical, self.replicas)
+        layout = Layout.make(self.plan(expert_ids) if physical is None else physical, self.replicas, expert_ids, physical is None)
         rows = _Dispatch.apply(hidden_states, layout)
         gate, up = _Linear.apply(rows, self.gate_up, "gate_up", self.replicas, layout).chunk(2, dim=-1)
         rows = _Linear.apply(F.silu(gate) * up, self.down, "down", self.replicas, layout)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .exchange import Exchange
+    from .layout import Layout
     from ._ops.arguments import Device
 
 P = ParamSpec("P")
@@ -281,6 +282,31 @@ class Planner:
         """Physical ids by the latest plan. The loads equal the plan exactly if idx are the ids that were counted."""
         blocks = 0 if n_sms is None else integer("n_sms", n_sms, 1, _c.MAX_BLOCKS)
         return self._explained(("idx",), self._calls("idx", idx).redirect, idx, self._token(), self.number, blocks)
+
+    def layout(self, physical: A, *, experts: A | None = None, received: Callable[[A], A] | None = None, row_of_slot: A | None = None,
+               n_rows: int | None = None, max_received: int | None = None) -> Layout[A]:
+        """Where the rows of a dispatch go, computed on the device behind run, see Layout: what is sent by physical, what is received by the
+        latest plan, since every rank's tokens follow from the counts that it was made for. Every rank lays out the ids of that plan.
+
+        physical: slots, -1 for no expert, any shape, as run or redirect returned them. experts: the ids they were made from, of the same type:
+        checked that each slot holds its expert. received: None, or a function that is given what this rank sends, int32 [ep_size, n_rows],
+        and returns what it receives, in the same form, by an exchange of its own (all_to_all_single): for planners without replicas, whose
+        run exchanges nothing, with tokens="same", and for ids that are not those of the latest plan. row_of_slot: integers [n_physical] on
+        the device: the row of every slot in its rank's buffers of n_rows rows, such as Replicas'; None: the slots in order. max_received:
+        as many rows at most are received, so that by_row needs no wait; for CUDA graphs.
+
+        On CUDA works on the current stream and does not wait; Layout.wait() does, and raises what is wrong with the ids. WrongOrder where
+        there is no plan.
+        """
+        from .layout import Layout
+
+        rows = self.n_local_routed_experts if n_rows is None else integer("n_rows", n_rows, 1, _c.MAX_LAYOUT_ROWS // self.ep_size)
+        most = None if max_received is None else integer("max_received", max_received, 0, _c.MAX_IDS)
+        calls = self._calls("physical", physical)
+        arrays = {name: array for name, array in (("physical", physical), ("experts", experts), ("row_of_slot", row_of_slot))
+                  if array is not None}
+        return self._explained(tuple(arrays), lambda *_: Layout(self, calls, physical, experts, received, row_of_slot, rows, most),
+                               *arrays.values())
 
     def _token(self) -> torch.Tensor | None:
         """What stands for the plan inside the planner where a compiler must see who writes and who reads it, see _ops/operators.py."""

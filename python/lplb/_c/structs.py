@@ -24,6 +24,10 @@ MAX_EPLB_PHYSICAL = 2**20  # of lplb_eplb_rebalance
 MAX_LOAD = 2**40
 MAX_IDS = 2**31 - 1  # n_ids of a call
 MAX_BLOCKS = 2**31 - 1  # max_blocks of lplb_planner_run and lplb_planner_redirect
+MAX_LAYOUT_ROWS = 8192
+LAYOUT_SENT, LAYOUT_RECEIVED, LAYOUT_BY_ROW = 1, 2, 4  # LPLB_LAYOUT_*, parts of a layout
+LAYOUT_BAD_IDS, LAYOUT_OTHER_EXPERTS, LAYOUT_OTHER_PLAN, LAYOUT_NO_PLAN, LAYOUT_BAD_RECEIVED, LAYOUT_BY_ROW_SHORT = 1, 2, 4, 8, 16, 32
+LAYOUT_N_BAD_IDS, LAYOUT_N_OTHER_EXPERTS, LAYOUT_N_SENT, LAYOUT_N_RECEIVED, LAYOUT_RANKS = 2, 3, 4, 5, 8
 MESSAGE_SIZE = 1024
 MOVES = {"pull": 0, "push": 1, "homes": 2}  # LPLB_MOVES_*
 WEIGHTS, GRADIENTS = 0, 1  # LPLB_REPLICAS_*
@@ -81,6 +85,16 @@ class PlanInfoStruct(Sized):
     _fields_ = [
         ("struct_size", c_int64), ("n_groups", c_int64), ("invalid_ids", c_int64), ("own_rank", c_int64), ("own_node", c_int64),
         ("other_nodes", c_int64), ("overflow", c_int64)]
+
+
+class LayoutStruct(Sized):
+    """lplb_layout"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("ids", c_void_p), ("experts", c_void_p), ("row_of_slot", c_void_p), ("n_ids", c_int64),
+        ("n_rows", c_int64), ("ids_dtype", c_int32), ("row_dtype", c_int32), ("parts", c_int32), ("exchanged", c_int32),
+        ("order", c_void_p), ("sent", c_void_p), ("received", c_void_p), ("ends", c_void_p), ("numbers", c_void_p), ("by_row", c_void_p),
+        ("n_by_row", c_int64)]
 
 
 # int32_t (*all_gather)(void *context, const int32_t *counts, int32_t *gathered, int64_t n_counts, void *stream);

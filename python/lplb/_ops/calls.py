@@ -6,16 +6,18 @@ they exchange the counts of all ranks inside, so all ranks must make them in the
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .._c.handle import Handle, closed, find, handles
-from .._c.structs import INT32, INT64, MAX_CHUNKS, MAX_IDS
+from .._c.structs import (
+    INT32, INT64, LAYOUT_BY_ROW, LAYOUT_RANKS, LAYOUT_RECEIVED, LAYOUT_SENT, MAX_CHUNKS, MAX_IDS, MAX_LAYOUT_ROWS, LayoutStruct)
 from ..errors import LplbError, broken_rule
 from .host import A, Array, address_of, is_masked, is_tensor, loaded_torch, to_host
 
@@ -68,6 +70,7 @@ class Calls(ABC, Generic[A]):
     """For one kind of arrays. What differs between numpy arrays and torch tensors stands here and in operators.py alone."""
 
     int32: Any  #: types as this kind calls them
+    int64: Any
     float32: Any
     address: Callable[[A], int]
     empty_like: Callable[[A], A]  #: contiguous
@@ -160,8 +163,78 @@ class Calls(ABC, Generic[A]):
             handle.opened(), address, dtype, n_ids, ratios, rows, counts.shape[0], self.address(out), self._stream(handle)))
         return out
 
+    def layout(self, physical: A, experts: A | None, row_of_slot: A | None, plan: Array | None, planner: int, n_ranks: int, n_rows: int,
+               planned: bool) -> tuple[A, A]:
+        """The order of the choices, and words, see layout_sections. planned: those of what is received, too."""
+        handle, parts = find(planner), LAYOUT_SENT | LAYOUT_RECEIVED * planned
+        handle.check_sizes("n_ranks", n_ranks, handle.ep_size)
+        address, dtype, n_ids, ids = self.buffer("physical", physical, handle)
+        layout = LayoutStruct(ids=address, n_ids=n_ids, ids_dtype=dtype, n_rows=n_rows, parts=parts)
+        if experts is not None:
+            layout.experts, other, n_experts, _experts = self.buffer("experts", experts, handle)
+            handle.check_sizes("experts", n_experts, n_ids)
+            if other != dtype:
+                raise broken_rule("experts", f"must be of physical's type, {ids.dtype}", str(experts.dtype))
+        if row_of_slot is not None:
+            layout.row_of_slot, layout.row_dtype, n_slots, _rows = self.buffer("row_of_slot", row_of_slot, handle)
+            handle.check_sizes("row_of_slot", n_slots, handle.n_physical)
+        order, words = self.empty((n_ids,), self.int64, ids), self.words(n_ranks, n_rows, ids)
+        layout.order = self.address(order)
+        self._lay_out(handle, layout, words)
+        return order, words
+
+    def layout_received(self, words: A, received: A, planner: int, n_ranks: int, n_rows: int) -> A:
+        """words of layout() with what is received, which was exchanged."""
+        handle, begin = find(planner), layout_sections(n_ranks, n_rows)
+        handle.check_sizes("n_ranks", n_ranks, handle.ep_size)
+        _, _, n_received, theirs = self.buffer("received", received, handle, {self.int32: INT32})
+        handle.check_sizes("received", n_received, n_ranks * n_rows)
+        whole = self.words(n_ranks, n_rows, words)
+        whole[...] = words
+        whole[begin.received : begin.received + n_received] = theirs.reshape(-1)
+        self._lay_out(handle, LayoutStruct(n_rows=n_rows, parts=LAYOUT_RECEIVED, exchanged=1), whole)
+        return whole
+
+    def layout_by_row(self, words: A, planner: int, n_ranks: int, n_rows: int, n_by_row: int) -> A:
+        """Of words, see lplb_layout.by_row: int64 [n_by_row]."""
+        handle, begin = find(planner), layout_sections(n_ranks, n_rows)
+        handle.check_sizes("n_ranks", n_ranks, handle.ep_size)
+        address, _, n_words, _words = self.buffer("words", words, handle, {self.int32: INT32})
+        handle.check_sizes("words", n_words, begin.end)
+        by_row = self.empty((n_by_row,), self.int64, words)
+        layout = LayoutStruct(n_rows=n_rows, parts=LAYOUT_BY_ROW, received=address + 4 * begin.received, by_row=self.address(by_row),
+                              n_by_row=n_by_row)
+        handle.check(handle.library.planner_layout(handle.opened(), ctypes.byref(layout), self._stream(handle)))
+        return by_row
+
+    def words(self, n_ranks: int, n_rows: int, beside: A) -> A:
+        if not 1 <= n_rows <= MAX_LAYOUT_ROWS // n_ranks:
+            raise broken_rule("n_rows", f"must lie in 1 ... {MAX_LAYOUT_ROWS // n_ranks}", n_rows)
+        return self.empty((layout_sections(n_ranks, n_rows).end,), self.int32, beside)
+
+    def _lay_out(self, handle: Handle, layout: LayoutStruct, words: A) -> None:
+        address, begin = self.address(words), layout_sections(handle.ep_size, layout.n_rows)
+        layout.numbers, layout.sent = address, address + 4 * begin.sent
+        layout.received, layout.ends = address + 4 * begin.received, address + 4 * begin.ends
+        handle.check(handle.library.planner_layout(handle.opened(), ctypes.byref(layout), self._stream(handle)))
+
     def _stream(self, handle: Handle) -> int | None:
         return None if handle.device < 0 else self.stream(handle.device)
+
+
+class LayoutSections(NamedTuple):
+    """Where the parts of a layout's words begin, each at a multiple of 16 bytes: numbers [LAYOUT_RANKS + 2 * ranks + rows] first, then
+    sent and received [ranks, rows] and ends [rows]."""
+
+    sent: int
+    received: int
+    ends: int
+    end: int
+
+
+def layout_sections(n_ranks: int, n_rows: int) -> LayoutSections:
+    sent, matrix = (LAYOUT_RANKS + 2 * n_ranks + n_rows + 3) // 4 * 4, (n_ranks * n_rows + 3) // 4 * 4
+    return LayoutSections(sent, sent + matrix, sent + 2 * matrix, sent + 2 * matrix + (n_rows + 3) // 4 * 4)
 
 
 def refuse_invalid(ids: A, n_ids: int, n_logical: int) -> None:
@@ -183,7 +256,7 @@ INTEGERS = {np.dtype(np.int32): INT32, np.dtype(np.int64): INT64}
 
 
 class NumpyCalls(Calls["npt.NDArray[Any]"]):
-    int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
+    int32, int64, float32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
     address = staticmethod(address_of)
     empty_like = staticmethod(partial(np.empty_like, order="C"))
     stream = staticmethod(lambda device: None)

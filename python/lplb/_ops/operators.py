@@ -15,13 +15,13 @@ from torch import Tensor
 from .._c.handle import Handle
 from .._c.structs import INT32, INT64
 from ..errors import LplbError, broken_rule
-from .calls import Buffer, Calls
+from .calls import Buffer, Calls, layout_sections
 
 INTEGERS = {torch.int32: INT32, torch.int64: INT64}
 
 
 class TensorCalls(Calls[Tensor]):
-    int32, float32 = torch.int32, torch.float32
+    int32, int64, float32 = torch.int32, torch.int64, torch.float32
 
     # The stream as a number, without building a torch.cuda.Stream each time. Absent in builds of torch without CUDA.
     stream = staticmethod(getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: None))
@@ -101,6 +101,21 @@ def _solve_fake(workload: Tensor, avail_counter: Tensor | None, plan: Tensor | N
     return workload.new_empty(ratio_shape, dtype=torch.float32), workload.new_empty(scaled_shape, dtype=torch.float32)
 
 
+def _layout_fake(physical: Tensor, experts: Tensor | None, row_of_slot: Tensor | None, plan: Tensor | None, planner: int, n_ranks: int,
+                 n_rows: int, planned: bool) -> tuple[Tensor, Tensor]:
+    _on_one_device("physical", physical, experts, row_of_slot)
+    words = physical.new_empty((layout_sections(n_ranks, n_rows).end,), dtype=torch.int32)
+    return physical.new_empty((physical.numel(),), dtype=torch.int64), words
+
+
+def _layout_received_fake(words: Tensor, received: Tensor, planner: int, n_ranks: int, n_rows: int) -> Tensor:
+    return torch.empty_like(words)
+
+
+def _layout_by_row_fake(words: Tensor, planner: int, n_ranks: int, n_rows: int, n_by_row: int) -> Tensor:
+    return words.new_empty((n_by_row,), dtype=torch.int64)
+
+
 # define/impl costs a quarter of what torch.library.custom_op does per call. The planner's number is a SymInt, so that one compiled
 # graph serves the planners of all layers. `plan` stands for the plan inside the planner, which run and solve write and redirect reads:
 # nothing is stored in it, and eager calls give none, but without it a compiler would see no reason to keep them, in this order. For run it
@@ -116,6 +131,12 @@ for _schema, _kernel, _fake in (
     ("redirect(Tensor idx, Tensor? plan, SymInt planner, int n_sms) -> Tensor", _calls.redirect, _redirect_fake),
     ("redirect_by_ratio(Tensor idx, Tensor o_weight, Tensor cumulative, SymInt planner) -> Tensor", _calls.redirect_by_ratio,
      _redirect_by_ratio_fake),
+    ("layout(Tensor physical, Tensor? experts, Tensor? row_of_slot, Tensor? plan, SymInt planner, int n_ranks, int n_rows, bool planned)"
+     " -> (Tensor, Tensor)", _calls.layout, _layout_fake),
+    ("layout_received(Tensor words, Tensor received, SymInt planner, int n_ranks, int n_rows) -> Tensor", _calls.layout_received,
+     _layout_received_fake),
+    ("layout_by_row(Tensor words, SymInt planner, int n_ranks, int n_rows, SymInt n_by_row) -> Tensor", _calls.layout_by_row,
+     _layout_by_row_fake),
 ):
     _name = _schema[: _schema.index("(")]
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -128,3 +149,6 @@ count = torch.ops.lplb.count.default
 solve = torch.ops.lplb.solve.default
 redirect = torch.ops.lplb.redirect.default
 redirect_by_ratio = torch.ops.lplb.redirect_by_ratio.default
+layout = torch.ops.lplb.layout.default
+layout_received = torch.ops.lplb.layout_received.default
+layout_by_row = torch.ops.lplb.layout_by_row.default
