@@ -78,6 +78,7 @@ def test_one_process():
 def test_grouped_products_are_the_loop(monkeypatch):
     """torch._grouped_mm, which CUDA takes for bfloat16, on the CPU: the same values as the loop, with experts that get nothing."""
     from lplb import Planner, moe
+    from lplb._moe import products
 
     try:
         torch._grouped_mm(torch.ones(8, 8).bfloat16(), torch.ones(1, 8, 8).bfloat16(), offs=torch.tensor([8], dtype=torch.int32))
@@ -86,7 +87,7 @@ def test_grouped_products_are_the_loop(monkeypatch):
     planner = Planner.from_placement([2, 0, 1, 2, 0, 1, 3, 3], ep_size=1, device="cpu")
     seen = []
     for fast in (False, True):
-        monkeypatch.setattr(moe, "_fast", lambda rows, width: fast and len(rows) > 0)
+        monkeypatch.setattr(products, "_fast", lambda rows, width: fast and len(rows) > 0)
         torch.manual_seed(0)
         layer = moe.MoELayer(planner, 16, 24, dtype=torch.bfloat16, grad_dtype=torch.float32)
         states, weights = torch.randn(40, 16).bfloat16().requires_grad_(), torch.rand(40, 2).bfloat16().requires_grad_()
