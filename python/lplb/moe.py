@@ -172,6 +172,7 @@ class MoELayer(nn.Module):
         """Physical ids, for forward(physical=...) under the same placement."""
         return self.replicas.planner.run(expert_ids.detach(), None)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, expert_ids: Tensor, router_weights: Tensor, physical: Tensor | None = None) -> Tensor:
         """[tokens, hidden], [tokens, k] integers, -1 for no expert, [tokens, k] -> [tokens, hidden]. physical: of plan(), if made."""
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.hidden:

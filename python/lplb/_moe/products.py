@@ -95,19 +95,17 @@ def add_grouped(sums: Tensor, grad: Tensor, rows: Tensor, counts: Sequence[int],
     One product for each large expert, which adds in its last step to bfloat16 and float32 alike, without a second pass over memory. Small
     experts of bfloat16 are cheaper in one launch, whose result is added to the rows that got something.
     """
-    fast = _fast(rows, grad.shape[1]) and sums[0].numel() < LARGE
-    product = torch._grouped_mm(grad.t(), rows.contiguous(), offs=ends) if fast else None
-    for row, first, last in _spans(counts):
-        if first == last:
-            if row < fresh:
-                sums[row].zero_()
-        elif product is None:
-            _add_product(sums[row], grad[first:last].t(), rows[first:last], row < fresh)
-    if product is not None:
-        if any(counts[:fresh]):
-            sums[:fresh].copy_(product[:fresh])  # zeros where nothing came
+    if _fast(rows, grad.shape[1]) and sums[0].numel() < LARGE:
+        product = torch._grouped_mm(grad.t(), rows.contiguous(), offs=ends)
+        sums[:fresh].copy_(product[:fresh])  # zeros where nothing came
         for first, last in _runs(counts, fresh):
             sums[first:last] += product[first:last]
+        return
+    for row, first, last in _spans(counts):
+        if first < last:
+            _add_product(sums[row], grad[first:last].t(), rows[first:last], row < fresh)
+        elif row < fresh:
+            sums[row].zero_()
 
 
 def _runs(counts: Sequence[int], first: int) -> Iterator[tuple[int, int]]:
