@@ -18,7 +18,7 @@ from lplb import Planner
 from lplb.copies import Copies, natural_placement
 from lplb.moe import MoELayer
 from moe_models import Block
-from moe_reference import HIDDEN, WIDTH, Dense, batch, by_topology, far, n_experts, natural, ring_slots
+from moe_reference import HIDDEN, WIDTH, Dense, batch, by_topology, far, n_experts, natural, raises, ring_slots
 
 
 def reference(world, size, rate=0.1, steps=2):
@@ -137,7 +137,13 @@ def fsdp_over_experts(group):
 
     train(block, world, 2, rank, after_step=other_copies)
     assert layer.replicas.version == 2 and torch.equal(own, layer.replicas.own)
-    return distances(block, reference(world, 2), own)
+    found = distances(block, reference(world, 2), own)
+    state = {name: one.clone() for name, one in block.state_dict().items()}
+    block.load_state_dict(state)
+    assert distances(block, reference(world, 2), own) == found
+    raises(lplb.InvalidArgument, f"state_dict: must hold the experts {own.tolist()} in this order where they are sharded", lambda:
+           block.load_state_dict({**state, "experts._extra_state": own.flip(0)}))
+    return found
 
 
 def compiled(group):
@@ -216,8 +222,6 @@ def deep_ep(group):
 
 def refused(group):
     """What cannot be right says what to do."""
-    from moe_worker import raises
-
     size, rank = group.size(), dist.get_rank(group)
     mine = batch(1, rank, size)
     layer = MoELayer(by_topology(group), HIDDEN, WIDTH, dtype=torch.float64)

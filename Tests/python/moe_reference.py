@@ -121,3 +121,12 @@ def step(layer, size, rank, between=lambda index: None):
 
 def merge(*found):
     return {key: max(one[key] for one in found) for key in found[0]}
+
+
+def raises(kind, words, call):
+    try:
+        call()
+    except kind as error:
+        assert words in str(error), f"{error} lacks {words!r}"
+    else:
+        raise AssertionError(f"nobody refused: {words}")

@@ -23,7 +23,8 @@ from lplb import Planner
 from lplb.moe import MoELayer, save_plans
 from moe_models import language_model, with_ddp
 from moe_reference import (
-    HIDDEN, WIDTH, Dense, batch, by_topology, far, merge, n_experts, natural, random_slots, ring_slots, step, turned_slots, uneven_slots)
+    HIDDEN, WIDTH, Dense, batch, by_topology, far, merge, n_experts, natural, raises, random_slots, ring_slots, step, turned_slots,
+    uneven_slots)
 
 torch.set_num_threads(1)
 
@@ -286,15 +287,6 @@ def checkpoints(group):
     else:
         raise AssertionError("a checkpoint of other experts was accepted")
     return {"different": max(wrong)}
-
-
-def raises(kind, words, call):
-    try:
-        call()
-    except kind as error:
-        assert words in str(error), f"{error} lacks {words!r}"
-    else:
-        raise AssertionError(f"nobody refused: {words}")
 
 
 def refusals(group):

@@ -27,7 +27,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from ._moe import deep_ep
@@ -200,7 +199,7 @@ class MoELayer(nn.Module):
             gate, up = Linear.apply(rows, self.gate_up, "gate_up", self.replicas, layout).chunk(2, dim=-1)
             down: Tensor = Linear.apply(F.silu(gate) * up, self.down, "down", self.replicas, layout)
             return down
-        own, copies = self.copies(*(one.to_local() if isinstance(one, DTensor) else one for one in (self.gate_up, self.down)))
+        own, copies = self.copies(*(one.to_local() if hasattr(one, "to_local") else one for one in (self.gate_up, self.down)))
         n = self.copies.n_own
         first, parts = sum(layout.counts[:n]), []
         for (gate_up, weight), part, counts, ends in ((own, rows[:first], layout.counts[:n], layout.ends[:n]),
@@ -226,7 +225,7 @@ class MoELayer(nn.Module):
             if missing:
                 raise broken_rule("state_dict", f"must hold the experts of rank {self.replicas.rank}", f"none of the experts {missing}")
             for key in (f"{prefix}gate_up", f"{prefix}down"):
-                if isinstance(state_dict.get(key), DTensor):
+                if hasattr(state_dict.get(key), "to_local"):  # a DTensor
                     if saved.tolist() != own:
                         raise broken_rule("state_dict", f"must hold the experts {own} in this order where they are sharded", saved.tolist())
                 elif key in state_dict:

@@ -55,10 +55,13 @@ class PlainLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (rows, weights), (counts, ends) = ctx.saved_tensors, ctx.of
-        sums = None
+        sums: Tensor | None = None
         if ctx.needs_input_grad[1]:
-            sums = torch.empty_like(weights)
-            add_grouped(sums, grad.contiguous(), rows, counts, ends, len(sums))
+            if _fast(rows, grad.shape[1]):
+                sums = torch._grouped_mm(grad.contiguous().t(), rows.contiguous(), offs=ends)
+            else:
+                sums = torch.empty_like(weights)
+                add_grouped(sums, grad.contiguous(), rows, counts, ends, len(sums))
         return grouped(grad, weights, counts, ends) if ctx.needs_input_grad[0] else None, sums, None, None
 
 
