@@ -1,4 +1,4 @@
-// Where the rows of a dispatch go, see lplb.h, section 8; the oracle is Sources/LPLBSolver/DispatchLayout.swift.
+// Where the rows of a dispatch go, see lplb.h, section 9; the oracle is Sources/LPLBSolver/DispatchLayout.swift.
 //
 // A choice's key is the rank and buffer row that it goes to. The choices are sorted by counting: each block tallies the keys of its run of
 // choices, one block adds the tallies up, and each block then knows where its choices of a key begin. Choices without an expert have the

@@ -1,4 +1,4 @@
-// lplb.h section 8: the layout of a dispatch.
+// lplb.h section 9: the layout of a dispatch.
 
 import CLPLB
 import LPLBTopology

@@ -2,7 +2,7 @@
 
 import LPLBTopology
 
-/// The rows of a dispatch under one placement, see lplb.h, section 8. A *key* is rank * rows + row; `nKeys` stands for "no expert".
+/// The rows of a dispatch under one placement, see lplb.h, section 9. A *key* is rank * rows + row; `nKeys` stands for "no expert".
 ///
 /// O(ids + nPhysical + nKeys) a call. Not for use by two threads at once. Allocates when there are more keys than ever before.
 public final class DispatchLayout {

@@ -19,7 +19,7 @@ def n_experts(size):
 
 def by_topology(group):
     size = group.size()
-    r2o = {2: torch.tensor([[1], [0]]), 4: topology.SQUARE_4P2E}[size]
+    r2o = {2: torch.tensor([[1], [0]]), 4: topology.SQUARE_4P2E, 8: topology.CUBE_8P2E}[size]
     return Planner(r2o, n_experts(size) + r2o.shape[1] * size, n_experts(size), group=group)
 
 
@@ -67,7 +67,7 @@ def batch(seed, rank, size, tokens=30, only=None, dtype=torch.float64):
 def batches(size, rank):
     """Micro-batches of a step: all experts; few experts, and a rank without tokens; skewed."""
     return [batch(1, rank, size), batch(2, rank, size, tokens=0 if rank == 1 else 17, only=np.array([0, 1, 2, 5])),
-            batch(3, rank, size, tokens=41 - 9 * rank, only=np.array([3, 3, 3, 4, 6, 7]))]
+            batch(3, rank, size, tokens=max(1, 41 - 9 * rank), only=np.array([3, 3, 3, 4, 6, 7]))]
 
 
 class Dense(nn.Module):
@@ -121,3 +121,12 @@ def step(layer, size, rank, between=lambda index: None):
 
 def merge(*found):
     return {key: max(one[key] for one in found) for key in found[0]}
+
+
+def raises(kind, words, call):
+    try:
+        call()
+    except kind as error:
+        assert words in str(error), f"{error} lacks {words!r}"
+    else:
+        raise AssertionError(f"nobody refused: {words}")

@@ -1,6 +1,6 @@
 """One process of test_moe.py: trains with replicas and measures its distance from a dense reference that one process could run.
 
-Arguments: rank, processes, store file, output folder. Writes for each scenario what it measured, or the words of its failure.
+Arguments: rank, processes, store file, output folder, and names of scenarios in this file or as module:name; none: all of this file. Writes for each scenario what it measured, or the words of its failure.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import pkgutil
 import sys
 import time
 import traceback
@@ -22,7 +23,8 @@ from lplb import Planner
 from lplb.moe import MoELayer, save_plans
 from moe_models import language_model, with_ddp
 from moe_reference import (
-    HIDDEN, WIDTH, Dense, batch, by_topology, far, merge, n_experts, natural, random_slots, ring_slots, step, turned_slots, uneven_slots)
+    HIDDEN, WIDTH, Dense, batch, by_topology, far, merge, n_experts, natural, raises, random_slots, ring_slots, step, turned_slots,
+    uneven_slots)
 
 torch.set_num_threads(1)
 
@@ -34,7 +36,7 @@ def gradients(group):
     """Accumulation over three micro-batches, empty experts, a rank without tokens, ids of -1; by a topology, by placements, and without."""
     size, rank = group.size(), dist.get_rank(group)
     planners = [by_topology(group), natural(group)]
-    planners += [Planner.from_placement(random_slots(seed, size), n_logical=n_experts(size), group=group) for seed in range(3)]
+    planners += [Planner.from_placement(random_slots(seed, size), n_logical=n_experts(size), group=group) for seed in range(3 if size < 8 else 1)]
     found = []
     for planner in planners:
         layer = MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64)
@@ -53,8 +55,9 @@ def update_inside(group):
     """Other placements between the micro-batches of a step: gradients of evicted copies, and of homes that move, are not lost."""
     size, rank = group.size(), dist.get_rank(group)
     found = []
-    for slots in ([ring_slots(size, 1), turned_slots(size), ring_slots(size, size - 1)], [random_slots(seed, size) for seed in (5, 6, 7)],
-                  [ring_slots(size, 1), uneven_slots(size), turned_slots(size)]):
+    steps = [[ring_slots(size, 1), turned_slots(size), ring_slots(size, size - 1)], [random_slots(seed, size) for seed in (5, 6, 7)],
+             [ring_slots(size, 1), uneven_slots(size), turned_slots(size)]]
+    for slots in steps if size < 8 else steps[:1]:
         planner = Planner.from_placement(slots[0], n_logical=n_experts(size), group=group)
         layer = MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64, slack=3)
         homes = []
@@ -286,15 +289,6 @@ def checkpoints(group):
     return {"different": max(wrong)}
 
 
-def raises(kind, words, call):
-    try:
-        call()
-    except kind as error:
-        assert words in str(error), f"{error} lacks {words!r}"
-    else:
-        raise AssertionError(f"nobody refused: {words}")
-
-
 def refusals(group):
     """What would go wrong silently or hang is refused in words, on all ranks."""
     size, rank = group.size(), dist.get_rank(group)
@@ -355,9 +349,10 @@ SCENARIOS = [gradients, update_inside, main_gradients, bfloat16, few_experts, op
 
 def main():
     rank, processes, store, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    scenarios = [pkgutil.resolve_name(f"moe_{name}" if ":" in name else f"{__name__}:{name}") for name in sys.argv[5:]] or SCENARIOS
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     seen = {}
-    for scenario in SCENARIOS:
+    for scenario in scenarios:
         began = time.monotonic()
         try:
             measured = scenario(dist.group.WORLD)

@@ -19,16 +19,18 @@ BOUNDS = {"gradients": 1e-12, "update_inside": 1e-12, "main_gradients": 1e-4, "b
           "language_model": 1e-9, "refusals": 0.0}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def results(request, tmp_path_factory):
-    """What each of the processes measured."""
-    processes, folder = request.param, tmp_path_factory.mktemp("moe")
+def start(processes, folder, scenarios):
     here = Path(__file__).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                    "PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)])}
-    commands = [[sys.executable, here / "moe_worker.py", str(rank), str(processes), folder / "store", folder] for rank in range(processes)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
+    commands = [[sys.executable, here / "moe_worker.py", str(rank), str(processes), folder / "store", folder, *scenarios]
+                for rank in range(processes)]
+    return [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands]
+
+
+def measured(processes, folder, scenarios=()):
+    """What each of the processes measured."""
+    started = start(processes, folder, scenarios)
     try:
         words = [process.communicate(timeout=240)[0] for process in started]
     finally:
@@ -39,15 +41,24 @@ def results(request, tmp_path_factory):
     return [json.loads(file.read_text()) for file in files]
 
 
-@pytest.mark.parametrize("scenario", BOUNDS)
-def test_scenario(results, scenario, note):
+def judge(results, scenario, bound, note):
     failures = [f"rank {rank}: {one['failure']}" for rank, seen in enumerate(results) for one in seen.values() if "failure" in one]
     for seen in results:
         assert scenario in seen and "measured" in seen[scenario], "\n".join(failures)
     largest = {key: max(seen[scenario]["measured"][key] for seen in results) for key in results[0][scenario]["measured"]}
     note(f"{scenario} on {len(results)} ranks: " + ", ".join(f"{key} {value:.1e}" for key, value in largest.items())
          + f" ({results[0][scenario]['seconds']:.1f} s)")
-    assert all(value <= BOUNDS[scenario] for value in largest.values()), largest
+    assert all(value <= bound for value in largest.values()), largest
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, tmp_path_factory):
+    return measured(request.param, tmp_path_factory.mktemp("moe"))
+
+
+@pytest.mark.parametrize("scenario", BOUNDS)
+def test_scenario(results, scenario, note):
+    judge(results, scenario, BOUNDS[scenario], note)
 
 
 def test_one_process():
@@ -83,6 +94,7 @@ def test_one_process():
 def test_grouped_products_are_the_loop(monkeypatch):
     """torch._grouped_mm, which CUDA takes for bfloat16, on the CPU: the same values as the loop, with experts that get nothing."""
     from lplb import Planner, moe
+    from lplb._moe import products
 
     try:
         torch._grouped_mm(torch.ones(8, 8).bfloat16(), torch.ones(1, 8, 8).bfloat16(), offs=torch.tensor([8], dtype=torch.int32))
@@ -91,7 +103,7 @@ def test_grouped_products_are_the_loop(monkeypatch):
     planner = Planner.from_placement([2, 0, 1, 2, 0, 1, 3, 3], ep_size=1, device="cpu")
     seen = []
     for fast in (False, True):
-        monkeypatch.setattr(moe, "_fast", lambda rows, width: fast and len(rows) > 0)
+        monkeypatch.setattr(products, "_fast", lambda rows, width: fast and len(rows) > 0)
         torch.manual_seed(0)
         layer = moe.MoELayer(planner, 16, 24, dtype=torch.bfloat16, grad_dtype=torch.float32)
         states, weights = torch.randn(40, 16).bfloat16().requires_grad_(), torch.rand(40, 2).bfloat16().requires_grad_()

@@ -5,6 +5,16 @@
 
 Each rank gives its own tokens. A step is: forward and backward of one or several micro-batches, layer.replicas.push_grads(), the optimizer,
 layer.replicas.pull(). Every rank of the group calls forward and backward, also one without tokens.
+
+With DistributedDataParallel or FSDP2 there are two ways.
+ - They leave the experts alone: DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names of the experts' parameters),
+   or fully_shard(module, ignored_params=set(layer.parameters())). Where several ranks hold the same experts (more ranks than those of the
+   planner's group), their gradients are reduced by hand, behind push_grads() and before the optimizer.
+ - MoELayer(..., sharded=True): the parameters are plain ones whose gradients autograd hands out, so fully_shard(layer, mesh=...) or a
+   DistributedDataParallel over the ranks that hold the same experts may shard and reduce them. push_grads() and pull() have nothing to do
+   then. The copies' weights are pulled in each forward pass, behind FSDP's unshard, and their gradients go home in each backward pass,
+   before FSDP reduces: that many times the cost of one of each a step. Main gradients in another type, and homes that move, need the
+   first way.
 """
 
 from __future__ import annotations
@@ -19,6 +29,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from ._moe import deep_ep
+from ._moe.products import Linear, PlainLinear
+from .copies import Copies
 from .errors import WrongOrder, broken_rule
 from .planner import Planner
 from .replicas import Replicas
@@ -105,59 +118,6 @@ class _Combine(torch.autograd.Function):
         return _send(grad, ctx.layout), None, None
 
 
-class _Linear(torch.autograd.Function):
-    """rows @ weight.T with each row's own expert. The weights' gradients are added to the buffer of replicas, for own experts and copies
-    alike; that of own experts is parameter.grad (or main_grad), which autograd itself is not told of."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, parameter: nn.Parameter, name: str, replicas: Replicas, layout: Layout) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.of = name, replicas, layout
-        return _grouped(rows, replicas.weights(name).transpose(1, 2), layout)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        (rows,), (name, replicas, layout) = ctx.saved_tensors, ctx.of
-        if replicas.version != layout.version:
-            raise WrongOrder("replicas: update() must not be called between a forward pass and its backward pass")
-        if ctx.needs_input_grad[1]:
-            _add_grouped(replicas.gradients(name), grad.contiguous(), rows, layout)
-        return _grouped(grad, replicas.weights(name), layout) if ctx.needs_input_grad[0] else None, None, None, None, None
-
-
-def _fast(rows: Tensor, width: int) -> bool:
-    """Whether torch has a grouped product for this: bfloat16 on CUDA, rows of a multiple of 16 bytes, and one row at least."""
-    return rows.is_cuda and rows.dtype is torch.bfloat16 and hasattr(torch, "_grouped_mm") and len(rows) > 0 and not (
-        rows.shape[1] % 8 or width % 8)
-
-
-def _grouped(rows: Tensor, weights: Tensor, layout: Layout) -> Tensor:
-    """rows [n, a] by weights [buffer rows, a, b]."""
-    if _fast(rows, weights.shape[2]):
-        product: Tensor = torch._grouped_mm(rows.contiguous(), weights, offs=layout.ends)
-        return product
-    out = rows.new_empty((len(rows), weights.shape[2]))
-    first = 0
-    for row, count in enumerate(layout.counts):
-        if count:
-            torch.mm(rows[first : first + count], weights[row], out=out[first : first + count])
-            first += count
-    return out
-
-
-def _add_grouped(sums: Tensor, grad: Tensor, rows: Tensor, layout: Layout) -> None:
-    """sums [buffer rows, b, a] += grad [n, b] transposed by rows [n, a], for each buffer row."""
-    if _fast(rows, grad.shape[1]):
-        sums += torch._grouped_mm(grad.t(), rows.contiguous(), offs=layout.ends)
-        return
-    first = 0
-    for row, count in enumerate(layout.counts):
-        if count:
-            sums[row] += grad[first : first + count].t() @ rows[first : first + count]
-            first += count
-
-
 def save_plans() -> Any:
     """context_fn of torch.utils.checkpoint.checkpoint(..., use_reentrant=False): the physical ids of the forward pass and their layout are
     kept and used again when activations are recomputed, instead of being planned and exchanged a second time."""
@@ -170,16 +130,31 @@ class MoELayer(nn.Module):
 
     planner: with replicas or without; Planner.run is called in forward. grad_dtype: torch.float32 for main gradients (parameter.main_grad).
     slack: see Replicas. seed: each expert's first weights depend on it and on the expert alone, not on where the expert stands.
+    sharded: the parameters are for FSDP2, DDP or other hooks, see above. dispatch: "torch" (all_to_all_single), or a deep_ep.Buffer of the
+    planner's group, for bfloat16.
     """
 
     def __init__(self, planner: Planner, hidden: int, intermediate: int, *, dtype: torch.dtype | None = None,
-                 grad_dtype: torch.dtype | None = None, slack: int = 0, seed: int = 0) -> None:
+                 grad_dtype: torch.dtype | None = None, slack: int = 0, seed: int = 0, sharded: bool = False, dispatch: Any = "torch"
+                 ) -> None:
         super().__init__()
-        self.replicas = Replicas(planner, slack=slack)
-        self.gate_up = self.replicas.parameter("gate_up", (2 * intermediate, hidden), dtype=dtype, grad_dtype=grad_dtype)
-        self.down = self.replicas.parameter("down", (hidden, intermediate), dtype=dtype, grad_dtype=grad_dtype)
+        if dispatch != "torch":
+            deep_ep.check_buffer(dispatch, planner.ep_group)
+        if sharded and (slack or grad_dtype not in (None, dtype)):
+            raise broken_rule("sharded", "must be False where homes move (slack) or gradients have another type (grad_dtype)", sharded)
+        self.buffer = None if dispatch == "torch" else dispatch
+        self.copies = Copies(planner) if sharded else None
+        self.replicas = self.copies.places if self.copies else Replicas(planner, slack=slack)
+        shapes = {"gate_up": (2 * intermediate, hidden), "down": (hidden, intermediate)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, self.replicas.parameter(name, shape, dtype=dtype, grad_dtype=grad_dtype) if not sharded else
+                                    nn.Parameter(torch.zeros(len(self.replicas.own), *shape, dtype=dtype, device=planner.device)))
+        self.hidden, self._made = hidden, (self.gate_up, self.down)
         self.reset_parameters(seed)
         self.replicas.pull()
+
+    gate_up: nn.Parameter
+    down: nn.Parameter
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
@@ -193,22 +168,43 @@ class MoELayer(nn.Module):
         """Physical ids, for forward(physical=...) under the same placement."""
         return self.replicas.planner.run(expert_ids.detach(), None)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, expert_ids: Tensor, router_weights: Tensor, physical: Tensor | None = None) -> Tensor:
         """[tokens, hidden], [tokens, k] integers, -1 for no expert, [tokens, k] -> [tokens, hidden]. physical: of plan(), if made."""
-        if hidden_states.dim() != 2 or hidden_states.shape[1] != self.gate_up.shape[2]:
-            raise broken_rule("hidden_states", f"must be [tokens, {self.gate_up.shape[2]}]", f"shape {list(hidden_states.shape)}")
+        if hidden_states.dim() != 2 or hidden_states.shape[1] != self.hidden:
+            raise broken_rule("hidden_states", f"must be [tokens, {self.hidden}]", f"shape {list(hidden_states.shape)}")
         same = ("router_weights", router_weights), ("physical", expert_ids if physical is None else physical)
         for name, given in (("expert_ids", expert_ids), *same):
             if given.dim() != 2 or given.shape != expert_ids.shape or len(given) != len(hidden_states):
                 raise broken_rule(name, f"must be [{len(hidden_states)} tokens, k], as expert_ids", f"shape {list(given.shape)}")
+        if self.copies is None and (self.gate_up is not self._made[0] or self.down is not self._made[1]):
+            raise WrongOrder("MoELayer: the parameters were replaced, as FSDP2's fully_shard does: make the layer with sharded=True, or leave "
+                             "them out with fully_shard(..., ignored_params=set(layer.parameters()))")
         self.replicas.check_placement()
-        layout = Layout.make(self.plan(expert_ids) if physical is None else physical, self.replicas, expert_ids, physical is None)
-        rows = _Dispatch.apply(hidden_states, layout)
-        gate, up = _Linear.apply(rows, self.gate_up, "gate_up", self.replicas, layout).chunk(2, dim=-1)
-        rows = _Linear.apply(F.silu(gate) * up, self.down, "down", self.replicas, layout)
-        choices = _Combine.apply(rows, expert_ids.numel(), layout).view(*expert_ids.shape, hidden_states.shape[1])
+        planned = physical is None
+        physical = self.plan(expert_ids) if physical is None else physical
+        if self.buffer is not None:
+            return deep_ep.through(self.buffer, self._experts, hidden_states, physical, router_weights, self.replicas)
+        layout = Layout.make(physical, self.replicas, expert_ids, planned)
+        rows = self._experts(_Dispatch.apply(hidden_states, layout), layout)
+        choices = _Combine.apply(rows, expert_ids.numel(), layout).view(*expert_ids.shape, self.hidden)
         output: Tensor = (choices * router_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
         return output
+
+    def _experts(self, rows: Tensor, layout: Layout | deep_ep.Arrived) -> Tensor:
+        """Rows by buffer row, as layout counts them."""
+        if self.copies is None:
+            gate, up = Linear.apply(rows, self.gate_up, "gate_up", self.replicas, layout).chunk(2, dim=-1)
+            down: Tensor = Linear.apply(F.silu(gate) * up, self.down, "down", self.replicas, layout)
+            return down
+        own, copies = self.copies(*(one.to_local() if hasattr(one, "to_local") else one for one in (self.gate_up, self.down)))
+        n = self.copies.n_own
+        first, parts = sum(layout.counts[:n]), []
+        for (gate_up, weight), part, counts, ends in ((own, rows[:first], layout.counts[:n], layout.ends[:n]),
+                                                      (copies, rows[first:], layout.counts[n:], layout.ends[n:] - first)):
+            gate, up = PlainLinear.apply(part, gate_up, counts, ends).chunk(2, dim=-1)
+            parts.append(PlainLinear.apply(F.silu(gate) * up, weight, counts, ends))
+        return torch.cat(parts)
 
     # A checkpoint holds the own experts' weights and their numbers, and no copies. Those of several ranks, joined along the first dimension
     # of each tensor, can be loaded by any number of ranks, wherever the experts stand. Call replicas.pull() after loading.
@@ -227,7 +223,10 @@ class MoELayer(nn.Module):
             if missing:
                 raise broken_rule("state_dict", f"must hold the experts of rank {self.replicas.rank}", f"none of the experts {missing}")
             for key in (f"{prefix}gate_up", f"{prefix}down"):
-                if key in state_dict:
+                if hasattr(state_dict.get(key), "to_local"):  # a DTensor
+                    if saved.tolist() != own:
+                        raise broken_rule("state_dict", f"must hold the experts {own} in this order where they are sharded", saved.tolist())
+                elif key in state_dict:
                     rows = state_dict[key][[row_of.get(expert, 0) for expert in own]]
                     rows[[row for row, expert in enumerate(own) if expert < 0]] = 0
                     state_dict[key] = rows

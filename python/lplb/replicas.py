@@ -149,6 +149,15 @@ class Replicas:
         self._outstanding = True
         return held.grads
 
+    def gradients_to_fill(self, name: str) -> tuple[Tensor, int]:
+        """gradients(name), and how many of its first rows hold nothing of worth, since the parameter had no gradient: the caller must
+        write those, also the ones that nothing came for."""
+        held = self._find(name)
+        fresh = 0 if held.main or held.parameter.grad is not None else len(self.own)
+        if fresh:
+            held.parameter.grad = held.own_grad
+        return self.gradients(name), fresh
+
     def zero_grad(self) -> None:
         """All gradients to zero, also those of copies and main gradients."""
         for held in self._held.values():

@@ -1,0 +1,1 @@
+"""The parts of lplb.moe that have no use alone."""
