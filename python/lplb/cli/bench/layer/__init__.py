@@ -76,10 +76,12 @@ def main(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
     if asked.emulate:
         return _play(asked, Clock(device, False), _emulate)
     from datetime import timedelta
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=120), **({"device_id": device} if cuda else {}))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=120), device_id=device if cuda else None)
     try:
         code = _play(asked, Clock(device, True), _cases)
         dist.barrier()
@@ -115,7 +117,7 @@ def _play(asked: Asked, clock: Clock, measure: Callable[[Asked, Clock, Progress,
 
 def _say_all(result: dict[str, Any]) -> None:
     from . import report
-    parts = ((result["cases"], report.summary_table), (result["transfers"], report.transfers_table), (result["compared"], report.compare_table),
+    parts = ((result["cases"], report.pieces_table), (result["cases"], report.summary_table), (result["transfers"], report.transfers_table), (result["compared"], report.compare_table),
              (result["emulated"], report.emulated_table), (result["goals"], report.goals_text), (result["break_even"], "\n".join))
     for content, written in parts:
         if content:
@@ -141,6 +143,19 @@ def _cases(asked: Asked, clock: Clock, progress: Progress, result: dict[str, Any
                     save()
         finally:
             case.close()
+            del case  # and its layers
+        _forget(clock)
+    for name in asked.cases:  # with the profiler, which may go on to slow launches down
+        with progress.phase(f"{name}: layers again", 60):
+            case = Case(name, asked, clock, progress)
+        try:
+            for one in result["cases"]:
+                if one["case"] == name:
+                    one["pieces_ms"] = case.pieces(one["tokens"])
+                    save()
+        finally:
+            case.close()
+            del case
         _forget(clock)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .timing import Clock, Work
@@ -46,7 +45,7 @@ def pieces(work: Work, clock: Clock) -> dict[str, float]:
 
 def _is_kernel(event: Any) -> bool:
     """On the device, no range that something else has annotated there, such as nccl:all_to_all, and not the line-up of the ranks."""
-    return (event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    return (event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
             and not event.name.startswith(("nccl:", "ProfilerStep", "Optimizer.")) and "AllReduce" not in event.name)
 
 

@@ -95,8 +95,10 @@ class Case:
 
     def close(self) -> None:
         self.layers.clear()
-        for one in (*self.planners, *self.copies.values()):
-            one.close()
+        for planner in self.planners:
+            planner.close()
+        for copies in self.copies.values():
+            copies.close()
 
     def transfers(self) -> dict[str, Any]:
         """By slots and type of gradients."""
@@ -114,20 +116,19 @@ class Case:
     def measured(self, tokens: int) -> dict[str, Any]:
         asked, clock, title = self.asked, self.clock, f"{self.name}, {tokens:,} tokens a rank"
         with self.progress.phase(f"{title}: routing"):
-            arms, sizes, gaps, routing = self._arms(tokens)
+            arms, sizes, gaps, routing = self._arms(tokens, asked.batches, asked.policies)
         inputs = Inputs(tokens, self.model.hidden, self.model.top_k, clock.device, self.dtype)
         result: dict[str, Any] = {"case": self.name, "tokens": tokens, "micro_batches": asked.batches, "routing": routing}
         with self.progress.phase(f"{title}: {asked.batches} micro-batches with {len(arms)} policies in turn", asked.limit):
             times = measure.in_turn(arms, inputs, clock, asked.rounds, asked.limit)
         result["rounds"] = len(times)
         result["arms"] = summarised([arm.name for arm in arms], times, sizes, gaps)
-        with self.progress.phase(f"{title}: one after another, whole steps, plans, memory, kernels", asked.limit):
+        with self.progress.phase(f"{title}: one after another, whole steps, plans, memory", asked.limit):
             self._rest(result, arms, inputs)
         return result
 
     def _rest(self, result: dict[str, Any], arms: list[Arm], inputs: Inputs) -> None:
         clock, asked = self.clock, self.asked
-        by_name = {arm.name: arm for arm in arms}
         chosen = [arm for arm in arms if arm.name.split(" ")[0] in ("none", "packed", "lplb", "forced", "fair")]
         for arm, value in zip(chosen, measure.sustained(chosen, inputs, clock, 1 if asked.quick else 2)):
             result["arms"][arm.name]["sustained_ms"] = value
@@ -135,16 +136,22 @@ class Case:
         if trained:
             stepped = measure.steps(trained, inputs, clock, asked.step, 2 if asked.quick else 4)
             result["step"] = {"micro_batches": asked.step, "ms": dict(zip([arm.name for arm in trained], stepped))}
-        planned = [arm for arm in arms if arm.name.startswith("lplb")]
-        result["plan"] = {arm.name: measure.plan_times(arm, clock) for arm in planned}
+        result["plan"] = {arm.name: measure.plan_times(arm, clock) for arm in arms if arm.name.startswith("lplb")}
         for arm in arms:
             result["arms"][arm.name]["peak_mb"] = measure.peak_mb(arm, inputs, clock)
-        result["pieces_ms"] = {name: measure.where_it_goes(by_name[name], inputs, clock, 1 if asked.quick else 3)
-                               for name in (*(["packed"] if "packed" in by_name else []), *[arm.name for arm in planned[-1:]])}
 
-    def _arms(self, tokens: int) -> tuple[list[Arm], dict[str, list[Any]], dict[str, list[float]], list[str]]:
+    def pieces(self, tokens: int) -> dict[str, Any]:
+        """Where the time goes, without replicas and with lplb; in a pass of its own after all that is timed."""
+        chosen = tuple(policy for policy in ("packed", "lplb") if policy in self.asked.policies)
+        with self.progress.phase(f"{self.name}, {tokens:,} tokens a rank: kernels"):
+            arms, *_ = self._arms(tokens, 2, chosen)
+            inputs = Inputs(tokens, self.model.hidden, self.model.top_k, self.clock.device, self.dtype)
+            return {arm.name: measure.where_it_goes(arm, inputs, self.clock, len(arm.batches)) for arm in arms}
+
+    def _arms(self, tokens: int, n_batches: int, chosen: tuple[str, ...]) -> tuple[
+            list[Arm], dict[str, list[Any]], dict[str, list[float]], list[str]]:
         """The arms, their rows [ranks, slots] and placement gaps by micro-batch, and where the micro-batches are from."""
-        rank, chosen = self.clock.rank, self.asked.policies
+        rank = self.clock.rank
         plain_ones = [policy for policy in chosen if policy in PLAIN]
         arms = {policy: Arm(policy, self.layer(0), []) for policy in plain_ones}
         wanted = {n: tuple(policy for policy in chosen if policy in COPIED and (policy == "lplb" or n == max(self.asked.slots)))
@@ -160,7 +167,7 @@ class Case:
             assert ids is not None
             arms[name].batches.append((ids, physical))
             sizes[name].append(routed.sizes)
-        for source, batch in batches_of(self.sources, self.asked.batches, self.clock.ranks, tokens, self.model.top_k):
+        for source, batch in batches_of(self.sources, n_batches, self.clock.ranks, tokens, self.model.top_k):
             routing.append(source.name)
             for policy in plain_ones:
                 add(policy, plain(policy, batch, rank))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ....planner import Planner
 from ...simulate import policies as shares
 from .measure import Arm, Inputs, TimedLayer
-from .policies import eplb_replicas, imbalance, packed_position, scaled
+from .policies import Copies, eplb_replicas, exact, experts_of, imbalance, packed_position, scaled
 from .routing import Int64Array, Model, Source, drawn
 from .timing import AHEAD, Clock
 
@@ -32,7 +32,7 @@ def rank_counts(source: Source, number: int, ranks: int, tokens: int, top_k: int
 
 
 def sizes_of(source: Source, counts: Int64Array, slots: tuple[int, ...]) -> Iterator[tuple[str, Int64Array, float | None]]:
-    """(arm, rows [ranks, slots a rank], placement gap) of every policy; replicas are placed by EPLB."""
+    """(arm, rows [ranks, slots a rank], placement gap) of every policy. lplb has the replicas of a topology, and EPLB's."""
     ranks, n_experts = counts.shape
     loads, each = counts.sum(0), int(counts[0].sum())
     packed = np.empty(n_experts, dtype=np.int64)
@@ -44,13 +44,12 @@ def sizes_of(source: Source, counts: Int64Array, slots: tuple[int, ...]) -> Iter
     for n in slots:
         replicas = eplb_replicas(source.history, n_experts + n * ranks, ranks)
         yield f"even S{n}", shares.even(counts, replicas).sum(0).reshape(ranks, -1), None
-        slots_of = np.empty(replicas.n_physical, dtype=np.int64)
-        exists = replicas.log2phy >= 0
-        slots_of[replicas.log2phy[exists]] = np.nonzero(exists)[0]
-        with Planner.from_placement(slots_of, ep_size=ranks, n_logical=n_experts, device="cpu") as planner:
-            planner.solve(counts)
-            level = max(group.max_load / max(-(-group.total // ranks), 1) for group in planner.info().groups)
-            yield f"lplb S{n}", np.asarray(planner.split(), dtype=np.int64).reshape(ranks, -1), level - 1
+        with Planner.from_placement(experts_of(replicas), ep_size=ranks, n_logical=n_experts, device="cpu") as planner:
+            yield f"lplb S{n}, EPLB's", *exact(planner, counts)
+        copies = Copies(n_experts, ranks, n)
+        copies.place(source.history)
+        yield f"lplb S{n}", *copies.planned(counts)
+        copies.close()
 
 
 class Rank:
@@ -90,6 +89,7 @@ def emulate(model: Model, layers: list[Source], ranks: int, tokens: int, slots: 
             limit: float, bandwidth: float) -> dict[str, Any]:
     """One case: arm -> step time (maximum over ranks, mean of the micro-batches), and what else there is to say. bandwidth: GB/s a rank."""
     dtype = torch.bfloat16 if clock.cuda else torch.float32
+    slots = tuple(n for n in slots if n <= model.whole // ranks)
     found: dict[str, dict[str, list[float]]] = {}
     workers: dict[int, Rank] = {}
     began, done = time.monotonic(), 0
@@ -113,9 +113,9 @@ def emulate(model: Model, layers: list[Source], ranks: int, tokens: int, slots: 
             if gap is not None:
                 arm.setdefault("gap", []).append(gap)
         done += 1
-    plans = {n: _plan_us(model, layers[0], ranks, tokens, n, clock) for n in slots}
+    plans = {f"S{n}": _plan_us(model, layers[0], ranks, tokens, n, clock) for n in slots}
     for name, arm in found.items():
-        arm["plan_us"] = [plans[int(name.split("S")[1])]] if name.startswith("lplb") else [0.0]
+        arm["plan_us"] = [plans[name[5:7]] if name.startswith("lplb") else 0.0]
     return {"ranks": ranks, "tokens": tokens, "micro_batches": done, "bandwidth_gb_s": bandwidth,
             "arms": {name: {what: float(np.mean(values)) for what, values in arm.items()} for name, arm in found.items()}}
 
@@ -123,13 +123,10 @@ def emulate(model: Model, layers: list[Source], ranks: int, tokens: int, slots: 
 def _plan_us(model: Model, source: Source, ranks: int, tokens: int, slots: int, clock: Clock) -> float:
     """One rank's plan, without the exchange of counts, which there is nobody to have with."""
     replicas = eplb_replicas(source.history, model.whole + slots * ranks, ranks)
-    exists = replicas.log2phy >= 0
-    phy2log = np.empty(replicas.n_physical, dtype=np.int64)
-    phy2log[replicas.log2phy[exists]] = np.nonzero(exists)[0]
     rng = np.random.default_rng(0)
     share = source.loads / source.loads.sum()
     ids = torch.from_numpy(rng.choice(model.whole, (tokens, model.top_k), p=share)).to(clock.device)
-    with Planner.from_placement(phy2log, ep_size=ranks, n_logical=model.whole, device=clock.device) as planner:
+    with Planner.from_placement(experts_of(replicas), ep_size=ranks, n_logical=model.whole, device=clock.device) as planner:
         def plan() -> None:
             for _ in range(16):
                 planner.run(ids, None)

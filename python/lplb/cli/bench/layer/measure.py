@@ -54,7 +54,7 @@ class Inputs:
         return output
 
     def backward(self, output: Tensor) -> None:
-        output.backward(self.gradient)
+        torch.autograd.backward(output, self.gradient)
         self.states.grad = self.weights.grad = None
 
     def micro_batch(self, arm: Arm, number: int) -> None:
@@ -151,8 +151,10 @@ def peak_mb(arm: Arm, inputs: Inputs, clock: Clock) -> float | None:
     return float(clock.slowest([most / 1e6])[0])
 
 
-def where_it_goes(arm: Arm, inputs: Inputs, clock: Clock, n: int = 3) -> dict[str, float]:
-    """Milliseconds of GPU time a micro-batch by kind of work, forward and backward apart, beside the time that the GPU had nothing to do."""
+def where_it_goes(arm: Arm, inputs: Inputs, clock: Clock, n: int) -> dict[str, float]:
+    """Milliseconds of GPU time a micro-batch by kind of work, forward and backward apart, beside the time that the GPU had nothing to do.
+    After everything that is timed: the profiler may go on to slow launches down."""
+    inputs.micro_batch(arm, 0)
     outputs: list[Tensor] = []
     found: dict[str, list[float]] = {}
     for number in range(n):
@@ -193,7 +195,7 @@ def transfers(planner: Planner, shapes: dict[str, tuple[int, int]], dtype: torch
 
 def _left_over(work: Any, clock: Clock, cover_ms: float, rounds: int) -> float:
     """By how much work on a side stream prolongs products of matrices that take about cover_ms alone."""
-    side = torch.cuda.Stream(clock.device)
+    side = torch.cuda.Stream(clock.device)  # type: ignore[no-untyped-call]
     one, other = (torch.randn(4096, 4096, device=clock.device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(one)
 

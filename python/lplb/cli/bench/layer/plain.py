@@ -48,7 +48,7 @@ class PlainMoE(nn.Module):
             product: Tensor = torch._grouped_mm(rows, weight.transpose(1, 2), offs=ends)
             return product
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-        return torch.cat([part @ weight[expert].T for expert, part in enumerate(rows.split(sizes))])
+        return torch.cat([part @ weight[expert].T for expert, part in enumerate(torch.split(rows, sizes))])
 
 
 def _inverse(order: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def draw(result: dict[str, Any], path: str) -> None:
     if not n:
         return
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(1, n, figsize=(max(4.4 * n, 7), 4.2), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(1, n, figsize=(max(4.4 * n, 7), 4.8), layout="constrained", squeeze=False)
         for axis, name in zip(axes[0], names):
             _shares(axis, [case for case in result["cases"] if case["case"] == name], name)
         for axis, (name, tokens) in zip(axes[0][len(names):], emulated):
@@ -57,7 +57,7 @@ def _shares(axis: Any, cases: list[dict[str, Any]], title: str) -> None:
     axis.set_xticks(tokens, [f"{one:,}" for one in tokens])
     axis.axhline(100, color="#6b7178", linewidth=0.8)
     axis.set(xlabel="tokens a rank", ylabel=f"speed, % of {other}", title=title)
-    axis.legend(frameon=False, fontsize=7.5)
+    axis.legend(frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
 
 
 def _emulated(axis: Any, cases: list[dict[str, Any]], title: str) -> None:
@@ -69,4 +69,4 @@ def _emulated(axis: Any, cases: list[dict[str, Any]], title: str) -> None:
     axis.set_xticks([case["ranks"] for case in cases], [str(case["ranks"]) for case in cases])
     axis.set_ylim(bottom=0)
     axis.set(xlabel="ranks", ylabel="forward and backward, ms", title=title)
-    axis.legend(frameon=False, fontsize=7.5)
+    axis.legend(frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)

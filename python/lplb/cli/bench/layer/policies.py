@@ -137,30 +137,29 @@ class Copies:
         log2phy = np.asarray(self._planner.update_redundancy_mapping(history if history.any() else None)[1])
         return log2phy, self.in_order[log2phy[:, 0]].astype(np.int64)
 
-    def gap(self, batch: Batch) -> float:
-        """How far the best split lies above the mean; call place() and solve before."""
-        return max(group.max_load / max(-(-group.total // self.ranks), 1) for group in self._planner.info().groups) - 1
+    def planned(self, counts: Int64Array) -> tuple[Int64Array, float]:
+        """Rows [ranks, slots a rank] of the exact split under the placement, and how far it lies above the mean."""
+        return exact(self._planner, counts)
 
     def routed(self, batch: Batch, rank: int, chosen: tuple[str, ...]) -> Iterator[tuple[str, Routed, float]]:
         """(policy, what it does, placement gap) for the chosen ones of COPIED."""
         counts, ids = batch.counts(), batch.ids[rank]
         log2phy, name = self.place(batch.history)
-        self._planner.solve(counts)
-        split, gap = np.asarray(self._planner.split(), dtype=np.int64), self.gap(batch)
+        sizes, gap = self.planned(counts)
         replicas = Replicas(log2phy, self.n_physical, self.ranks, 1)
         for policy in chosen:
             if policy == "lplb":
-                yield policy, Routed(name[ids], None, split.reshape(self.ranks, -1)), gap
+                yield policy, Routed(name[ids], None, sizes), gap
             elif policy == "empty":
                 position = packed_position(batch.history, self.ranks)
                 physical = self.originals[position]
-                sizes = np.bincount(physical, counts.sum(0), self.n_physical).astype(np.int64)
-                yield policy, Routed(ids, physical[ids], sizes.reshape(self.ranks, -1)), gap
+                rows = np.bincount(physical, counts.sum(0), self.n_physical).astype(np.int64)
+                yield policy, Routed(ids, physical[ids], rows.reshape(self.ranks, -1)), gap
             elif policy == "even":
                 theirs = eplb_replicas(batch.history, self.n_physical, self.ranks)
                 yield policy, self._by_counts(policies.even(counts, theirs), theirs, batch, rank), gap
             else:
-                yield policy, self._by_counts(self._taken(policy, counts, replicas, split, batch), replicas, batch, rank), gap
+                yield policy, self._by_counts(self._taken(policy, counts, replicas, sizes.ravel(), batch), replicas, batch, rank), gap
 
     def _taken(self, policy: str, counts: Int64Array, replicas: Replicas, split: Int64Array, batch: Batch) -> Int64Array:
         if policy == "random":
@@ -170,10 +169,7 @@ class Copies:
         return policies.proportional(counts, replicas, split)
 
     def _by_counts(self, taken: Int64Array, replicas: Replicas, batch: Batch, rank: int) -> Routed:
-        phy2log = np.empty(self.n_physical, dtype=np.int64)
-        exists = replicas.log2phy >= 0
-        phy2log[replicas.log2phy[exists]] = np.nonzero(exists)[0]
-        conserve(taken, batch.counts(), phy2log)
+        conserve(taken, batch.counts(), experts_of(replicas))
         return Routed(batch.ids[rank], dispatched(batch.ids[rank], taken[rank], replicas.log2phy),
                       taken.sum(0).reshape(self.ranks, -1))
 
@@ -182,6 +178,20 @@ def eplb_replicas(history: Int64Array, n_physical: int, ranks: int) -> Replicas:
     weight = (history if history.any() else np.ones_like(history))[None].astype(np.float32)
     log2phy = np.asarray(rebalance_experts(weight, n_physical, 1, 1, ranks)[1])[0]
     return Replicas(log2phy.astype(np.int32), n_physical, ranks, 1)
+
+
+def experts_of(replicas: Replicas) -> Int64Array:
+    """[n_physical] the expert of every slot."""
+    phy2log, exists = np.empty(replicas.n_physical, dtype=np.int64), replicas.log2phy >= 0
+    phy2log[replicas.log2phy[exists]] = np.nonzero(exists)[0]
+    return phy2log
+
+
+def exact(planner: Planner, counts: Int64Array) -> tuple[Int64Array, float]:
+    """Rows [ranks, slots a rank] of the planner's split of these counts, and how far its maximum lies above the mean, rounded up."""
+    planner.solve(counts)
+    gap = max(group.max_load / max(-(-group.total // planner.group_size), 1) for group in planner.info().groups) - 1
+    return np.asarray(planner.split(), dtype=np.int64).reshape(planner.ep_size, -1), gap
 
 
 def imbalance(sizes: Int64Array) -> float:

@@ -35,8 +35,6 @@ def case_table(case: dict[str, Any]) -> str:
         arm = case["arms"][name]
         lines.append(f"{name}: a plan takes {number(plan['gpu_us'])} us in a row, {number(plan['host_us'])} us of the host; placement gap "
                      f"{100 * arm['placement_gap']:.2f}% on average, 0 in {arm['without_gap']} of {case['micro_batches']} micro-batches")
-    for name, found in case.get("pieces_ms", {}).items():
-        lines.append(f"{name}, ms by kind of kernel: " + ", ".join(f"{piece} {value:.2f}" for piece, value in found.items()))
     return "\n".join(lines)
 
 
@@ -75,6 +73,16 @@ def emulated_table(cases: list[dict[str, Any]]) -> str:
         f"times over {cases[0]['bandwidth_gb_s']:g} GB/s.\nA step is both, and for lplb its plan, without the exchange of counts.")
 
 
+def pieces_table(cases: list[dict[str, Any]]) -> str:
+    """Milliseconds by kind of kernel."""
+    seen = [(f"{case['case']}, {case['tokens']:,}, {name}", found) for case in cases for name, found in case.get("pieces_ms", {}).items()]
+    kinds = list(dict.fromkeys(kind for _, found in seen for kind in found))
+    if not seen:
+        return ""
+    return table(["ms of GPU time", *(title for title, _ in seen)],
+                 [[kind, *(f"{found.get(kind, 0):.2f}" for _, found in seen)] for kind in kinds])
+
+
 def step_ms(arm: dict[str, float]) -> float:
     return arm["compute_ms"] + arm["dispatch_ms"] + arm["plan_us"] / 1000
 
@@ -86,7 +94,9 @@ def compare_table(compared: list[dict[str, Any]]) -> str:
 
 
 def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each goal that what was measured can be held against. met None: it could not be judged."""
+    """Each goal that times on GPUs can be held against; those of CPUs are not judged. met None: there is nothing to judge."""
+    if result["device"] != "cuda":
+        return []
     return [{"goal": goal, "measured": measured, "met": met} for goal, measured, met in _goals(result)]
 
 
