@@ -1,4 +1,4 @@
-"""`python -m lplb bench layer`: the arithmetic of its policies, what follows from its figures, and small whole runs. Times are not judged."""
+"""`python -m lplb bench layer`: the arithmetic of its policies, what follows from figures, and small whole runs. Times are not judged."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_packed_is_eplb_without_replicas():
     slots = np.asarray(eplb.rebalance_experts(one.history[None].astype(np.float32), EXPERTS, 1, 1, RANKS)[0])[0]
     for rank in range(RANKS):
         routed = plain("packed", one, rank)
-        assert (slots[routed.physical] == one.ids[rank]).all()
+        assert (slots[routed.physical] == one.ids[rank]).all() and (routed.ids == routed.physical).all()
     assert (routed.sizes.ravel() == one.counts().sum(0)[slots]).all()
     assert imbalance(routed.sizes) < imbalance(plain("none", one, 0).sizes)
     assert (plain("none", one, 2).physical == one.ids[2]).all()
@@ -81,9 +81,9 @@ def test_every_policy_sends_each_token_to_its_expert(copies):
         routed = [rank[policy][0] for rank in found]
         for rank in range(RANKS):
             assert (expert[routed[rank].physical] == one.ids[rank]).all(), policy
+            assert (routed[rank].ids == copies.in_order[routed[rank].physical]).all(), policy
         assert (sent(routed, copies.n_physical) == routed[0].sizes.ravel()).all(), policy
     for rank in range(RANKS):
-        assert (found[rank]["fixed"][0].physical == found[rank]["fixed"][0].physical).all()
         for expert in range(EXPERTS):
             assert len(set(found[rank]["fixed"][0].physical[one.ids[rank] == expert])) <= 1, "one replica for each source and expert"
     rows = found[0]["even"][0].sizes.ravel()
@@ -96,6 +96,7 @@ def test_every_policy_sends_each_token_to_its_expert(copies):
     assert (sent(empty, copies.n_physical) == empty[0].sizes.ravel()).all()
     assert (np.sort(empty[0].sizes.ravel())[-EXPERTS:] == np.sort(plain("packed", one, 0).sizes.ravel())).all()
     assert (empty[0].sizes == 0).sum(1).min() >= copies.slots
+    assert (empty[1].ids == copies.in_order[empty[1].physical]).all()
 
 
 def test_proportional_shares_follow_the_plan(copies):
@@ -107,8 +108,7 @@ def test_proportional_shares_follow_the_plan(copies):
 
 
 def test_random_is_seeded(copies):
-    one, other = (dict((policy, routed) for policy, routed, _ in copies.routed(batch(number), 0, ("random",)))["random"] for number in (1, 2))
-    again = dict((policy, routed) for policy, routed, _ in copies.routed(batch(1), 0, ("random",)))["random"]
+    one, other, again = (next(copies.routed(batch(number), 0, ("random",)))[1] for number in (1, 2, 1))
     assert (one.physical == again.physical).all() and (one.sizes == again.sizes).all()
     assert (one.sizes != other.sizes).any()
 
@@ -303,7 +303,8 @@ def test_what_cannot_be_measured_gets_one_sentence(capsys, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     cases = [(["layer"], "torchrun"), (["layer", "solve"], "runs alone"), (["layer", "--emulate", "1"], "at least 2"),
              (["layer", "--emulate", "7"], "must divide the 64 experts"), (["layer", "--case", "v4"], "must be of v3-32"),
-             (["layer", "--emulate", "4", "--policies", "best"], "must be of none"), (["solve", "--compare"], "is an option of bench layer"),
+             (["layer", "--emulate", "4", "--policies", "best"], "must be of none"),
+             (["solve", "--compare"], "is an option of bench layer"),
              (["layer", "--emulate", "4", "--case", "tiny-drift"], "needs a second task"),
              (["layer", "--emulate", "4", "--case", "v3-32"], "has 64 experts, 256 are needed")]
     for words, says in cases:

@@ -26,8 +26,10 @@ CUDA_SUITES = ("solve", "run", "mapping")  # eplb is the host's work whatever th
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all but exchange and layer, which need torchrun)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="where plans are made (default cpu; exchange and layer: a GPU if there is one)")
+    parser.add_argument("suites", nargs="*", metavar="SUITE",
+                        help=f"{', '.join(SUITES)} (default: all but exchange and layer, which need torchrun)")
+    parser.add_argument("--device", choices=["cpu", "cuda"],
+                        help="where plans are made (default cpu; exchange and layer: a GPU if there is one)")
     parser.add_argument("--json", metavar="FILE", help="write machine, date and rows")
     parser.add_argument("--plot", "--png", metavar="FILE.png", help="draw the times beside targets and other programs")
     layer.add_arguments(parser)

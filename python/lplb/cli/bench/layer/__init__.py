@@ -37,14 +37,14 @@ OPTIONS = ("case", "tokens", "batches", "rounds", "policies", "slots", "routing"
 def add_arguments(parser: Any) -> None:
     group = parser.add_argument_group("bench layer", "under torchrun, or with --emulate")
     known = ", ".join([*MODELS, *(f"{name}{DRIFTED}" for name in DEFAULT_CASES)])
-    group.add_argument("--case", metavar="NAMES", help=f"of {known}; default {','.join(DEFAULT_CASES)}, on the CPU tiny; in one that ends in "
-                                                       f"{DRIFTED} the history is another task's")
+    group.add_argument("--case", metavar="NAMES", help=f"of {known}; default {','.join(DEFAULT_CASES)}, on the CPU tiny; in one that ends "
+                                                       f"in {DRIFTED} the history is another task's")
     group.add_argument("--tokens", metavar="NUMBERS", help="tokens a rank (default by case)")
     group.add_argument("--batches", type=whole(1, MOST_BATCHES), help="micro-batches (default 16; emulated 2)")
     group.add_argument("--rounds", type=whole(1, 100), help="times that each micro-batch is measured, where --limit allows (default 3)")
     group.add_argument("--policies", metavar="NAMES", help="default all: none, packed, forced, fair, even, random, fixed, proportional, "
                                                            "lplb, empty")
-    group.add_argument("--slots", metavar="NUMBERS", help="copies a rank; lplb is measured with each, the others with the most (default 1,2)")
+    group.add_argument("--slots", metavar="NUMBERS", help="copies a rank; lplb is measured with each, others with the most (default 1,2)")
     group.add_argument("--routing", choices=ROUTINGS, help="real: traces (default); else loads are drawn")
     group.add_argument("--traces", metavar="DIR", help="deepseek_v3_counts.npz and deepseek_v2_lite_*.npz, instead of the package's sample")
     group.add_argument("--emulate", metavar="RANKS", help="e.g. 8,16,32,64: ranks one after another on one device")
@@ -117,7 +117,8 @@ def _play(asked: Asked, clock: Clock, measure: Callable[[Asked, Clock, Progress,
 
 def _say_all(result: dict[str, Any]) -> None:
     from . import report
-    parts = ((result["cases"], report.pieces_table), (result["cases"], report.summary_table), (result["transfers"], report.transfers_table), (result["compared"], report.compare_table),
+    parts = ((result["cases"], report.pieces_table), (result["cases"], report.summary_table),
+             (result["transfers"], report.transfers_table), (result["compared"], report.compare_table),
              (result["emulated"], report.emulated_table), (result["goals"], report.goals_text), (result["break_even"], "\n".join))
     for content, written in parts:
         if content:

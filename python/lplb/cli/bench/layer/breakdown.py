@@ -11,8 +11,10 @@ from .timing import Clock, Work
 
 KINDS = (  # the first whose word is in the kernel's name
     ("all-to-all", ("nccl", "sendrecv")),
-    ("plan and layout", ("lplb", "sort", "scan", "bincount", "histogram", "searchsorted", "memcpy dtoh", "memcpy htod", "arange", "repeat")),
+    ("lplb: plan, layout", ("lplb",)),
+    ("layout by torch", ("sort", "scan", "bincount", "histogram", "searchsorted", "memcpy dtoh", "memcpy htod", "arange", "repeat")),
     ("products", ("gemm", "cutlass", "grouped", "sm90_", "wgmma", "nvjet", "xmma")),
+    ("sums into gradients", ("functor_add",)),
     ("permutations", ("index", "gather", "scatter")),
     ("sums over choices", ("reduce",)),
     ("zeros and copies", ("memset", "fill", "memcpy", "copy")),

@@ -1,4 +1,7 @@
-"""The same layer in plain torch, without lplb: sort, all-to-all, grouped products, autograd. What the layer without replicas is held against."""
+"""The same layer in plain torch, without lplb: sort, all-to-all, grouped products, autograd.
+
+The layer without replicas is compared with it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
 Where each policy sends the tokens of a micro-batch. The layer is timed with these physical ids; weights' values do not matter for time, so
-that one layer serves every placement with as many slots a rank.
+that one layer, whose experts stay in order, serves every placement with as many slots a rank.
 
     none          experts in order, no replicas
     packed        experts placed by EPLB from the history, no replicas: the honest competitor
@@ -38,7 +38,7 @@ POLICIES = (*PLAIN, *COPIED)
 class Routed:
     """What one rank hands to the layer, and what all ranks get. physical None: the layer plans."""
 
-    ids: Int64Array  # [tokens, k]
+    ids: Int64Array  # [tokens, k] experts, as the layer's planner knows them: those that stand in the physical slots there
     physical: Int64Array | None
     sizes: Int64Array  # [ranks, slots a rank] rows
 
@@ -76,7 +76,7 @@ def plain(policy: str, batch: Batch, rank: int) -> Routed:
     if policy in ("none", "packed"):
         position = np.arange(n_experts) if policy == "none" else packed_position(batch.history, batch.ranks)
         sizes = np.bincount(position, batch.counts().sum(0), n_experts).astype(np.int64)
-        return Routed(ids, position[ids], sizes.reshape(batch.ranks, -1))
+        return Routed(position[ids], position[ids], sizes.reshape(batch.ranks, -1))
     sizes = forced_sizes(batch) if policy == "forced" else fair_sizes(batch)
     physical = dealt(sizes, rank, np.random.default_rng([batch.number, rank])).reshape(ids.shape)
     return Routed(physical, physical, sizes)
@@ -154,7 +154,7 @@ class Copies:
                 position = packed_position(batch.history, self.ranks)
                 physical = self.originals[position]
                 rows = np.bincount(physical, counts.sum(0), self.n_physical).astype(np.int64)
-                yield policy, Routed(ids, physical[ids], rows.reshape(self.ranks, -1)), gap
+                yield policy, Routed(position[ids], physical[ids], rows.reshape(self.ranks, -1)), gap
             elif policy == "even":
                 theirs = eplb_replicas(batch.history, self.n_physical, self.ranks)
                 yield policy, self._by_counts(policies.even(counts, theirs), theirs, batch, rank), gap
@@ -170,8 +170,8 @@ class Copies:
 
     def _by_counts(self, taken: Int64Array, replicas: Replicas, batch: Batch, rank: int) -> Routed:
         conserve(taken, batch.counts(), experts_of(replicas))
-        return Routed(batch.ids[rank], dispatched(batch.ids[rank], taken[rank], replicas.log2phy),
-                      taken.sum(0).reshape(self.ranks, -1))
+        physical = dispatched(batch.ids[rank], taken[rank], replicas.log2phy)
+        return Routed(self.in_order[physical].astype(np.int64), physical, taken.sum(0).reshape(self.ranks, -1))
 
 
 def eplb_replicas(history: Int64Array, n_physical: int, ranks: int) -> Replicas:

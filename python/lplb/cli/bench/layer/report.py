@@ -41,7 +41,8 @@ def case_table(case: dict[str, Any]) -> str:
 def summary_table(cases: list[dict[str, Any]]) -> str:
     """p50 of all cases and policies."""
     names = list(dict.fromkeys(name for case in cases for name in case["arms"]))
-    rows = [[f"{case['case']}, {case['tokens']:,}", *(number(case["arms"].get(name, {}).get("p50_ms")) for name in names)] for case in cases]
+    rows = [[f"{case['case']}, {case['tokens']:,}", *(number(case["arms"].get(name, {}).get("p50_ms")) for name in names)]
+            for case in cases]
     return table(["case, tokens a rank; p50 ms", *names], rows)
 
 
@@ -65,12 +66,12 @@ def emulated_table(cases: list[dict[str, Any]]) -> str:
         steps = {name: step_ms(arm) for name, arm in case["arms"].items()}
         for name, arm in case["arms"].items():
             gap = f"{100 * arm['gap']:.1f}%" if "gap" in arm else ""
-            rows.append([f"{case['case']}, {case['ranks']}, {case['tokens']:,}", name, number(arm["compute_ms"]), number(arm["dispatch_ms"]),
-                         number(steps[name]), f"{100 * steps['fair'] / steps[name]:.1f}%", f"{100 * steps['packed'] / steps[name]:.1f}%",
+            rows.append([f"{case['case']}, {case['ranks']}, {case['tokens']:,}", name, number(arm["compute_ms"]),
+                         number(arm["dispatch_ms"]), number(steps[name]), *(f"{100 * steps[other] / steps[name]:.1f}%" for other in ("fair", "packed")),
                          f"{arm['imbalance']:.3f}", gap])
     return table(header, rows) + (
-        "\nexperts: each rank's work on this device one after another, the maximum taken. Dispatch is modelled: the busiest rank's rows four "
-        f"times over {cases[0]['bandwidth_gb_s']:g} GB/s.\nA step is both, and for lplb its plan, without the exchange of counts.")
+        "\nexperts: each rank's work on this device one after another, the maximum taken. Dispatch is modelled: the busiest rank's rows "
+        f"four times over {cases[0]['bandwidth_gb_s']:g} GB/s.\nA step is both, and for lplb its plan, without the exchange of counts.")
 
 
 def pieces_table(cases: list[dict[str, Any]]) -> str:
@@ -117,7 +118,8 @@ def _goals(result: dict[str, Any]) -> Iterator[tuple[str, str, bool | None]]:
         for slots, one in by_slots.items():
             for (what, dtype), most in TRANSFER_GOALS.items():
                 if name.startswith("v3-32") and slots == f"S2 {dtype}":
-                    yield f"{name}: {what[:4]} of 2 copies a rank, {dtype}, takes at most {most} ms", f"{one[what]:.2f} ms", one[what] <= most
+                    goal = f"{name}: {what[:4]} of 2 copies a rank, {dtype}, takes at most {most} ms"
+                    yield goal, f"{one[what]:.2f} ms", one[what] <= most
     for one in result["compared"]:
         yield (f"{one['case']}, {one['tokens']:,} tokens a rank: without replicas within 0.5% of plain torch", percent(one["speed"]),
                one["speed"]["ratio"] >= PLAIN_GOAL)
@@ -131,10 +133,11 @@ def goals_text(found: list[dict[str, Any]]) -> str:
 
 
 def break_even(result: dict[str, Any], step: int) -> list[str]:
-    """A sentence for each model and number of slots: from how many tokens a rank on lplb beats packed homes, transfers of copies paid for."""
+    """A sentence for each model and number of slots: from how many tokens a rank on lplb beats packed homes, transfers paid for."""
     found = []
     for name in dict.fromkeys(case["case"] for case in result["cases"]):
-        cases = sorted((case for case in result["cases"] if case["case"] == name and "packed" in case["arms"]), key=lambda case: case["tokens"])
+        cases = sorted((case for case in result["cases"] if case["case"] == name and "packed" in case["arms"]),
+                       key=lambda case: case["tokens"])
         for arm in dict.fromkeys(arm for case in cases for arm in case["arms"] if arm.startswith("lplb")):
             slots = arm.split(" ")[1]
             costs = [one for key, one in result["transfers"].get(name, {}).items() if key.startswith(slots)]
@@ -150,7 +153,8 @@ def _sentence(what: str, points: list[tuple[int, float, float]], cost: float, st
     least = crossing([(tokens, gain - cost / step) for tokens, gain, _ in points])
     with_cost = f"with {step} micro-batches a step, whose pull and push take {cost:.2f} ms"
     if least is None:
-        head = f"{what}: {with_cost}, lplb does not beat packed homes at {' or '.join(f'{tokens:,}' for tokens, _, _ in points)} tokens a rank"
+        measured = " or ".join(f"{tokens:,}" for tokens, _, _ in points)
+        head = f"{what}: {with_cost}, lplb does not beat packed homes at {measured} tokens a rank"
     elif least <= points[0][0]:
         head = f"{what}: {with_cost}, lplb beats packed homes from the smallest measured size on, {points[0][0]:,} tokens a rank"
     else:

@@ -63,7 +63,7 @@ class Source:
 
 
 def sources(n_experts: int, top_k: int, routing: str, drift: bool, folder: str | None) -> list[Source]:
-    """The layers. real: DeepSeek-V3's counts in folder for models that select 8 experts, else V2-Lite's tokens, from folder or the package."""
+    """The layers. real: DeepSeek-V3's counts in folder for models that select 8 experts, else V2-Lite's tokens, there or in the package."""
     if routing != "real":
         return _generated(n_experts, routing, drift)
     if folder is not None and top_k == 8 and (Path(folder) / V3_COUNTS).exists():
