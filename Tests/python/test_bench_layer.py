@@ -233,9 +233,11 @@ def free_port():
         return one.getsockname()[1]
 
 
-def bench(*words, ranks=1, together=True):
+def bench(*words, ranks=1, together=True, cuda=False):
     """stdout and stderr of rank 0."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if not cuda:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     port = str(free_port())
     command = [sys.executable, "-m", "lplb", "bench", "layer", *map(str, words)]
     started = []
@@ -295,6 +297,33 @@ def test_emulated_ranks(tmp_path):
         assert case["arms"]["fair"]["imbalance"] == case["arms"]["forced"]["imbalance"] == 1 < case["arms"]["none"]["imbalance"]
         assert case["arms"]["lplb S1, EPLB's"]["imbalance"] <= case["arms"]["even S1"]["imbalance"]
     assert picture.read_bytes().startswith(b"\x89PNG") and "modelled" in said
+    gain = 100 * (report.step_ms(four["arms"]["packed"]) / report.step_ms(four["arms"]["lplb S1"]) - 1)
+    assert f"speed of lplb S1 beside packed homes {gain:+.1f}% on 4 ranks" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(180)
+def test_two_gpus(tmp_path):
+    import torch
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    out = tmp_path / "layer.json"
+    bench("--case", "tiny", "--quick", "--batches", 4, "--tokens", "512", "--compare", "--json", out, ranks=2, cuda=True)
+    result = json.loads(out.read_text())
+    (case,) = result["cases"]
+    assert result["device"] == "cuda" and result["goals"] and all(arm["p50_ms"] > 0 for arm in case["arms"].values())
+    assert {"S2 bfloat16", "S2 float32"} <= set(result["transfers"]["tiny"])
+    for pieces in case["pieces_ms"].values():
+        assert {"forward products", "backward products", "forward all-to-all", "backward all-to-all"} <= set(pieces), pieces
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+def test_emulated_ranks_on_a_gpu(tmp_path):
+    out = tmp_path / "emulated.json"
+    bench("--case", "tiny", "--emulate", "4,8", "--tokens", "256", "--batches", 1, "--json", out, together=False, cuda=True)
+    four, eight = json.loads(out.read_text())["emulated"]
+    assert all(arm["compute_ms"] > 0 for case in (four, eight) for arm in case["arms"].values())
 
 
 def test_what_cannot_be_measured_gets_one_sentence(capsys, monkeypatch):

@@ -117,9 +117,10 @@ def _play(asked: Asked, clock: Clock, measure: Callable[[Asked, Clock, Progress,
 
 def _say_all(result: dict[str, Any]) -> None:
     from . import report
-    parts = ((result["cases"], report.pieces_table), (result["cases"], report.summary_table),
-             (result["transfers"], report.transfers_table), (result["compared"], report.compare_table),
-             (result["emulated"], report.emulated_table), (result["goals"], report.goals_text), (result["break_even"], "\n".join))
+    parts: tuple[tuple[Any, Callable[[Any], str]], ...] = (
+        (result["cases"], report.pieces_table), (result["cases"], report.summary_table), (result["transfers"], report.transfers_table),
+        (result["compared"], report.compare_table), (result["emulated"], report.emulated_table), (result["goals"], report.goals_text),
+        (result["break_even"], "\n".join), (report.emulated_sentences(result["emulated"]), "\n".join))
     for content, written in parts:
         if content:
             say(f"\n{written(content)}", now=True)

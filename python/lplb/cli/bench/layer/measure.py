@@ -16,6 +16,7 @@ from .... import homes
 from ....moe import MoELayer
 from ....planner import Planner
 from ....replicas import Replicas
+from ..kit import undisturbed
 from .breakdown import pieces
 from .timing import AHEAD, Clock, Float64Array, percentile
 
@@ -81,10 +82,11 @@ def in_turn(arms: Sequence[Arm], inputs: Inputs, clock: Clock, rounds: int, limi
     while len(found) < rounds:
         clear(arms)
         began, times = time.monotonic(), np.zeros((n_batches, len(arms)))
-        for number in range(n_batches):
-            for turn in range(len(arms)):
-                which = (turn + number + len(found)) % len(arms)
-                times[number, which] = clock.milliseconds(partial(inputs.micro_batch, arms[which], number))
+        with undisturbed():
+            for number in range(n_batches):
+                for turn in range(len(arms)):
+                    which = (turn + number + len(found)) % len(arms)
+                    times[number, which] = clock.milliseconds(partial(inputs.micro_batch, arms[which], number))
         found.append(times)
         if len(found) == 1:
             rounds = clock.rounds(limit, time.monotonic() - began, rounds)
@@ -99,7 +101,8 @@ def sustained(arms: Sequence[Arm], inputs: Inputs, clock: Clock, rounds: int = 2
     times = []
     for _ in range(rounds):
         clear(arms)
-        times.append([clock.milliseconds(partial(all_of, arm)) / len(arm.batches) for arm in arms])
+        with undisturbed():
+            times.append([clock.milliseconds(partial(all_of, arm)) / len(arm.batches) for arm in arms])
     return [float(one) for one in np.median(clock.slowest(times), axis=0)]
 
 
@@ -118,7 +121,8 @@ def steps(arms: Sequence[Arm], inputs: Inputs, clock: Clock, micro_batches: int,
     clear(arms)
     for arm in arms:
         step(arm, 0)
-    times = [[clock.milliseconds(partial(step, arm, number * micro_batches)) for arm in arms] for number in range(rounds)]
+    with undisturbed():
+        times = [[clock.milliseconds(partial(step, arm, number * micro_batches)) for arm in arms] for number in range(rounds)]
     return [float(one) for one in np.median(clock.slowest(times), axis=0)]
 
 

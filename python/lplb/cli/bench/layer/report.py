@@ -67,7 +67,8 @@ def emulated_table(cases: list[dict[str, Any]]) -> str:
         for name, arm in case["arms"].items():
             gap = f"{100 * arm['gap']:.1f}%" if "gap" in arm else ""
             rows.append([f"{case['case']}, {case['ranks']}, {case['tokens']:,}", name, number(arm["compute_ms"]),
-                         number(arm["dispatch_ms"]), number(steps[name]), *(f"{100 * steps[other] / steps[name]:.1f}%" for other in ("fair", "packed")),
+                         number(arm["dispatch_ms"]), number(steps[name]),
+                         *(f"{100 * steps[other] / steps[name]:.1f}%" for other in ("fair", "packed")),
                          f"{arm['imbalance']:.3f}", gap])
     return table(header, rows) + (
         "\nexperts: each rank's work on this device one after another, the maximum taken. Dispatch is modelled: the busiest rank's rows "
@@ -82,6 +83,19 @@ def pieces_table(cases: list[dict[str, Any]]) -> str:
         return ""
     return table(["ms of GPU time", *(title for title, _ in seen)],
                  [[kind, *(f"{found.get(kind, 0):.2f}" for _, found in seen)] for kind in kinds])
+
+
+def emulated_sentences(cases: list[dict[str, Any]]) -> list[str]:
+    """What lplb gives beside packed homes, by ranks."""
+    found = []
+    for name, tokens in dict.fromkeys((case["case"], case["tokens"]) for case in cases):
+        same = [case for case in cases if (case["case"], case["tokens"]) == (name, tokens)]
+        for arm in (arm for arm in same[0]["arms"] if arm.startswith("lplb")):
+            gains = [f"{100 * (step_ms(case['arms']['packed']) / step_ms(case['arms'][arm]) - 1):+.1f}% on {case['ranks']} ranks"
+                     for case in same if arm in case["arms"]]
+            found.append(f"{name}, {tokens:,} tokens a rank, emulated: speed of {arm} beside packed homes {', '.join(gains)}; "
+                         "pull and push of copies are not in it.")
+    return found
 
 
 def step_ms(arm: dict[str, float]) -> float:
