@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lplb import Planner, eplb
+from lplb.cli.bench import plot
 from lplb.cli.bench.layer import report, routing
 from lplb.cli.bench.layer.policies import COPIED, PLAIN, Batch, Copies, columns, imbalance, packed_position, plain, scaled
 from lplb.cli.bench.layer.routing import MODELS, arranged, drawn, micro_batch, sources
@@ -280,6 +281,9 @@ def test_two_ranks_on_the_cpu(tmp_path):
     assert copied["pull_bytes"] == 2 * 3 * 64 * 32 * 4 == copied["push_bytes"] and copied["slots_bytes"] == 2 * copied["pull_bytes"]
     assert len(result["break_even"]) == 2 and all(sentence in said for sentence in result["break_even"])
     assert picture.read_bytes().startswith(b"\x89PNG") and "| lplb S2" in said
+    assert plot.main([str(out), str(tmp_path / "again.png")]) == 0 and (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+    out.write_text('{"emulated": [], "cases": [{}]}')
+    assert plot.main([str(out), str(tmp_path / "again.png")]) == 2
 
 
 @pytest.mark.timeout(120)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...common import use_pyplot, write_picture
-from ...terminal import harmless
+from ...terminal import UsageError, harmless
 from .report import step_ms
 
 COLOURS = {"none": "#b8bcc2", "packed": "#c9784a", "even": "#d9a441", "lplb S1": "#7cc4b0", "lplb S2": "#14866d", "lplb": "#14866d",
@@ -35,8 +35,21 @@ def draw(result: dict[str, Any], path: str) -> None:
             plt.close(figure)
 
 
-def colour(name: str) -> str:
-    return COLOURS.get(name) or COLOURS.get(name.split(" ")[0], "#888888")
+def redraw(result: Any, source: str, path: str) -> None:
+    """The picture of what `bench layer --json` wrote. UsageError for any other content of the file source."""
+    try:
+        draw(result, path)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UsageError(f"{source}: is not what bench layer --json writes ({type(error).__name__} {error})") from None
+
+
+def style(name: str) -> dict[str, Any]:
+    """lplb stands out; placements by EPLB, and the others with one copy, are dashed."""
+    plain = name.removesuffix(", EPLB's")
+    ours = name.startswith("lplb")
+    dashed = plain != name or (not ours and name.endswith("S1"))
+    return {"marker": "o", "markersize": 4, "label": name, "linewidth": 2.2 if ours else 1.2, "linestyle": "--" if dashed else "-",
+            "color": COLOURS.get(plain) or COLOURS.get(name.split(" ")[0], "#888888")}
 
 
 def _shares(axis: Any, cases: list[dict[str, Any]], title: str) -> None:
@@ -50,8 +63,7 @@ def _shares(axis: Any, cases: list[dict[str, Any]], title: str) -> None:
             middle = [100 * share["ratio"] for share in shares]
             around = [[value - 100 * share["low"] for value, share in zip(middle, shares)],
                       [100 * share["high"] - value for value, share in zip(middle, shares)]]
-            axis.errorbar(x, middle, [[max(0.0, one) for one in side] for side in around], marker="o", markersize=4, label=name,
-                          color=colour(name), linewidth=2.2 if name.startswith("lplb") else 1.2, capsize=2)
+            axis.errorbar(x, middle, [[max(0.0, one) for one in side] for side in around], capsize=2, **style(name))
     axis.set_xscale("log", base=2)
     tokens = sorted({case["tokens"] for case in cases})
     axis.set_xticks(tokens, [f"{one:,}" for one in tokens])
@@ -62,9 +74,9 @@ def _shares(axis: Any, cases: list[dict[str, Any]], title: str) -> None:
 
 def _emulated(axis: Any, cases: list[dict[str, Any]], title: str) -> None:
     cases = sorted(cases, key=lambda case: case["ranks"])
-    for name in cases[0]["arms"]:
-        axis.plot([case["ranks"] for case in cases], [step_ms(case["arms"][name]) for case in cases], marker="o", markersize=4, label=name,
-                  color=colour(name), linewidth=2.2 if name.startswith("lplb") else 1.2)
+    for name in cases[0]["arms"]:  # of more ranks a few may be missing: fewer experts a rank than copies
+        points = [(case["ranks"], step_ms(case["arms"][name])) for case in cases if name in case["arms"]]
+        axis.plot([ranks for ranks, _ in points], [ms for _, ms in points], **style(name))
     axis.set_xscale("log", base=2)
     axis.set_xticks([case["ranks"] for case in cases], [str(case["ranks"]) for case in cases])
     axis.set_ylim(bottom=0)
