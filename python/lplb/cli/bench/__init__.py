@@ -5,6 +5,7 @@
     cpu.py       the suites on one core
     cuda.py      the suites on a GPU, in CUDA graphs and eager
     exchange.py  counts exchanged among GPUs; under torchrun
+    layer/       a whole MoE layer with the ways to choose a replica in turn; under torchrun
     peers.py     other programs timed in the same run
     kit.py       timing, rows, tables
     plot.py      the picture
@@ -17,16 +18,21 @@ from typing import Any
 
 from ..common import Parser, check_results, write_json
 from ..terminal import UsageError, complain, say, shown
+from . import layer
 
-SUITES = ("solve", "run", "eplb", "mapping", "exchange")
+SUITES = ("solve", "run", "eplb", "mapping", "exchange", "layer")
+TOGETHER = ("exchange", "layer")  # of several processes, each of which runs alone
 CUDA_SUITES = ("solve", "run", "mapping")  # eplb is the host's work whatever the device
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all but exchange, which needs torchrun)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where plans are made (default cpu)")
+    parser.add_argument("suites", nargs="*", metavar="SUITE",
+                        help=f"{', '.join(SUITES)} (default: all but exchange and layer, which need torchrun)")
+    parser.add_argument("--device", choices=["cpu", "cuda"],
+                        help="where plans are made (default cpu; exchange and layer: a GPU if there is one)")
     parser.add_argument("--json", metavar="FILE", help="write machine, date and rows")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the times beside targets and other programs")
+    parser.add_argument("--plot", "--png", metavar="FILE.png", help="draw the times beside targets and other programs")
+    layer.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -35,10 +41,15 @@ def main(arguments: argparse.Namespace) -> int:
     if unknown:
         raise UsageError(f"bench: there is no suite {shown(unknown[0])!r}; the suites are {', '.join(SUITES)}")
     check_results(arguments)
-    if "exchange" in arguments.suites:
-        if len(arguments.suites) > 1:
-            raise UsageError("bench exchange runs alone, one process a GPU: torchrun --nproc-per-node=8 -m lplb bench exchange")
-        return _exchange(arguments)
+    for name in TOGETHER:
+        if name in arguments.suites:
+            if len(arguments.suites) > 1:
+                raise UsageError(f"bench {name} runs alone, one process a GPU: torchrun --nproc-per-node=8 -m lplb bench {name}")
+            return _together(name, arguments)
+    needless = [name for name in layer.OPTIONS if getattr(arguments, name) is not None]
+    if needless:
+        raise UsageError(f"--{needless[0]}: is an option of bench layer")
+    arguments.device = arguments.device or "cpu"
     suites = _suites(arguments.device)
     chosen = arguments.suites or list(suites)
     missing = [suite for suite in chosen if suite not in suites]
@@ -63,15 +74,17 @@ def _suites(device: str) -> dict[str, Any]:
     return dict(cuda.SUITES)
 
 
-def _exchange(arguments: argparse.Namespace) -> int:
-    """exchange.main(json, plot) -> exit code prints its own table and writes the same JSON as the other suites."""
+def _together(name: str, arguments: argparse.Namespace) -> int:
+    """Suites that print their own tables and write their own JSON."""
     try:
+        if name == "layer":
+            return layer.main(arguments)
         from . import exchange
         return int(exchange.main(arguments.json, arguments.plot))
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise UsageError("bench exchange: needs torch") from None
+        raise UsageError(f"bench {name}: needs torch") from None
 
 
 def _run(arguments: argparse.Namespace, suites: dict[str, Any]) -> int:

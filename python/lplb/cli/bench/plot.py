@@ -1,5 +1,6 @@
 """
-The picture of a bench: every case's p50 and p99 on a logarithmic axis, beside its target and what other programs need.
+The picture of a bench: every case's p50 and p99 on a logarithmic axis, beside its target and what other programs need. That of bench layer
+is in layer/plot.py.
 
     python -m lplb.cli.bench.plot BENCH.json FILE.png     draws what was measured on a machine without matplotlib
 """
@@ -111,6 +112,10 @@ def _main(words: Sequence[str]) -> int:
     if os.path.splitext(path)[1].lower() not in PICTURES:
         raise UsageError(f"{path}: a picture ends in .png, .svg or .pdf")
     result = read_json(source)
+    if isinstance(result, dict) and "emulated" in result:
+        from .layer import plot as layer
+        layer.redraw(result, source, path)
+        return 0
     rows = _rows_of(source, result)
     machine = shown(rows[0].extra.get("machine", ""), 200)
     draw(rows, str(result.get("device")), f"{machine}, {shown(result.get('date', ''))}", path)
