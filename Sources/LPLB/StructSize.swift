@@ -131,3 +131,13 @@ extension lplb_rail_ops: SizedStruct {
     static var defaults: Self { Self() }
     static var fields: [PartialKeyPath<Self>] { [\.context, \.all_gather, \.error, \.destroy, \.abort, \.report, \.failed] }
 }
+
+extension lplb_place_config: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] {
+        [
+            \.policy, \.unused, \.n_snapshots, \.n_layers, \.n_logical, \.n_ranks, \.n_slots, \.slots, \.n_nodes, \.n_groups, \.previous,
+            \.max_moves, \.tolerance,
+        ]
+    }
+}

@@ -1,0 +1,151 @@
+// Place: one call for every placement policy, over all layers of a history.
+
+import LPLBSolver
+import LPLBTopology
+
+/// What is placed: on which ranks, by which policy, from which past.
+public struct PlaceRequest {
+    /// The policies by name; the numbers are those of lplb.h.
+    public enum Policy: Int32, CaseIterable, Sendable {
+        case flow = 0, balanced, deepseek, repair
+    }
+
+    public var policy = Policy.flow
+    public var nSnapshots = 1, nLayers = 0, nLogical = 0
+    /// Slots of every rank; 0 for a rank that is dead.
+    public var slots: [Int] = []
+    /// Hosts, and groups of experts that are selected together; 1 and 1 for none.
+    public var nNodes = 1, nGroups = 1
+    /// `balanced` stops within this part of the mean.
+    public var tolerance = 0.0005
+    /// nil or [nLayers][width * ranks], -1 for empty slots: the placement in force.
+    public var previous: [Int32]?
+    /// The most slots, over all layers, that may take an expert which their rank did not hold; nil: any number.
+    public var maxMoves: Int?
+
+    /// Slots that each rank has in the arrays; at least those of the largest rank.
+    public var width = 0
+
+    public init() {}
+
+    public var slotsPerLayer: Int { width * slots.count }
+    public var historyCount: Int { nSnapshots * nLayers * nLogical }
+}
+
+/// What a layer's placement is worth.
+public struct PlaceReport: Sendable, Equatable {
+    /// mean / max load of the live ranks on the history, with an even split over replicas and with the exact one.
+    public var evenBalance = 1.0, exactBalance = 1.0
+    /// Slots that hold an expert which their rank holds in another slot, too.
+    public var duplicates = 0
+    /// Experts that stand on a rank where the previous placement did not have them; 0 without one.
+    public var moves = 0
+}
+
+/// Places every layer.
+/// - Parameters:
+///   - history: [nSnapshots][nLayers][nLogical], tokens per expert, finite, not negative.
+///   - phy2log: [nLayers][width * ranks], written; -1 where a rank has no slot or the slot stays empty.
+/// - Returns: a report for each layer.
+/// - Throws: a `RuleViolation`; nothing is written then.
+public func place(
+    _ request: PlaceRequest, history: UnsafeBufferPointer<Double>, phy2log: UnsafeMutablePointer<Int32>
+) throws(RuleViolation) -> [PlaceReport] {
+    try request.check(history)
+    let board = Board(nLogical: request.nLogical, capacity: request.slots, width: request.width)
+    let shape = try ExpertShape(
+        epSize: request.slots.count, nNodes: 1, groupSize: 0, nLogical: request.nLogical, nPhysical: request.slotsPerLayer)
+    let judge = Judge(request, shape)
+    var reports: [PlaceReport] = []
+    var result: [Int32] = []
+    result.reserveCapacity(request.nLayers * request.slotsPerLayer)
+    let flow = request.policy == .flow ? FlowPolicy(shape: shape, capacity: request.slots, width: request.width) : nil
+    for layer in 0..<request.nLayers {
+        let snapshots = request.snapshots(of: layer, history)
+        let weight = request.sum(snapshots)
+        if let flow {
+            try flow.place(board, Drift(snapshots: snapshots, groupSize: request.driftGroup), turn: layer)
+            weight.withUnsafeBufferPointer { board.weigh($0.baseAddress!) }
+        } else {
+            weight.withUnsafeBufferPointer { weight in
+                if request.nNodes > 1 {
+                    placeBalancedInNodes(
+                        board, weight: weight.baseAddress!, nNodes: request.nNodes, nGroups: request.nGroups, tolerance: request.tolerance)
+                } else {
+                    placeBalanced(board, weight: weight.baseAddress!, tolerance: request.tolerance)
+                }
+            }
+        }
+        reports.append(try judge.report(board, weight, layer: layer))
+        result += board.phy2log
+    }
+    phy2log.update(from: result, count: result.count)
+    return reports
+}
+
+extension PlaceRequest {
+    /// Experts of one routing group, which drift together: those that are selected together, or 32.
+    var driftGroup: Int { nGroups > 1 ? nLogical / nGroups : min(32, nLogical) }
+
+    func snapshots(of layer: Int, _ history: UnsafeBufferPointer<Double>) -> [[Double]] {
+        (0..<nSnapshots).map { s in Array(history[(s * nLayers + layer) * nLogical..<(s * nLayers + layer + 1) * nLogical]) }
+    }
+
+    func sum(_ snapshots: [[Double]]) -> [Double] {
+        var sum = snapshots.first ?? []
+        for row in snapshots.dropFirst() { for e in sum.indices { sum[e] += row[e] } }
+        return sum
+    }
+
+    /// Checks all sizes; any integers may be given.
+    public func checkSizes() throws(RuleViolation) {
+        for (name, value, least, most) in [
+            ("n_snapshots", nSnapshots, 1, 1 << 16), ("n_layers", nLayers, 0, 1 << 20), ("n_logical", nLogical, 1, Limits.maxLogical),
+            ("n_ranks", slots.count, 1, Limits.maxRanks), ("n_nodes", nNodes, 1, slots.count), ("n_groups", nGroups, 1, nLogical),
+        ] where value < least || value > most {
+            throw RuleViolation(name, "must lie in \(least) .. \(most)", value: value)
+        }
+        if slotsPerLayer > Limits.maxPhysical {
+            throw RuleViolation("n_slots", "n_ranks * n_slots must be at most \(Limits.maxPhysical)", value: width)
+        }
+        let total = slots.reduce(0, +)
+        if total < nLogical { throw RuleViolation("slots", "must be at least n_logical \(nLogical) in all", value: total) }
+        if slots.count % nNodes != 0 { throw RuleViolation("n_nodes", "must divide n_ranks \(slots.count)", value: nNodes) }
+        if nNodes > 1 && (nGroups % nNodes != 0 || nLogical % nGroups != 0) {
+            throw RuleViolation("n_groups", "must be a multiple of n_nodes \(nNodes) that divides n_logical \(nLogical)", value: nGroups)
+        }
+        if historyCount > 1 << 32 { throw RuleViolation(.unsupported, "n_layers", "history must have at most 2^32 entries", value: nLayers) }
+    }
+
+    func check(_ history: UnsafeBufferPointer<Double>) throws(RuleViolation) {
+        for index in history.indices where !(history[index].isFinite && history[index] >= 0) {
+            let layer = index / nLogical % nLayers
+            throw RuleViolation(
+                "history[\(index / nLogical / nLayers)][\(layer)][\(index % nLogical)]", "must be finite and not negative",
+                value: history[index])
+        }
+    }
+}
+
+/// Judges placements on the history that they were made from.
+private struct Judge {
+    private let request: PlaceRequest, shape: ExpertShape
+
+    init(_ request: PlaceRequest, _ shape: ExpertShape) {
+        self.request = request
+        self.shape = shape
+    }
+
+    func report(_ board: Board, _ weight: [Double], layer: Int) throws(RuleViolation) -> PlaceReport {
+        var report = PlaceReport()
+        report.evenBalance = board.balance
+        report.duplicates = board.duplicates
+        let solver = FlowSolver(Network(try Placement(shape: shape, phy2log: board.phy2log)))
+        let sum = weight.reduce(0, +), scale = sum > 0 ? Double(1 << 36) / sum : 0
+        let loads = weight.map { Int64(($0 * scale).rounded()) }
+        loads.withUnsafeBufferPointer { solver.solve(loads: $0.baseAddress!) }
+        let most = solver.results[0].maxLoad
+        report.exactBalance = most > 0 ? Double(loads.reduce(0, +)) / Double(board.live.count) / Double(most) : 1
+        return report
+    }
+}
