@@ -52,6 +52,7 @@ public func place(
     _ request: PlaceRequest, history: UnsafeBufferPointer<Double>, phy2log: UnsafeMutablePointer<Int32>
 ) throws(RuleViolation) -> [PlaceReport] {
     try request.check(history)
+    guard request.nLayers > 0 else { return [] }
     let board = Board(nLogical: request.nLogical, capacity: request.slots, width: request.width)
     let shape = try ExpertShape(
         epSize: request.slots.count, nNodes: 1, groupSize: 0, nLogical: request.nLogical, nPhysical: request.slotsPerLayer)
@@ -59,28 +60,61 @@ public func place(
     var reports: [PlaceReport] = []
     var result: [Int32] = []
     result.reserveCapacity(request.nLayers * request.slotsPerLayer)
-    let flow = request.policy == .flow ? FlowPolicy(shape: shape, capacity: request.slots, width: request.width) : nil
+    var placer = try Placer(request, shape, history)
     for layer in 0..<request.nLayers {
-        let snapshots = request.snapshots(of: layer, history)
-        let weight = request.sum(snapshots)
-        if let flow {
-            try flow.place(board, Drift(snapshots: snapshots, groupSize: request.driftGroup), turn: layer)
-            weight.withUnsafeBufferPointer { board.weigh($0.baseAddress!) }
-        } else {
-            weight.withUnsafeBufferPointer { weight in
-                if request.nNodes > 1 {
-                    placeBalancedInNodes(
-                        board, weight: weight.baseAddress!, nNodes: request.nNodes, nGroups: request.nGroups, tolerance: request.tolerance)
-                } else {
-                    placeBalanced(board, weight: weight.baseAddress!, tolerance: request.tolerance)
-                }
-            }
-        }
-        reports.append(try judge.report(board, weight, layer: layer))
-        result += board.phy2log
+        try placer.place(layer, on: board)
+        reports.append(try judge.report(board, request.weight(of: layer, history), layer: layer))
+        result += settled(board, request.previous(of: layer))
     }
     phy2log.update(from: result, count: result.count)
     return reports
+}
+
+/// Which policy places a layer, and what it keeps from layer to layer.
+private struct Placer {
+    private let request: PlaceRequest, history: UnsafeBufferPointer<Double>
+    private let flow: FlowPolicy?
+    /// The placement of each layer where moves are limited.
+    private var points: [Trajectory.Point] = []
+
+    init(_ request: PlaceRequest, _ shape: ExpertShape, _ history: UnsafeBufferPointer<Double>) throws(RuleViolation) {
+        (self.request, self.history) = (request, history)
+        flow = request.policy == .flow ? FlowPolicy(shape: shape, capacity: request.slots, width: request.width) : nil
+        guard let budget = request.budget else { return }
+        var layers: [Trajectory] = []
+        let repair = Repair(shape: shape, capacity: request.slots, width: request.width)
+        let search = BudgetSearch(nLogical: request.nLogical, capacity: request.slots, width: request.width)
+        let slots = request.nLayers * request.slots.reduce(0, +)
+        for layer in 0..<request.nLayers {
+            guard let previous = request.previous(of: layer) else { continue }
+            let weight = request.weight(of: layer, history)
+            layers.append(
+                request.policy == .balanced
+                    ? search.trajectory(previous, weight: weight, most: budget, threshold: budget * 14 > slots ? 1.005 : 1.01)
+                    : try repair.trajectory(previous, weight: weight, most: budget))
+        }
+        points = Trajectory.spend(budget, over: layers)
+    }
+
+    mutating func place(_ layer: Int, on board: Board) throws(RuleViolation) {
+        let weight = request.weight(of: layer, history)
+        if !points.isEmpty {
+            board.take(points[layer].phy2log)
+        } else if let flow {
+            try flow.place(board, Drift(snapshots: request.snapshots(of: layer, history), groupSize: request.driftGroup), turn: layer)
+        } else {
+            weight.withUnsafeBufferPointer { weight in
+                guard let first = weight.baseAddress else { return }
+                if request.nNodes > 1 {
+                    placeBalancedInNodes(
+                        board, weight: first, nNodes: request.nNodes, nGroups: request.nGroups, tolerance: request.tolerance)
+                } else {
+                    placeBalanced(board, weight: first, tolerance: request.tolerance)
+                }
+            }
+        }
+        weight.withUnsafeBufferPointer { if let first = $0.baseAddress { board.weigh(first) } }
+    }
 }
 
 extension PlaceRequest {
@@ -91,10 +125,21 @@ extension PlaceRequest {
         (0..<nSnapshots).map { s in Array(history[(s * nLayers + layer) * nLogical..<(s * nLayers + layer + 1) * nLogical]) }
     }
 
-    func sum(_ snapshots: [[Double]]) -> [Double] {
+    /// The sum of a layer's snapshots.
+    func weight(of layer: Int, _ history: UnsafeBufferPointer<Double>) -> [Double] {
+        let snapshots = snapshots(of: layer, history)
         var sum = snapshots.first ?? []
         for row in snapshots.dropFirst() { for e in sum.indices { sum[e] += row[e] } }
         return sum
+    }
+
+    func previous(of layer: Int) -> ArraySlice<Int32>? { previous?[layer * slotsPerLayer..<(layer + 1) * slotsPerLayer] }
+
+    /// The moves that all layers may take together, where they are limited: always for repair, 1% of the slots unless more are allowed.
+    var budget: Int? {
+        guard previous != nil else { return nil }
+        let slots = nLayers * slots.reduce(0, +)
+        return policy == .repair ? min(maxMoves ?? max(1, slots / 100), slots) : maxMoves.map { min($0, slots) }
     }
 
     /// Checks all sizes; any integers may be given.
@@ -140,9 +185,11 @@ private struct Judge {
         var report = PlaceReport()
         report.evenBalance = board.balance
         report.duplicates = board.duplicates
+        if let previous = request.previous(of: layer) {
+            report.moves = Former(previous, nRanks: board.nRanks, nLogical: board.nLogical).moves(board)
+        }
         let solver = FlowSolver(Network(try Placement(shape: shape, phy2log: board.phy2log)))
-        let sum = weight.reduce(0, +), scale = sum > 0 ? Double(1 << 36) / sum : 0
-        let loads = weight.map { Int64(($0 * scale).rounded()) }
+        let loads = scaledLoads(weight)
         loads.withUnsafeBufferPointer { solver.solve(loads: $0.baseAddress!) }
         let most = solver.results[0].maxLoad
         report.exactBalance = most > 0 ? Double(loads.reduce(0, +)) / Double(board.live.count) / Double(most) : 1

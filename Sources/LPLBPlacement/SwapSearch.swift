@@ -2,11 +2,15 @@
 
 /// Lowers the heaviest load of a board until it is at the target or no exchange helps. No exchange makes a duplicate.
 final class SwapSearch {
+    private typealias Pair = (sum: Double, first: Int, second: Int)
     private let board: Board
-    /// Pairs of slots of one rank by the sum of their shares.
-    private var sums: [(sum: Double, first: Int, second: Int)] = []
+    /// For each rank the pairs of its slots by the sum of their shares, once they have been asked for; empty after a change.
+    private var pairs: [[Pair]]
 
-    init(_ board: Board) { self.board = board }
+    init(_ board: Board) {
+        self.board = board
+        pairs = [[Pair]](repeating: [], count: board.nRanks)
+    }
 
     /// An exchange: `from` slots of the heaviest rank against `to` slots of another; -1 for none.
     private struct Exchange {
@@ -59,11 +63,13 @@ final class SwapSearch {
     /// The best exchange of two experts against two: this is what ends the stall of exchanges of one against one.
     private func double(_ heavy: Int, _ byLoad: [Int], _ target: Double, _ best: inout Exchange) {
         let board = board, high = board.load[heavy]
-        let outs = pairs(of: heavy)
+        prepare(heavy)
+        let outs = pairs[heavy]
         for light in byLoad {
             let low = board.load[light], wanted = (high - low) / 2
             if (high + low) / 2 >= best.level || best.level <= target { return }
-            sums = pairs(of: light)
+            prepare(light)
+            let sums = pairs[light]
             for out in outs {
                 // The pair that comes back should weigh out.sum - wanted: look at the nearest ones on both sides.
                 var low0 = 0, high0 = sums.count
@@ -81,15 +87,13 @@ final class SwapSearch {
         }
     }
 
-    private func pairs(of rank: Int) -> [(sum: Double, first: Int, second: Int)] {
+    private func prepare(_ rank: Int) {
+        guard pairs[rank].isEmpty else { return }
         let row = board.expert + rank * board.width
-        var pairs: [(sum: Double, first: Int, second: Int)] = []
-        pairs.reserveCapacity(board.fill[rank] * board.fill[rank] / 2)
         for i in 0..<board.fill[rank] {
-            for j in 0..<i { pairs.append((board.share[Int(row[i])] + board.share[Int(row[j])], i, j)) }
+            for j in 0..<i { pairs[rank].append((board.share[Int(row[i])] + board.share[Int(row[j])], i, j)) }
         }
-        pairs.sort { ($0.sum, $0.first, $0.second) < ($1.sum, $1.first, $1.second) }
-        return pairs
+        pairs[rank].sort { ($0.sum, $0.first, $0.second) < ($1.sum, $1.first, $1.second) }
     }
 
     private func canSwap(_ heavy: Int, _ i: Int, _ k: Int, _ light: Int, _ j: Int, _ l: Int) -> Bool {
@@ -110,7 +114,9 @@ final class SwapSearch {
                 here[board.fill[heavy]] = -1
             }
         }
-        board.weigh(rank: heavy)
-        board.weigh(rank: exchange.rank)
+        for rank in [heavy, exchange.rank] {
+            board.weigh(rank: rank)
+            pairs[rank].removeAll(keepingCapacity: true)
+        }
     }
 }
