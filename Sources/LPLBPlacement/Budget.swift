@@ -3,6 +3,8 @@
 /// Finds, for one layer after another, exchanges and replacements that relieve the heaviest rank.
 final class BudgetSearch {
     private let board: Board
+    /// The ranks of each expert.
+    private var hosts: [[Int]] = []
     private static let lightest = 12
 
     /// Slots that get other experts: one, or two of different ranks.
@@ -18,14 +20,15 @@ final class BudgetSearch {
     func trajectory(_ previous: ArraySlice<Int32>, weight: [Double], most: Int, threshold: Double) -> Trajectory {
         board.take(Array(previous))
         weight.withUnsafeBufferPointer { if let first = $0.baseAddress { board.weigh(first) } }
+        noteHosts()
         let former = Former(previous, nRanks: board.nRanks, nLogical: board.nLogical)
         let mean = weight.reduce(0, +) / Double(max(1, board.live.count))
         var moves = former.moves(board)
         var trajectory = Trajectory(.init(moves: moves, balance: board.balance, phy2log: board.phy2log))
         for _ in 0..<4 * board.nSlots {
             guard let change = best(former, weight, threshold * mean, most - moves) else { break }
+            moves += cost(change, former)
             apply(change, weight)
-            moves = former.moves(board)
             trajectory.add(.init(moves: moves, balance: board.balance, phy2log: board.phy2log))
         }
         return trajectory
@@ -61,7 +64,7 @@ final class BudgetSearch {
                     }
                     if board.copies[Int(back)] > 1 {
                         consider(
-                            Change(rank: light, slot: j, expert: out), fall: replaced(light, out: back, in: out, weight, over), former)
+                            Change(rank: light, slot: j, expert: out), fall: replaced(light, out: back, in: out, weight, level), former)
                     }
                 }
             }
@@ -71,7 +74,7 @@ final class BudgetSearch {
             guard board.copies[Int(out)] > 1 else { continue }
             for e in 0..<board.nLogical where !board.holds(heavy, Int32(e)) {
                 let change = Change(rank: heavy, slot: i, expert: Int32(e))
-                consider(change, fall: replaced(heavy, out: out, in: Int32(e), weight, over), former)
+                consider(change, fall: replaced(heavy, out: out, in: Int32(e), weight, level), former)
             }
         }
         return best.rank < 0 ? nil : best
@@ -79,24 +82,29 @@ final class BudgetSearch {
 
     /// How much the overload of all ranks falls when a slot of `rank` holds `new` in place of `old`, whose other copies take over.
     private func replaced(
-        _ rank: Int, out old: Int32, in new: Int32, _ weight: [Double], _ over: (Double) -> Double
+        _ rank: Int, out old: Int32, in new: Int32, _ weight: [Double], _ level: Double
     ) -> Double {
         let o = Int(old), n = Int(new)
+        func over(_ load: Double) -> Double { max(0, load - level) }
         let moreOld = weight[o] / Double(board.copies[o] - 1) - board.share[o]
         let lessNew = board.share[n] - weight[n] / Double(board.copies[n] + 1)
-        var fall = 0.0
-        for other in board.live {
-            let hasOld = board.holds(other, old), hasNew = board.holds(other, new)
-            guard other == rank || hasOld || hasNew else { continue }
-            var load = board.load[other]
-            if other == rank {
-                load += board.share[n] - lessNew - board.share[o]
-            } else {
-                load += (hasOld ? moreOld : 0) - (hasNew ? lessNew : 0)
-            }
-            fall += over(board.load[other]) - over(load)
+        let load = board.load[rank]
+        var fall = over(load) - over(load + board.share[n] - lessNew - board.share[o])
+        for other in hosts[o] where other != rank {
+            let change = moreOld - (hosts[n].contains(other) ? lessNew : 0)
+            fall += over(board.load[other]) - over(board.load[other] + change)
+        }
+        for other in hosts[n] where other != rank && board.load[other] > level && !hosts[o].contains(other) {
+            fall += over(board.load[other]) - over(board.load[other] - lessNew)
         }
         return fall
+    }
+
+    private func noteHosts() {
+        hosts = [[Int]](repeating: [], count: board.nLogical)
+        for rank in board.live {
+            for slot in 0..<board.fill[rank] { hosts[Int(board.expert[rank * board.width + slot])].append(rank) }
+        }
     }
 
     /// Moves that a change adds; below zero where it brings experts back.
@@ -111,13 +119,19 @@ final class BudgetSearch {
     }
 
     private func apply(_ change: Change, _ weight: [Double]) {
+        var touched: [Int] = []
         for (rank, slot, e) in [(change.rank, change.slot, change.expert), (change.other, change.otherSlot, change.otherExpert)]
         where rank >= 0 {
             let place = board.expert + rank * board.width + slot
+            touched += [Int(place.pointee), Int(e)]
             board.copies[Int(place.pointee)] -= 1
             board.copies[Int(e)] += 1
             place.pointee = e
         }
-        weight.withUnsafeBufferPointer { if let first = $0.baseAddress { board.weigh(first) } }
+        for e in touched {
+            hosts[e] = board.live.filter { board.holds($0, Int32(e)) }
+            board.share[e] = weight[e] / Double(max(1, board.copies[e]))
+        }
+        for rank in Set(touched.flatMap { hosts[$0] } + [change.rank, change.other]) where rank >= 0 { board.weigh(rank: rank) }
     }
 }

@@ -85,13 +85,14 @@ private struct Placer {
         let repair = Repair(shape: shape, capacity: request.slots, width: request.width)
         let search = BudgetSearch(nLogical: request.nLogical, capacity: request.slots, width: request.width)
         let slots = request.nLayers * request.slots.reduce(0, +)
+        let most = min(budget, max(8, 5 * budget / request.nLayers))  // no layer gets more than a few times its share
         for layer in 0..<request.nLayers {
             guard let previous = request.previous(of: layer) else { continue }
             let weight = request.weight(of: layer, history)
             layers.append(
                 request.policy == .balanced
-                    ? search.trajectory(previous, weight: weight, most: budget, threshold: budget * 14 > slots ? 1.005 : 1.01)
-                    : try repair.trajectory(previous, weight: weight, most: budget))
+                    ? search.trajectory(previous, weight: weight, most: most, threshold: budget * 14 > slots ? 1.005 : 1.01)
+                    : try repair.trajectory(previous, weight: weight, most: most))
         }
         points = Trajectory.spend(budget, over: layers)
     }

@@ -8,7 +8,12 @@ import LPLBTopology
 final class Repair {
     private let shape: ExpertShape
     private let board: Board
-    private static let looked = 24
+    private var pool: WitnessPool
+    /// For each expert, `words` words with a bit for each rank that holds it.
+    private var places: [UInt64] = []
+    private let words: Int
+    /// Changes that the pool of witnesses looks at in each step, and those of them that are solved.
+    private static let looked = 200, solves = 8
 
     /// A change: on `rank` (and `other`), `slot` (and `otherSlot`) get new experts.
     private struct Change {
@@ -20,6 +25,8 @@ final class Repair {
     init(shape: ExpertShape, capacity: [Int], width: Int) {
         self.shape = shape
         board = Board(nLogical: shape.nLogical, capacity: capacity, width: width)
+        pool = WitnessPool(nRanks: capacity.count)
+        words = (capacity.count + 63) / 64
     }
 
     /// The placements that repair passes through, at most `most` moves from `previous`.
@@ -27,6 +34,8 @@ final class Repair {
         board.take(Array(previous))
         let former = Former(previous, nRanks: board.nRanks, nLogical: board.nLogical)
         let loads = scaledLoads(weight)
+        pool = WitnessPool(nRanks: board.nRanks)
+        notePlaces()
         var solved = try solve(loads)
         var trajectory = Trajectory(.init(moves: former.moves(board), balance: solved.balance, phy2log: board.phy2log))
         var stalled = 0
@@ -34,6 +43,7 @@ final class Repair {
             guard let (next, found) = try bestChange(solved, loads, former, most), found.balance > solved.balance else { break }
             stalled = found.balance - solved.balance < 1e-5 ? stalled + 1 : 0
             apply(next)
+            notePlaces()
             solved = found
             trajectory.add(.init(moves: former.moves(board), balance: solved.balance, phy2log: board.phy2log))
         }
@@ -52,28 +62,85 @@ final class Repair {
         }
         let words = solver.witness(ofGroup: 0), result = solver.results[0]
         let mean = Double(result.total) / Double(max(1, board.live.count))
-        return Solved(
-            balance: result.maxLoad > 0 ? mean / Double(result.maxLoad) : 1,
-            witness: (0..<board.nRanks).map { words[$0 / 32] >> UInt32($0 % 32) & 1 == 1 })
+        let witness = (0..<board.nRanks).map { words[$0 / 32] >> UInt32($0 % 32) & 1 == 1 }
+        pool.add(witness.indices.filter { witness[$0] })
+        return Solved(balance: result.maxLoad > 0 ? mean / Double(result.maxLoad) : 1, witness: witness)
     }
 
-    /// Of the changes that look best the one that gives most a move, by the exact split.
+    /// Of the changes that look best the one that gives most a move, by the exact split. The witnesses so far tell which look best.
     private func bestChange(
         _ solved: Solved, _ loads: [Int64], _ former: Former, _ most: Int
     ) throws(RuleViolation) -> (Change, Solved)? {
-        let before = former.moves(board)
+        let before = former.moves(board), total = loads.reduce(0.0) { $0 + Double($1) }
+        let mean = total / Double(max(1, board.live.count))
+        pool.weigh(places, loads)
+        var promising: [(gain: Double, moves: Int, change: Change, changed: [(e: Int, places: [UInt64])])] = []
+        for change in changes(solved.witness, loads) {
+            let moves = before + cost(change, former)
+            guard moves <= most else { continue }
+            let changed = changed(by: change), cost = max(moves - before, 1)
+            let gain = (mean / max(mean, pool.bound(changed, places, loads)) - solved.balance) / Double(cost)
+            if gain > 0 { promising.append((gain, cost, change, changed)) }
+        }
+        // Each solve brings a witness that bounds the others anew, so that few solves find the best change.
         var best: (change: Change, solved: Solved, gain: Double)?
-        for change in changes(solved.witness, loads).prefix(Repair.looked) {
+        for _ in 0..<Repair.solves {
+            guard let index = promising.indices.max(by: { promising[$0].gain < promising[$1].gain }),
+                promising[index].gain > best?.gain ?? 0 else { break }
+            let change = promising[index].change
+            promising.swapAt(index, promising.count - 1)
+            promising.removeLast()
             let undo = apply(change)
-            let after = former.moves(board)
-            if after <= most {
-                let found = try solve(loads)
-                let gain = (found.balance - solved.balance) / Double(max(after - before, 1))
-                if gain > best?.gain ?? 0 { best = (change, found, gain) }
-            }
+            let found = try solve(loads)
+            let gain = (found.balance - solved.balance) / Double(max(former.moves(board) - before, 1))
+            if gain > best?.gain ?? 0 { best = (change, found, gain) }
             apply(undo)
+            pool.weighLatest(places, loads)
+            for index in promising.indices {
+                let one = promising[index]
+                let bound = max(mean, pool.boundByLatest(one.changed, places, loads))
+                promising[index].gain = min(one.gain, (mean / bound - solved.balance) / Double(one.moves))
+            }
         }
         return best.map { ($0.change, $0.solved) }
+    }
+
+    /// The slots that a change writes, and with what.
+    private func writes(_ change: Change) -> [(rank: Int, slot: Int, e: Int32)] {
+        let one = (change.rank, change.slot, change.expert)
+        return change.other < 0 ? [one] : [one, (change.other, change.otherSlot, change.otherExpert)]
+    }
+
+    private func cost(_ change: Change, _ former: Former) -> Int {
+        writes(change).reduce(0) { cost, write in
+            let old = Int(board.expert[write.rank * board.width + write.slot])
+            return cost + (former.held(write.rank, Int(write.e)) ? 0 : 1) - (former.held(write.rank, old) ? 0 : 1)
+        }
+    }
+
+    /// The experts whose places a change changes. (No rank holds one twice here, or the bound is only too low.)
+    private func changed(by change: Change) -> [(e: Int, places: [UInt64])] {
+        var experts: [(e: Int, places: [UInt64])] = []
+        func edit(_ e: Int, _ rank: Int, _ isThere: Bool) {
+            let index = experts.firstIndex { $0.e == e } ?? experts.count
+            if index == experts.count { experts.append((e, Array(places[e * words..<(e + 1) * words]))) }
+            let bit = UInt64(1) << UInt64(rank & 63)
+            if isThere { experts[index].places[rank >> 6] |= bit } else { experts[index].places[rank >> 6] &= ~bit }
+        }
+        for write in writes(change) {
+            edit(Int(board.expert[write.rank * board.width + write.slot]), write.rank, false)
+            edit(Int(write.e), write.rank, true)
+        }
+        return experts
+    }
+
+    private func notePlaces() {
+        places = [UInt64](repeating: 0, count: board.nLogical * words)
+        for rank in board.live {
+            for slot in 0..<board.fill[rank] {
+                places[Int(board.expert[rank * board.width + slot]) * words + rank >> 6] |= 1 << UInt64(rank & 63)
+            }
+        }
     }
 
     @discardableResult
