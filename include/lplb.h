@@ -369,6 +369,9 @@ enum {
     LPLB_PLACE_REPAIR = 3    /* few changes to the previous placement, where the solver's witness shows that it is tight */
 };
 
+/* max_moves of a placement that may only give a slot to experts which no rank holds any more. */
+#define LPLB_PLACE_KEEP (-2)
+
 /* What lplb_place shall do. Begin with LPLB_PLACE_CONFIG_INIT; 0 stands for the default everywhere. */
 typedef struct lplb_place_config {
     int64_t struct_size;
@@ -381,9 +384,9 @@ typedef struct lplb_place_config {
     int64_t n_slots;           /* the most slots of a rank: phy2log has n_ranks * n_slots entries a layer */
     const int64_t *slots;      /* NULL: every rank has n_slots; or [n_ranks], 0 .. n_slots, 0 for a dead rank */
     int64_t n_nodes;           /* hosts, whose ranks are consecutive; 0: one */
-    int64_t n_groups;          /* groups of experts that are selected together, which stay on one host; 0: one */
+    int64_t n_groups;          /* groups of experts selected together; where n_nodes divides it, balanced and deepseek keep a group on one host; 0: one */
     const int32_t *previous;   /* NULL, or the placement in force, [n_layers][n_ranks * n_slots] */
-    int64_t max_moves;         /* the most experts that may come new to a rank, over all layers; 0 or -1: any number. Needs previous. */
+    int64_t max_moves;         /* the most experts that may come new to a rank, over all layers; 0 or -1: any number; LPLB_PLACE_KEEP: none */
     double tolerance;          /* of balanced: by how much of the mean the heaviest rank may exceed it; 0: .0005; below 0: none */
 } lplb_place_config;
 #define LPLB_PLACE_CONFIG_INIT { sizeof(lplb_place_config) }
@@ -400,7 +403,10 @@ typedef struct lplb_place_report {
  * Places all layers by one policy. history: [n_snapshots][n_layers][n_logical] float64, tokens per expert, finite, >= 0. phy2log:
  * [n_layers][n_ranks * n_slots], written: the expert of each slot, -1 where a rank has no such slot or nothing to put there. reports:
  * NULL or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch: with an even split they can be worse
- * than those of LPLB_PLACE_BALANCED. Equal inputs give equal placements. After an error nothing is written.
+ * than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot; those that no rank holds any more get
+ * a slot whatever max_moves is. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given. LPLB_PLACE_FLOW
+ * with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
+ * error nothing is written.
  * Host, synchronous, allocates, thread-safe.
  */
 lplb_status lplb_place(const lplb_place_config *config, const double *history, int32_t *phy2log, lplb_place_report *reports,

@@ -87,11 +87,20 @@ extension PlaceRequest {
             throw Failure("slots[\(rank)]", "must lie in 0 ... n_slots \(nSlots)", value: number)
         }
         width = nSlots
+        previous = config.previous == nil ? nil : []
         try translating { () throws(RuleViolation) in try checkSizes() }
         if let given = config.previous {
             let given = try Check.pointer(given, "previous")
             previous = Array(UnsafeBufferPointer(start: given, count: nLayers * slotsPerLayer))
         }
-        maxMoves = config.max_moves <= 0 ? nil : Int(config.max_moves)
+        switch config.max_moves {
+        case Int64(LPLB_PLACE_KEEP): maxMoves = 0
+        case -1, 0: maxMoves = nil
+        case 1...: maxMoves = Int(config.max_moves)
+        default: throw Failure("max_moves", "must be a number of moves, -1 for any or LPLB_PLACE_KEEP (-2)", value: config.max_moves)
+        }
+        if maxMoves != nil && previous == nil {
+            throw Failure("max_moves", "needs previous, which moves are counted from", value: config.max_moves)
+        }
     }
 }

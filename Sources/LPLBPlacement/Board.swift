@@ -130,3 +130,33 @@ extension Board {
         }
     }
 }
+
+extension Board {
+    /// Sets what the ranks hold, and gives a slot to each expert that no rank holds any more, such as those of a rank that died: a free one
+    /// on the lightest rank, else that of the lightest copy of an expert with several. There must be as many slots as experts.
+    func take(_ previous: ArraySlice<Int32>, completedBy weight: [Double]) {
+        take(Array(previous))
+        weight.withUnsafeBufferPointer { if let first = $0.baseAddress { weigh(first) } }
+        let lost = (0..<nLogical).filter { copies[$0] == 0 }.sorted { (weight[$0], $1) > (weight[$1], $0) }
+        for e in lost {
+            copies[e] = 1
+            share[e] = weight[e]
+            if let rank = live.filter(hasRoom).min(by: { (load[$0], $0) < (load[$1], $1) }) {
+                put(e, on: rank)
+                continue
+            }
+            var best = (cost: Double.infinity, rank: -1, slot: -1)
+            for rank in live {
+                for slot in 0..<fill[rank] {
+                    let old = Int(expert[rank * width + slot])
+                    if copies[old] > 1 && share[old] + load[rank] < best.cost { best = (share[old] + load[rank], rank, slot) }
+                }
+            }
+            guard best.rank >= 0 else { continue }
+            let place = expert + best.rank * width + best.slot, old = Int(place.pointee)
+            copies[old] -= 1
+            place.pointee = Int32(truncatingIfNeeded: e)
+            weight.withUnsafeBufferPointer { if let first = $0.baseAddress { weigh(first) } }
+        }
+    }
+}

@@ -18,8 +18,7 @@ final class BudgetSearch {
 
     /// The placements passed through, at most `most` moves from `previous`.
     func trajectory(_ previous: ArraySlice<Int32>, weight: [Double], most: Int, threshold: Double) -> Trajectory {
-        board.take(Array(previous))
-        weight.withUnsafeBufferPointer { if let first = $0.baseAddress { board.weigh(first) } }
+        board.take(previous, completedBy: weight)
         noteHosts()
         let former = Former(previous, nRanks: board.nRanks, nLogical: board.nLogical)
         let mean = weight.reduce(0, +) / Double(max(1, board.live.count))

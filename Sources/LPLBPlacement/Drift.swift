@@ -17,7 +17,7 @@ struct Drift {
         self.groupSize = groupSize
         self.snapshots = snapshots.map { row in
             let sum = row.reduce(0, +)
-            return sum > 0 ? row.map { $0 * (Drift.total / sum) } : [Double](repeating: Drift.total / Double(max(1, n)), count: n)
+            return sum > 0 ? row.map { $0 / sum * Drift.total } : [Double](repeating: Drift.total / Double(max(1, n)), count: n)
         }
         var mean = [Double](repeating: 0, count: n)
         for row in self.snapshots { for e in 0..<n { mean[e] += row[e] / Double(snapshots.count) } }

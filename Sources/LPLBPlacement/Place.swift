@@ -101,12 +101,14 @@ private struct Placer {
         let weight = request.weight(of: layer, history)
         if !points.isEmpty {
             board.take(points[layer].phy2log)
+        } else if request.policy == .deepseek {
+            board.take(try request.deepseek(weight))
         } else if let flow {
             try flow.place(board, Drift(snapshots: request.snapshots(of: layer, history), groupSize: request.driftGroup), turn: layer)
         } else {
             weight.withUnsafeBufferPointer { weight in
                 guard let first = weight.baseAddress else { return }
-                if request.nNodes > 1 {
+                if request.isHierarchical {
                     placeBalancedInNodes(
                         board, weight: first, nNodes: request.nNodes, nGroups: request.nGroups, tolerance: request.tolerance)
                 } else {
@@ -122,8 +124,11 @@ extension PlaceRequest {
     /// Experts of one routing group, which drift together: those that are selected together, or 32.
     var driftGroup: Int { nGroups > 1 ? nLogical / nGroups : min(32, nLogical) }
 
+    /// A layer's loads, scaled by a power of two so that sums neither overflow nor vanish.
     func snapshots(of layer: Int, _ history: UnsafeBufferPointer<Double>) -> [[Double]] {
-        (0..<nSnapshots).map { s in Array(history[(s * nLayers + layer) * nLogical..<(s * nLayers + layer + 1) * nLogical]) }
+        let rows = (0..<nSnapshots).map { history[($0 * nLayers + layer) * nLogical..<($0 * nLayers + layer + 1) * nLogical] }
+        let most = rows.reduce(0.0) { max($0, $1.max() ?? 0) }
+        return rows.map { row in row.map { most > 0 ? Double(sign: .plus, exponent: 20 - Int(most.exponent), significand: $0) : 0 } }
     }
 
     /// The sum of a layer's snapshots.
@@ -132,6 +137,29 @@ extension PlaceRequest {
         var sum = snapshots.first ?? []
         for row in snapshots.dropFirst() { for e in sum.indices { sum[e] += row[e] } }
         return sum
+    }
+
+    /// Expert groups go to hosts first: where they can be shared out evenly, as in DeepSeek's rule.
+    var isHierarchical: Bool { nNodes > 1 && nGroups % nNodes == 0 && (policy == .balanced || policy == .deepseek) }
+
+    /// DeepSeek's program, whose ties go to the lowest index.
+    func deepseek(_ weight: [Double]) throws(RuleViolation) -> [Int32] {
+        var slots = [Int64](repeating: -1, count: slotsPerLayer)
+        let floats = weight.map { Float($0) }
+        do {
+            try floats.withUnsafeBufferPointer { floats in
+                try slots.withUnsafeMutableBufferPointer { slots in
+                    try rebalance(
+                        weight: floats, nLayers: 1, nLogical: nLogical, nPhysical: slotsPerLayer, nGroups: nGroups, nNodes: nNodes,
+                        nRanks: self.slots.count, phy2log: slots.baseAddress, replica: nil, logcnt: nil)
+                }
+            }
+        } catch let error as RuleViolation {
+            throw error
+        } catch {
+            throw RuleViolation("policy", "deepseek failed", value: "\(error)")
+        }
+        return slots.map { Int32(truncatingIfNeeded: $0) }
     }
 
     func previous(of layer: Int) -> ArraySlice<Int32>? { previous?[layer * slotsPerLayer..<(layer + 1) * slotsPerLayer] }
@@ -157,13 +185,35 @@ extension PlaceRequest {
         let total = slots.reduce(0, +)
         if total < nLogical { throw RuleViolation("slots", "must be at least n_logical \(nLogical) in all", value: total) }
         if slots.count % nNodes != 0 { throw RuleViolation("n_nodes", "must divide n_ranks \(slots.count)", value: nNodes) }
-        if nNodes > 1 && (nGroups % nNodes != 0 || nLogical % nGroups != 0) {
-            throw RuleViolation("n_groups", "must be a multiple of n_nodes \(nNodes) that divides n_logical \(nLogical)", value: nGroups)
+        if isHierarchical && nLogical % nGroups != 0 {
+            throw RuleViolation("n_groups", "must divide n_logical \(nLogical)", value: nGroups)
+        }
+        for node in 0..<(isHierarchical ? nNodes : 0) {
+            let perNode = slots.count / nNodes, mine = slots[node * perNode..<(node + 1) * perNode].reduce(0, +)
+            if mine < nLogical / nNodes {
+                throw RuleViolation("slots", "must be at least n_logical / n_nodes \(nLogical / nNodes) on each node", value: mine)
+            }
+        }
+        if policy == .deepseek, let uneven = slots.first(where: { $0 != width }) {
+            throw RuleViolation("policy", "deepseek needs equally many slots on every rank; balanced and flow do not", value: "a rank with \(uneven)")
+        }
+        if policy == .repair && previous == nil {
+            throw RuleViolation("previous", "must be given with policy repair, which changes it", value: "none")
         }
         if historyCount > 1 << 32 { throw RuleViolation(.unsupported, "n_layers", "history must have at most 2^32 entries", value: nLayers) }
     }
 
     func check(_ history: UnsafeBufferPointer<Double>) throws(RuleViolation) {
+        if let previous {
+            if previous.count != nLayers * slotsPerLayer {
+                throw RuleViolation("previous", "must have n_layers * n_ranks * n_slots entries", value: previous.count)
+            }
+            for (index, e) in previous.enumerated() where e < -1 || e >= nLogical {
+                let layer = index / slotsPerLayer
+                throw RuleViolation(
+                    "previous[\(layer)][\(index % slotsPerLayer)]", "must be a logical expert, 0 .. \(nLogical - 1), or -1 for none", value: e)
+            }
+        }
         for index in history.indices where !(history[index].isFinite && history[index] >= 0) {
             let layer = index / nLogical % nLayers
             throw RuleViolation(

@@ -31,7 +31,7 @@ final class Repair {
 
     /// The placements that repair passes through, at most `most` moves from `previous`.
     func trajectory(_ previous: ArraySlice<Int32>, weight: [Double], most: Int) throws(RuleViolation) -> Trajectory {
-        board.take(Array(previous))
+        board.take(previous, completedBy: weight)
         let former = Former(previous, nRanks: board.nRanks, nLogical: board.nLogical)
         let loads = scaledLoads(weight)
         pool = WitnessPool(nRanks: board.nRanks)
@@ -230,6 +230,6 @@ final class Repair {
 
 /// Loads as whole tokens, scaled so that rounding does not matter.
 func scaledLoads(_ weight: [Double]) -> [Int64] {
-    let sum = weight.reduce(0, +), scale = sum > 0 ? Double(1 << 36) / sum : 0
-    return weight.map { Int64(($0 * scale).rounded()) }
+    let sum = weight.reduce(0, +)
+    return weight.map { sum > 0 ? Int64(($0 / sum * Double(1 << 36)).rounded()) : 0 }
 }
