@@ -391,6 +391,57 @@ enum { LPLB_MOVES_PULL = 0,   /* weights from homes to copies; with former only 
 lplb_status lplb_placement_moves(int32_t kind, const int32_t *rows, const int32_t *former, int64_t n_logical, int64_t ep_size,
                                  int64_t n_rows, int32_t *moves, int64_t *n_moves, char *message, int64_t message_size);
 
+/* Policies of lplb_place: what a placement is made for. */
+enum {
+    LPLB_PLACE_FLOW = 0,     /* exact dispatch under loads that drift: the best of several candidates, scored by the solver */
+    LPLB_PLACE_BALANCED = 1, /* an even split over replicas: the lightest heaviest rank */
+    LPLB_PLACE_DEEPSEEK = 2, /* DeepSeek's EPLB, as lplb_eplb_rebalance */
+    LPLB_PLACE_REPAIR = 3    /* few changes to the previous placement, where the solver's witness shows that it is tight */
+};
+
+/* max_moves of a placement that may only give a slot to experts which no rank holds any more. */
+#define LPLB_PLACE_KEEP (-2)
+
+/* What lplb_place shall do. Begin with LPLB_PLACE_CONFIG_INIT; 0 stands for the default everywhere. */
+typedef struct lplb_place_config {
+    int64_t struct_size;
+    int32_t policy;      /* LPLB_PLACE_... */
+    int32_t unused;
+    int64_t n_snapshots; /* 0: one */
+    int64_t n_layers;
+    int64_t n_logical;
+    int64_t n_ranks;
+    int64_t n_slots;           /* the most slots of a rank: phy2log has n_ranks * n_slots entries a layer */
+    const int64_t *slots;      /* NULL: every rank has n_slots; or [n_ranks], 0 .. n_slots, 0 for a dead rank */
+    int64_t n_nodes;           /* hosts, whose ranks are consecutive; 0: one */
+    int64_t n_groups;          /* groups of experts selected together; where n_nodes divides it, balanced and deepseek keep a group on one host; 0: one */
+    const int32_t *previous;   /* NULL, or the placement in force, [n_layers][n_ranks * n_slots] */
+    int64_t max_moves;         /* the most experts that may come new to a rank, over all layers; 0 or -1: any number; LPLB_PLACE_KEEP: none */
+    double tolerance;          /* of balanced: by how much of the mean the heaviest rank may exceed it; 0: .0005; below 0: none */
+} lplb_place_config;
+#define LPLB_PLACE_CONFIG_INIT { sizeof(lplb_place_config) }
+
+/* What one layer's placement is worth on the history that it was made from. */
+typedef struct lplb_place_report {
+    double even_balance;  /* mean / max load of the ranks that have slots, with an even split over replicas */
+    double exact_balance; /* the same with the exact split */
+    int64_t duplicates;   /* slots that hold an expert which their rank also holds in another slot */
+    int64_t moves;        /* experts on ranks that did not hold them in the previous placement */
+} lplb_place_report;
+
+/*
+ * Places all layers by one policy. history: [n_snapshots][n_layers][n_logical] float64, tokens per expert, finite, >= 0. phy2log:
+ * [n_layers][n_ranks * n_slots], written: the expert of each slot, -1 where a rank has no such slot or nothing to put there. reports:
+ * NULL or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch: with an even split they can be worse
+ * than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot; those that no rank holds any more get
+ * a slot whatever max_moves is. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given. LPLB_PLACE_FLOW
+ * with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
+ * error nothing is written.
+ * Host, synchronous, allocates, thread-safe.
+ */
+lplb_status lplb_place(const lplb_place_config *config, const double *history, int32_t *phy2log, lplb_place_report *reports,
+                       char *message, int64_t message_size);
+
 /* ---- 6. One-off solve ------------------------------------------------------------------------------------------------------- */
 
 /*

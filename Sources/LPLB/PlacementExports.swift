@@ -140,3 +140,61 @@ extension Rows {
         return result
     }
 }
+
+@_cdecl("lplb_place") @implementation
+public func lplb_place(
+    _ config: UnsafePointer<lplb_place_config>?, _ history: UnsafePointer<Double>?, _ phy2log: UnsafeMutablePointer<Int32>?,
+    _ reports: UnsafeMutablePointer<lplb_place_report>?, _ message: UnsafeMutablePointer<CChar>?, _ message_size: Int64
+) -> lplb_status {
+    withMessage(message, message_size) { () throws(Failure) in
+        let request = try PlaceRequest(StructSize.read(config, "config"))
+        let result = request.nLayers == 0 ? nil : try Check.pointer(phy2log, "phy2log")
+        let loads = request.historyCount == 0 ? nil : try Check.pointer(history, "history")
+        try Check.aligned(UnsafeRawPointer(reports), "reports", to: 8)
+        guard let result else { return }
+        let found = try translating { () throws(RuleViolation) in
+            try place(request, history: UnsafeBufferPointer(start: loads, count: request.historyCount), phy2log: result)
+        }
+        guard let reports else { return }
+        for (layer, one) in found.enumerated() {
+            reports[layer] = lplb_place_report(
+                even_balance: one.evenBalance, exact_balance: one.exactBalance, duplicates: Int64(one.duplicates), moves: Int64(one.moves))
+        }
+    }
+}
+
+extension PlaceRequest {
+    fileprivate init(_ config: lplb_place_config) throws(Failure) {
+        self.init()
+        guard let policy = Policy(rawValue: config.policy) else {
+            throw Failure("policy", "must be one of 0 .. \(Policy.allCases.count - 1)", value: config.policy)
+        }
+        self.policy = policy
+        nSnapshots = config.n_snapshots == 0 ? 1 : Int(config.n_snapshots)
+        (nLayers, nLogical) = (Int(config.n_layers), Int(config.n_logical))
+        (nNodes, nGroups) = (max(1, Int(config.n_nodes)), max(1, Int(config.n_groups)))
+        tolerance = config.tolerance == 0 ? tolerance : max(0, config.tolerance)
+        let nRanks = try Check.range(config.n_ranks, "n_ranks", 1...Int64(LPLB_MAX_RANKS))
+        let nSlots = try Check.range(config.n_slots, "n_slots", 1...Int64(LPLB_MAX_PHYSICAL))
+        slots = config.slots.map { given in (0..<nRanks).map { Int(given[$0]) } } ?? [Int](repeating: nSlots, count: nRanks)
+        for (rank, number) in slots.enumerated() where number < 0 || number > nSlots {
+            throw Failure("slots[\(rank)]", "must lie in 0 ... n_slots \(nSlots)", value: number)
+        }
+        width = nSlots
+        previous = config.previous == nil ? nil : []
+        try translating { () throws(RuleViolation) in try checkSizes() }
+        if let given = config.previous {
+            let given = try Check.pointer(given, "previous")
+            previous = Array(UnsafeBufferPointer(start: given, count: nLayers * slotsPerLayer))
+        }
+        switch config.max_moves {
+        case Int64(LPLB_PLACE_KEEP): maxMoves = 0
+        case -1, 0: maxMoves = nil
+        case 1...: maxMoves = Int(config.max_moves)
+        default: throw Failure("max_moves", "must be a number of moves, -1 for any or LPLB_PLACE_KEEP (-2)", value: config.max_moves)
+        }
+        if maxMoves != nil && previous == nil {
+            throw Failure("max_moves", "needs previous, which moves are counted from", value: config.max_moves)
+        }
+    }
+}

@@ -153,3 +153,13 @@ extension lplb_replicas_tensor: SizedStruct {
         [\.kind, \.dtype, \.row_bytes, \.memory, \.failure, \.gather, \.context]
     }
 }
+
+extension lplb_place_config: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] {
+        [
+            \.policy, \.unused, \.n_snapshots, \.n_layers, \.n_logical, \.n_ranks, \.n_slots, \.slots, \.n_nodes, \.n_groups, \.previous,
+            \.max_moves, \.tolerance,
+        ]
+    }
+}

@@ -90,7 +90,7 @@ private struct HomeSearch {
         while next < reached.count {
             let here = reached[next]
             next += 1
-            for own in here * nLocal..<(here + 1) * nLocal {
+            for own in here * nLocal..<(here + 1) * nLocal where placement.phy2log[own] >= 0 {
                 let expert = Int(placement.phy2log[own])
                 guard Int(home[expert]) == own else { continue }
                 for slot in replicas(expert) where rank(slot) != from && move[rank(slot)] < 0 {

@@ -36,7 +36,7 @@ public struct Rows: Sendable {
         var experts: [Int32] = []
         for rank in 0..<shape.epSize {
             var mine: [Int32] = [], copies: [Int32] = [], seen = Set<Int32>()
-            for expert in placement.phy2log[rank * nLocal..<(rank + 1) * nLocal] where seen.insert(expert).inserted {
+            for expert in placement.phy2log[rank * nLocal..<(rank + 1) * nLocal] where expert >= 0 && seen.insert(expert).inserted {
                 if Int(homes[Int(expert)]) / nLocal == rank { mine.append(expert) } else { copies.append(expert) }
             }
             let first = Int(own[rank])

@@ -44,7 +44,7 @@ extension Network {
         let experts = words(shape.nPhysical - shape.nLogical + 1), groupStarts = words(shape.nGroups + 1)
         var count = 0
         for rank in 0..<shape.epSize {
-            for slot in rank &* nLocal..<rank &* nLocal &+ columns {
+            for slot in rank &* nLocal..<rank &* nLocal &+ columns where phy2log[slot] >= 0 {
                 let expert = Int(phy2log[slot]), first = Int(expertStart[expert])
                 experts[count] = phy2log[slot]
                 count &+= expertStart[expert &+ 1] &- expertStart[expert] > 1 && placeSlot[first] == slot ? 1 : 0

@@ -4,11 +4,11 @@
 /// lie inside one group of ranks. Building one costs O(nPhysical) and four small allocations.
 public struct Placement: Sendable {
     public let shape: ExpertShape
-    /// [nPhysical]: the logical expert of each slot.
+    /// [nPhysical]: the logical expert of each slot, -1 for an empty one.
     public let phy2log: [Int32]
     /// [nLogical + 1]: the replicas of expert e are `replicaSlot[replicaStart[e] ..< replicaStart[e + 1]]`.
     public let replicaStart: [Int32]
-    /// [nPhysical]: slots by expert, original first.
+    /// The slots that hold an expert, by expert, original first.
     public let replicaSlot: [Int32]
     /// The topology that placed the copies; nil in general placements.
     public let topology: RedundancyTopology?
@@ -18,7 +18,7 @@ public struct Placement: Sendable {
     public let maxReplicas: Int
 
     /// A general placement. The replicas of an expert are ordered by slot.
-    /// - Parameter phy2log: [nPhysical], every logical expert at least once, the replicas of an expert all within one group.
+    /// - Parameter phy2log: [nPhysical], every logical expert at least once, the replicas of an expert all within one group; -1: empty.
     public init(shape: ExpertShape, phy2log: [Int32]) throws(RuleViolation) {
         let nLogical = shape.nLogical
         if phy2log.count != shape.nPhysical {
@@ -27,8 +27,9 @@ public struct Placement: Sendable {
         var start = [Int32](repeating: 0, count: nLogical + 1)
         for slot in 0..<phy2log.count {
             let expert = Int(phy2log[slot])
+            if expert == -1 { continue }
             if expert < 0 || expert >= nLogical {
-                throw RuleViolation("phy2log[\(slot)]", "must be a logical expert, 0 .. \(nLogical - 1)", value: expert)
+                throw RuleViolation("phy2log[\(slot)]", "must be a logical expert, 0 .. \(nLogical - 1), or -1 for none", value: expert)
             }
             start[expert] &+= 1
         }
@@ -45,8 +46,8 @@ public struct Placement: Sendable {
             start[expert] = end
         }
         start[nLogical] = end
-        var slots = [Int32](repeating: 0, count: phy2log.count)
-        for slot in stride(from: phy2log.count - 1, through: 0, by: -1) {
+        var slots = [Int32](repeating: 0, count: Int(end))
+        for slot in stride(from: phy2log.count - 1, through: 0, by: -1) where phy2log[slot] >= 0 {
             let expert = Int(phy2log[slot])
             start[expert] &-= 1
             slots[Int(start[expert])] = Int32(truncatingIfNeeded: slot)

@@ -197,7 +197,7 @@ def test_every_play_is_at_the_optimum_of_all_rank_sets(ids_file, capsys):
     maker = engine.Engine(asked.layout)
     for (layer, batch), loads, without in zip(played.played, exact.loads, alone.loads):
         counts = asked.cut.counts(layer, batch).sum(axis=0)
-        phy2log = maker.place(asked.cut.history[layer])
+        phy2log = maker.place(layer, asked.cut.history[layer])
         assert loads.max() == check.exhaustive_optimum(counts, check.hosts(phy2log, 32, 8))
         originals = phy2log.reshape(8, -1)[:, :4]  # 4 experts a rank, their copies behind them
         assert without.tolist() == counts[originals].sum(axis=1).tolist()

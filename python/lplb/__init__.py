@@ -19,6 +19,7 @@ from .errors import (
     Unsupported, WrongOrder)
 from .info import GroupInfo, Info, Locality
 from .placement import homes
+from .placing import Placed, SlotMove, place
 from .planner import Planner
 from .solve import Solution, solve, witness_bound
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = ".".join(map(str, VERSION))
 
 __all__ = [
-    "Planner", "Info", "GroupInfo", "Locality", "Replicas", "homes", "solve", "Solution", "witness_bound", "eplb", "topology",
+    "Planner", "Info", "GroupInfo", "Locality", "Replicas", "homes", "place", "Placed", "SlotMove", "solve", "Solution", "witness_bound", "eplb", "topology",
     "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory", "NoCuda", "CudaError",
     "PeerTimeout", "PeerLost", "Disagreement", "InternalError", "__version__",
 ]

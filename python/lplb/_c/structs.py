@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any
 
 VERSION = (0, 2, 0)  # LPLB_VERSION_*
@@ -14,6 +14,8 @@ DEVICE_CPU = -1
 WHOLE_BATCH = -1
 SOLVERS = {"flow": 0, "ipm": 1}
 POLICIES = {"trap": 0, "report": 1}  # LPLB_EXCHANGE_TRAP, LPLB_EXCHANGE_REPORT
+PLACE_POLICIES = {"flow": 0, "balanced": 1, "deepseek": 2, "repair": 3}  # LPLB_PLACE_FLOW, and so on
+PLACE_KEEP = -2
 MAX_RANKS = 1024  # LPLB_MAX_RANKS, and so on: limits of the header
 MAX_EP_SIZE = 8192
 MAX_LOGICAL = 4096
@@ -69,6 +71,15 @@ class AgreementStruct(Sized):
     _fields_ = [
         ("struct_size", c_int64), ("n_nodes", c_int64), ("n_hosts", c_int64), ("number", c_int64), ("row_dtype", c_int32),
         ("all_cuda", c_int32)]
+
+
+class PlaceConfig(Sized):
+    """lplb_place_config"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("policy", c_int32), ("unused", c_int32), ("n_snapshots", c_int64), ("n_layers", c_int64),
+        ("n_logical", c_int64), ("n_ranks", c_int64), ("n_slots", c_int64), ("slots", c_void_p), ("n_nodes", c_int64),
+        ("n_groups", c_int64), ("previous", c_void_p), ("max_moves", c_int64), ("tolerance", c_double)]
 
 
 class GroupInfoStruct(ctypes.Structure):

@@ -3,6 +3,7 @@ The command line.
 
     python -m lplb              environment report and self-check
     python -m lplb simulate     what exact dispatch is worth on recorded routing
+    python -m lplb place        which expert goes where, from recorded loads
     python -m lplb bench        how fast it is here
 
 Exit codes: 0 fine, 1 something is off (said on stdout or stderr), 2 the arguments cannot be used (one sentence on stderr), 130 ended by
@@ -34,6 +35,9 @@ def parser() -> Parser:
     from .simulate import options
     options.add_arguments(commands.add_parser("simulate", help="what exact dispatch is worth on recorded routing",
                                               description="Plays recorded routing through several ways to choose a replica."))
+    from . import place
+    place.add_arguments(commands.add_parser("place", help="which expert goes where, from recorded loads",
+                                            description="Places the experts of every layer by one of several policies."))
     from . import bench
     bench.add_arguments(commands.add_parser("bench", help="how fast it is here", description="Times the library on this machine."))
     return top
@@ -47,6 +51,9 @@ def dispatch(words: Sequence[str] | None) -> int:
     arguments = parser().parse_args(words)
     if arguments.command == "simulate":
         return simulate(arguments)
+    if arguments.command == "place":
+        from . import place
+        return place.main(arguments)
     if arguments.command == "bench":
         from . import bench
         return bench.main(arguments)

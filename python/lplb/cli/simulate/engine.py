@@ -8,12 +8,12 @@ from time import perf_counter_ns
 import numpy as np
 from numpy.typing import NDArray
 
-from ...eplb import rebalance_experts
 from ...info import GroupInfo
+from ...placing import place
 from ...planner import Planner
 from .. import check
 from ..terminal import UsageError
-from .options import Layout
+from .options import PLACEMENTS, Layout
 from .policies import Replicas
 
 Int64Array = NDArray[np.int64]
@@ -43,8 +43,9 @@ class Engine:
             planner.close()
         self._planners = []
 
-    def place(self, history: Int64Array) -> NDArray[np.int32]:
-        """The placement for a history [n_logical], by the topology or by EPLB: phy2log [n_physical]. All zero: no history."""
+    def place(self, layer: int, history: Int64Array) -> NDArray[np.int32]:
+        """The placement for a history [n_logical] of a layer, by the topology, by a policy or from the file: phy2log [n_physical]. All zero:
+        no history."""
         layout = self.layout
         if layout.r2o is not None:
             if not self._planners:
@@ -53,7 +54,7 @@ class Engine:
             for planner in self._planners:
                 planner.update_redundancy_mapping(history if history.any() else None)
         else:
-            slots = eplb(history, layout.n_physical, layout.ranks)
+            slots = layout.slots[layer] if layout.slots is not None else placed(history, layout.n_physical, layout.ranks, layout.name)
             if not self._planners:
                 self._planners = [Planner.from_placement(slots, ep_size=layout.ranks, n_logical=layout.n_logical, rank=rank,
                                                          n_nodes=layout.nodes, device="cpu") for rank in range(layout.ranks)]
@@ -91,22 +92,22 @@ class Engine:
         return RankPlans(taken, np.asarray(first.split(), dtype=np.int64), first.info().groups, float(np.median(elapsed)))
 
 
-def eplb(history: Int64Array, n_physical: int, ranks: int) -> NDArray[np.int32]:
-    """EPLB's global placement of one layer: phy2log [n_physical]. Without history all experts count the same."""
-    weight = (history if history.any() else np.ones_like(history))[None].astype(np.float32)
-    slots: NDArray[np.int32] = np.asarray(rebalance_experts(weight, n_physical, 1, 1, ranks)[0], dtype=np.int32)[0]
+def placed(history: Int64Array, n_physical: int, ranks: int, name: str = "eplb") -> NDArray[np.int32]:
+    """A policy's placement of one layer: phy2log [n_physical]. Without history all experts count the same."""
+    weight = (history if history.any() else np.ones_like(history))[None].astype(np.float64)
+    slots: NDArray[np.int32] = place(weight, ep_size=ranks, slots=n_physical, policy=PLACEMENTS[name]).phy2log[0]
     return slots
 
 
 def without_replicas(history: Int64Array, layout: Layout, replicas: Replicas) -> Replicas | None:
     """
     The baseline: EPLB's reordering of the experts by the same history, one replica each. With a topology that is where the originals
-    stand; with an EPLB placement it is EPLB without redundant experts, or None where the experts cannot be dealt out evenly.
+    stand; with any other placement it is EPLB without redundant experts, or None where the experts cannot be dealt out evenly.
     """
     if layout.r2o is not None:
         slots = np.argsort(replicas.rank[:, 0], kind="stable").astype(np.int32)
     elif layout.n_logical % layout.ranks == 0:
-        slots = eplb(history, layout.n_logical, layout.ranks)
+        slots = placed(history, layout.n_logical, layout.ranks)
     else:
         return None
     return Replicas(np.argsort(slots).astype(np.int32)[:, None], layout.n_logical, layout.ranks, layout.nodes)

@@ -23,12 +23,14 @@ DEFAULT_HISTORY = 0.25
 MAX_RANKS = 1024  # every rank's plan is made and kept in this one process
 MAX_SLOTS = 8192  # LPLB_MAX_PHYSICAL
 MIB = 1 << 20
+PLACEMENTS = {"flow": "flow", "balanced": "balanced", "eplb": "deepseek"}  # and the policy of lplb.place
 NAMED = {"cube": "CUBE_8P2E", "ring": "RING_8P", "hypercube": "HYPERCUBE_16P2E", "square": "SQUARE_4P2E"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The cluster and the kind of placement. r2o: [group_size, n_redundant], or None for an EPLB placement."""
+    """The cluster and the kind of placement. r2o: [group_size, n_redundant], or None for a placement by a policy or from a file, whose
+    slots are then given: [layers, n_physical]."""
 
     name: str
     ranks: int
@@ -36,6 +38,7 @@ class Layout:
     n_logical: int
     n_physical: int
     r2o: NDArray[np.int32] | None
+    slots: NDArray[np.int32] | None = None
 
     @property
     def group_size(self) -> int:
@@ -73,7 +76,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--ranks", type=positive, help="GPUs of the expert-parallel group (default: those of the topology, else 8)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--topology", metavar="NAME", help="cube (default), ring, hypercube, square, torus:MxN, or FILE.npy with r2o")
-    kind.add_argument("--placement", choices=["eplb"], help="replicate and place by EPLB instead of a topology")
+    kind.add_argument("--placement", metavar="NAME", help=f"{', '.join(PLACEMENTS)} (see place), or FILE.npy [layers, slots], "
+                                                             "instead of a topology")
     parser.add_argument("--slots", type=positive, help="physical experts in all (default: one column of r2o each, EPLB: two more a rank)")
     parser.add_argument("--nodes", type=positive, help="hosts (default: 8 ranks a host where that divides, else 1)")
     parser.add_argument("--tokens-per-rank", type=positive, default=DEFAULT_TOKENS_PER_RANK, metavar="N",
@@ -95,11 +99,12 @@ def add_arguments(parser: Parser) -> None:
 
 def check(arguments: argparse.Namespace) -> Options:
     """Raises UsageError for whatever cannot be simulated."""
-    read = {"the trace": arguments.trace, "the history": arguments.history, "the topology": arguments.topology}
+    read = {"the trace": arguments.trace, "the history": arguments.history, "the topology": arguments.topology,
+            "the placement": arguments.placement}
     check_results(arguments, {what: path for what, path in read.items() if path is not None and os.path.isfile(path)})
     limit = arguments.unpack_limit * MIB
     trace = load_sample(arguments.experts) if arguments.trace is None else load(arguments.trace, arguments.experts, limit)
-    layout = _layout(arguments, trace.n_experts)
+    layout = _layout(arguments, trace.n_experts, trace.n_layers)
     history = _history(arguments.history, trace.n_experts, limit)
     return Options(
         trace=trace, layout=layout, layers=_layers(arguments.layers, trace.n_layers), history=history, seed=arguments.seed,
@@ -118,10 +123,13 @@ def _history(text: str, n_experts: int, limit: int) -> float | Trace:
     return fraction
 
 
-def _layout(arguments: argparse.Namespace, n_logical: int) -> Layout:
-    if arguments.placement == "eplb":
-        name, r2o = "eplb", None
+def _layout(arguments: argparse.Namespace, n_logical: int, n_layers: int) -> Layout:
+    given = None
+    if arguments.placement is not None:
+        name, r2o = arguments.placement, None
         ranks = arguments.ranks or DEFAULT_RANKS
+        if name not in PLACEMENTS:
+            given = _slots_of_file(name, n_logical, n_layers, ranks, arguments.unpack_limit * MIB)
     else:
         name = "cube" if arguments.topology is None else arguments.topology
         r2o = topology(name, arguments.unpack_limit * MIB)
@@ -135,13 +143,29 @@ def _layout(arguments: argparse.Namespace, n_logical: int) -> Layout:
         raise UsageError(f"--nodes: must divide the {ranks} ranks, got {nodes}")
     if r2o is not None:
         slots = _topology_slots(arguments.slots, n_logical, ranks, int(r2o.shape[1]), name)
+    elif given is not None:
+        slots = given.shape[1]
+        if arguments.slots not in (None, slots):
+            raise UsageError(f"--slots: {name} has {slots} slots, got {arguments.slots}")
     else:
         slots = arguments.slots or -(-n_logical // ranks) * ranks + 2 * ranks
         if slots % ranks or slots < n_logical:
             raise UsageError(f"--slots: must be a multiple of the {ranks} ranks and hold the {n_logical} experts, got {slots}")
     if slots > MAX_SLOTS:
         raise UsageError(f"--slots: at most {MAX_SLOTS}, got {slots}")
-    return Layout(name, ranks, nodes, n_logical, slots, r2o)
+    return Layout(name, ranks, nodes, n_logical, slots, r2o, given)
+
+
+def _slots_of_file(path: str, n_logical: int, n_layers: int, ranks: int, limit: int) -> NDArray[np.int32]:
+    if not path.endswith(".npy"):
+        raise UsageError(f"--placement: must be {', '.join(PLACEMENTS)} or a .npy file, got {shown(path)}")
+    slots = read_npy(path, limit)
+    if slots.ndim != 2 or slots.dtype.kind not in "iu" or len(slots) != n_layers or slots.shape[1] % ranks or not slots.size:
+        raise UsageError(f"--placement {path}: must hold integers [{n_layers} layers, slots], the slots a multiple of the {ranks} ranks, "
+                         f"got {slots.dtype} {slots.shape}")
+    if slots.min() < -1 or slots.max() >= n_logical:
+        raise UsageError(f"--placement {path}: must hold experts of 0 .. {n_logical - 1}, or -1 for none")
+    return slots.astype(np.int32)
 
 
 def _topology_slots(asked: int | None, n_logical: int, ranks: int, columns: int, name: str) -> int:

@@ -78,7 +78,7 @@ def play(options: Options) -> Played:
             if layer != current:
                 current = layer
                 history = cut.history[layer]
-                phy2log = engine.place(history)
+                phy2log = engine.place(layer, history)
                 replicas = engine.replicas()
                 baseline = without_replicas(history, layout, replicas)
                 choice = policies.fixed_choice(replicas)

@@ -1,0 +1,231 @@
+"""lplb.place: properties of every policy over random and degenerate sizes, its report against another count, budgets, and words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import lplb
+from lplb import LplbError, Planner, place
+
+POLICIES = ("flow", "balanced")
+
+
+def even_loads(loads, slots, ranks):
+    """The load of each rank with an even split, counted slot by slot."""
+    copies = np.bincount(slots[slots >= 0], minlength=len(loads))
+    share = np.where(slots >= 0, loads[slots] / np.maximum(copies, 1)[slots], 0.0)
+    return share.reshape(ranks, -1).sum(1)
+
+
+def exact_max(loads, slots, ranks):
+    scaled = np.round(loads / (loads.sum() or 1) * 2**36).astype(np.int64)
+    solution = lplb.solve(scaled, slots, ep_size=ranks)
+    assert solution.certified
+    return solution.max_load, scaled.sum()
+
+
+def check(placed, history, slots_of_rank, previous=None):
+    """Everything that holds for each placement; the report is counted again."""
+    loads = history.sum(0) if history.ndim == 3 else history
+    ranks, width, live = len(slots_of_rank), max(slots_of_rank), np.count_nonzero(slots_of_rank)
+    assert placed.phy2log.shape == (len(loads), ranks * width) and placed.phy2log.dtype == np.int32
+    for layer, slots in enumerate(placed.phy2log):
+        rows = slots.reshape(ranks, width)
+        for row, number in zip(rows, slots_of_rank):
+            assert (row[number:] == -1).all()
+        assert set(slots[slots >= 0]) == set(range(loads.shape[1])), "every expert is placed"
+        held = [row[row >= 0].tolist() for row in rows]
+        assert placed.duplicates[layer] == sum(len(row) - len(set(row)) for row in held)
+        rank_loads = even_loads(loads[layer], slots, ranks)
+        most = rank_loads.max()
+        assert placed.even_balance[layer] == pytest.approx(loads[layer].sum() / live / most if most else 1, rel=1e-9)
+        top, total = exact_max(loads[layer], slots, ranks)
+        assert placed.exact_balance[layer] == pytest.approx(total / live / top if top else 1, rel=1e-9)
+        if previous is not None:
+            before = [set(row.tolist()) for row in previous[layer].reshape(ranks, width)]
+            moves = sum(len(set(row) - old) for row, old in zip(held, before))
+            assert placed.n_moves[layer] == moves
+            assert sum(move.layer == layer for move in placed.moves()) == moves
+            for rank, (row, old) in enumerate(zip(rows, previous[layer].reshape(ranks, width))):
+                stayed = set(row.tolist()) & set(old.tolist()) - {-1}
+                for expert in stayed:
+                    if (row == expert).sum() == (old == expert).sum() == 1:
+                        assert np.array_equal(np.flatnonzero(row == expert), np.flatnonzero(old == expert)), f"kept its slot on rank {rank}"
+
+
+def random_case(seed):
+    rng = np.random.default_rng(seed)
+    ranks = int(rng.choice([1, 2, 3, 5, 8, 16, 33, 64]))
+    experts = int(rng.choice([1, 2, 7, 16, 40, 64]))
+    slots = rng.integers(0, 2 * experts // ranks + 3, size=ranks)
+    while slots.sum() < experts or not slots.any():
+        slots[rng.integers(ranks)] += 1 + experts // ranks
+    snapshots, layers = int(rng.choice([1, 1, 3])), int(rng.choice([1, 3]))
+    kind = rng.choice(["log-normal", "equal", "zero", "one", "huge", "tiny"])
+    history = {"log-normal": lambda s: rng.lognormal(0, rng.uniform(0.1, 2), s), "equal": np.ones, "zero": np.zeros,
+               "one": lambda s: (np.arange(s[-1]) == s[-1] // 2) * np.ones(s), "huge": lambda s: rng.random(s) * 1e300 / 1e4,
+               "tiny": lambda s: rng.random(s) * 1e-300}[kind]((snapshots, layers, experts))
+    return history, slots.tolist()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(40))
+def test_random_cases(policy, seed):
+    history, slots = random_case(seed)
+    placed = place(history, ep_size=len(slots), slots=slots, policy=policy)
+    check(placed, history, slots)
+    again = place(history, ep_size=len(slots), slots=slots, policy=policy)
+    assert np.array_equal(placed.phy2log, again.phy2log)
+    live = sum(number > 0 for number in slots)
+    if policy == "balanced" and sum(slots) <= history.shape[-1] * live and max(slots) <= history.shape[-1] and len(set(slots)) == 1:
+        assert not placed.duplicates.any(), "no duplicate where none is needed"
+
+
+@pytest.mark.parametrize("policy", ["flow", "balanced", "repair"])
+@pytest.mark.parametrize("seed", range(25))
+def test_a_budget_of_moves_is_kept(policy, seed):
+    history, slots = random_case(1000 + seed)
+    rng = np.random.default_rng(seed)
+    first = place(history, ep_size=len(slots), slots=slots, policy="balanced").phy2log
+    arriving = history * rng.lognormal(0, 0.4, history.shape)
+    before = place(arriving, ep_size=len(slots), slots=slots, policy="repair", previous=first, max_moves=0)
+    assert np.array_equal(before.phy2log, first) and not before.n_moves.any() and before.moves() == []
+    key = "even_balance" if policy == "balanced" else "exact_balance"
+    balance = getattr(before, key).mean()
+    for budget in (1, 5, 50):
+        placed = place(arriving, ep_size=len(slots), slots=slots, policy=policy, previous=first, max_moves=budget)
+        check(placed, arriving, slots, first)
+        assert placed.n_moves.sum() <= budget
+        assert getattr(placed, key).mean() >= balance - 1e-9, "more moves are never worse"
+        balance = getattr(placed, key).mean()
+
+
+def drifted(seed=0, layers=4, experts=128):
+    rng = np.random.default_rng(seed)
+    history = rng.lognormal(0, 0.8, (layers, experts)) * 1e4
+    groups = np.repeat(rng.normal(0, 0.15, (layers, experts // 32)), 32, axis=1)
+    return history, history * np.exp(groups + rng.normal(0, 0.25, history.shape))
+
+
+def exact_after(placed, arriving, ranks):
+    found = []
+    for loads, slots in zip(arriving, placed.phy2log):
+        most, total = exact_max(loads, slots, ranks)
+        found.append(total / ranks / most)
+    return np.mean(found)
+
+
+def test_flow_is_made_for_exact_dispatch():
+    history, arriving = drifted()
+    flow, balanced, deepseek = (
+        place(history, ep_size=16, slots=160, policy=policy) for policy in ("flow", "balanced", "deepseek"))
+    assert exact_after(flow, arriving, 16) > exact_after(balanced, arriving, 16) + 0.01
+    assert exact_after(flow, arriving, 16) > exact_after(deepseek, arriving, 16) + 0.01
+    assert (balanced.even_balance > 0.999).all() and not balanced.duplicates.any()
+
+
+def test_repair_recovers_what_drift_took():
+    history, arriving = drifted(1)
+    placed = place(history, ep_size=32, slots=160)
+    repaired = place(arriving, ep_size=32, slots=160, policy="repair", previous=placed.phy2log, max_moves=24)
+    assert repaired.n_moves.sum() <= 24
+    lost = 1 - exact_after(placed, arriving, 32)
+    assert 1 - exact_after(repaired, arriving, 32) < lost / 2
+
+
+def test_deepseek_is_the_function_of_that_name():
+    history = np.random.default_rng(3).lognormal(0, 1, (5, 64)).astype(np.float32)
+    for nodes, groups in ((1, 1), (2, 8)):
+        placed = place(history, ep_size=8, slots=80, policy="deepseek", nodes=nodes, groups=groups)
+        assert np.array_equal(placed.phy2log, lplb.eplb.rebalance_experts(history, 80, groups, nodes, 8)[0])
+
+
+def test_groups_stay_on_their_node():
+    history = np.random.default_rng(4).lognormal(0, 1, (6, 64))
+    placed = place(history, ep_size=8, slots=80, policy="balanced", nodes=4, groups=8)
+    check(placed, history, [10] * 8)
+    for slots in placed.phy2log:
+        for group in range(8):
+            nodes = np.flatnonzero(slots // 8 == group) // 20
+            assert len(set(nodes)) == 1
+    best = lplb.eplb.rebalance_experts(history, 80, 8, 4, 8)[0]
+    for loads, slots, balance in zip(history, best, placed.even_balance):
+        theirs = even_loads(loads, slots, 8)
+        assert balance >= theirs.mean() / theirs.max() - 1e-3
+
+
+def test_dead_ranks():
+    history = np.random.default_rng(5).lognormal(0, 1, (3, 64))
+    whole = place(history, ep_size=8, slots=80)
+    for policy in POLICIES:
+        placed = place(history, ep_size=8, slots=80, policy=policy, dead=[2, 5])
+        check(placed, history, [14, 14, 0, 13, 13, 0, 13, 13])
+    # The same slots, and what the dead ranks held must come back on others, whatever the budget is.
+    placed = place(history, ep_size=8, slots=[10] * 8, policy="repair", dead=[2], previous=whole.phy2log, max_moves=1)
+    check(placed, history, [10, 10, 0, 10, 10, 10, 10, 10], whole.phy2log)
+    assert all(move.target // 10 != 2 for move in placed.moves())
+    with pytest.raises(LplbError, match="slots: must be at least n_logical 64 in all, got 20"):
+        place(history, ep_size=8, slots=[10] * 8, dead=[0, 1, 2, 3, 4, 5])
+
+
+def test_a_planner_runs_on_empty_slots_and_dead_ranks():
+    rng = np.random.default_rng(6)
+    history = rng.lognormal(0, 1, (1, 32))
+    placed = place(history, ep_size=4, slots=[12, 0, 15, 13], policy="balanced")
+    planner = Planner.from_placement(placed.phy2log[0], n_logical=32, ep_size=4)
+    ids = rng.choice(32, size=(999, 4), p=history[0] / history[0].sum())
+    physical = planner.run(ids, None)
+    assert np.array_equal(placed.phy2log[0][physical], ids)
+    group = planner.info().groups[0]
+    assert group.certified
+    loads = np.bincount(np.asarray(physical).ravel() // 15, minlength=4)
+    assert loads.max() == group.max_load and loads[1] == 0
+    planner.update_placement(place(history, ep_size=4, slots=[15, 13, 12, 0]).phy2log[0])
+    assert (np.asarray(planner.run(ids, None)) // 15 < 3).all()
+    phy2log, log2phy, logcnt = planner.mapping()[:3]
+    assert np.asarray(logcnt).sum() == (np.asarray(phy2log) >= 0).sum() == 40
+
+
+def test_snapshots_and_tensors():
+    torch = pytest.importorskip("torch")
+    history = np.random.default_rng(7).lognormal(0, 1, (3, 2, 48))
+    placed = place(torch.from_numpy(history), ep_size=6, slots=60, policy="balanced")
+    assert isinstance(placed.phy2log, torch.Tensor) and placed.phy2log.dtype == torch.int32
+    assert np.array_equal(placed.phy2log.numpy(), place(history.sum(0), ep_size=6, slots=60, policy="balanced").phy2log)
+    assert isinstance(placed.n_moves, torch.Tensor) and placed.moves() == []
+
+
+def test_sources_of_moves():
+    """From the same node where one is there, and in turn."""
+    before = np.array([[0, 1, 2, 3, 0, 4, 5, 6]], dtype=np.int32)
+    history = np.ones((1, 7))
+    placed = place(history, ep_size=4, slots=[2] * 4, policy="repair", previous=before, max_moves=0, nodes=2)
+    moved = lplb.Placed(np.array([[0, 1, 2, 0, 0, 4, 5, 3]], dtype=np.int32), placed.even_balance, placed.exact_balance, placed.duplicates,
+                        placed.n_moves, 4, 2, before)
+    assert moved.moves() == [(0, 0, 0, 3), (0, 3, 3, 7)]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"history": [[1.0, float("nan")]]}, r"history\[0\]\[0\]\[1\]: must be finite and not negative, got nan"),
+    ({"history": [[1.0, -1.0]]}, r"history\[0\]\[0\]\[1\]: must be finite and not negative, got -1"),
+    ({"history": [1.0, 2.0]}, "history: must be .layers, experts. or .snapshots, layers, experts., got shape"),
+    ({"policy": "best"}, "policy: must be one of flow, balanced, deepseek, repair, got 'best'"),
+    ({"slots": 1}, "slots: must be at least n_logical 2 in all, got 1"),
+    ({"slots": [2, 2, 2]}, "slots: must be a number in all, or one for each of the 2 ranks, got 3 numbers"),
+    ({"slots": [-1, 4]}, "slots: must be at least 0 for every rank"),
+    ({"dead": [0, 1]}, "dead: must leave a rank alive"),
+    ({"dead": [2]}, "dead: must be at most 1"),
+    ({"policy": "repair"}, "previous: must be given with policy repair"),
+    ({"max_moves": 1}, "max_moves: needs previous"),
+    ({"max_moves": -1}, "max_moves: must be at least 0"),
+    ({"previous": [[0, 1, 0, 2]]}, r"previous\[0\]\[3\]: must be a logical expert, 0 .. 1, or -1 for none, got 2"),
+    ({"previous": [[0, 1]]}, r"previous: must be \[1 layers, 2 \* 2 slots\], got shape \[1, 2\]"),
+    ({"policy": "deepseek", "slots": [3, 1]}, "policy: deepseek needs equally many slots on every rank"),
+    ({"nodes": 3}, "n_nodes: must lie in 1 .. 2, got 3"),
+    ({"tolerance": 2}, "tolerance: must lie in 0 .. 1"),
+    ({"ep_size": 0}, "ep_size: must be at least 1"),
+])
+def test_words(change, words):
+    with pytest.raises(LplbError, match=words):
+        place(**{"history": [[3.0, 1.0]], "ep_size": 2, "slots": 4, **change})
