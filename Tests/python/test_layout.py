@@ -189,9 +189,30 @@ def test_what_does_not_belong_together_is_refused():
     plain = Planner.from_placement(torch.arange(4), ep_size=2, device="cpu", rank=0)
     refused(lplb.WrongOrder, "there is no plan, since no expert has a replica", plain.run(ids, None), of=plain)
     whole = Planner.from_placement(torch.tensor([0, 1, 2, 0, 3, 1]), ep_size=2, device="cpu")
-    refused(lplb.InvalidArgument, "layout.exchanged: must be 1 for a planner of the whole batch", whole.run(ids, None), of=whole)
+    refused(lplb.InvalidArgument, "received: must be given where the planner plans for no rank of its own", whole.run(ids, None), of=whole)
     planner.close()
     refused(lplb.WrongOrder, "planner: must not be used after close()", first)
+
+
+def test_layer_checks_given_ids():
+    """MoELayer.forward(physical=...) of ids that are no slots, or that were planned under another placement."""
+    from lplb.moe import MoELayer
+
+    planner = Planner.from_placement(torch.tensor([0, 1, 2, 3, 3]), ep_size=1, device="cpu")
+    layer = MoELayer(planner, 8, 6, dtype=torch.float64)
+    states, ids, weights = torch.randn(9, 8).double(), torch.randint(-1, 4, (9, 2)), torch.rand(9, 2).double()
+    ids[0] = torch.tensor([0, 1])
+    physical = layer.plan(ids)
+    assert torch.equal(layer(states, ids, weights, physical=physical), layer(states, ids, weights))
+    assert torch.equal(layer(states, ids, weights, physical=physical.int()), layer(states, ids, weights))
+    beyond = physical.clone()
+    beyond[0, 0] = 5
+    with pytest.raises(lplb.InvalidArgument, match="physical: must be -1 .. 4, slots of the planner's placement"):
+        layer(states, ids, weights, physical=beyond)
+    planner.update_placement(torch.tensor([1, 0, 2, 3, 3]))
+    layer.replicas.update()
+    with pytest.raises(lplb.InvalidArgument, match="physical: must be slots that hold the given experts under the planner's placement"):
+        layer(states, ids, weights, physical=physical)
 
 
 def test_ranks_agree(tmp_path):

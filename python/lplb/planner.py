@@ -302,6 +302,9 @@ class Planner:
 
         rows = self.n_local_routed_experts if n_rows is None else integer("n_rows", n_rows, 1, _c.MAX_LAYOUT_ROWS // self.ep_size)
         most = None if max_received is None else integer("max_received", max_received, 0, _c.MAX_IDS)
+        if received is None and self._config.rank == _c.WHOLE_BATCH and self.ep_size > 1:
+            raise broken_rule("received", "must be given where the planner plans for no rank of its own and does not know who sends what",
+                              repr(self))
         calls = self._calls("physical", physical)
         arrays = {name: array for name, array in (("physical", physical), ("experts", experts), ("row_of_slot", row_of_slot))
                   if array is not None}
