@@ -59,6 +59,7 @@ class Replicas:
 
     Each tensor of expert parameters lies in a buffer [rows, ...]: first the rank's own experts, an nn.Parameter on that memory, then the
     copies, which are in no parameters(), optimizer or state_dict(). Gradients likewise. Physical experts find their row by row_of_slot.
+    Parameters that FSDP2 or DTensor shall shard cannot lie there: lplb.copies is for them.
 
     planner: made with group=, or with ep_size=1. slack: by how many a rank's number of own experts may change in a later placement; as many
     rows are kept free among the own ones and among the copies, and are zero.
