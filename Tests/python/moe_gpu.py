@@ -2,8 +2,8 @@
 
     PYTHONPATH=python torchrun --standalone --nproc-per-node=2 Tests/python/moe_gpu.py [--steps 300] [--only part,part] [--device cpu]
 
-Prints a line for each part and ends with 1 if one failed. Each part has a minute; all take less than 90 seconds. On the CPU (gloo) the sizes are
-small and the times are left out.
+Prints a line for each part and ends with 1 if one failed. Each part has a minute; all take less than 90 seconds. On the CPU (gloo) the
+sizes are small and the times are left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def batch(step, rank, hidden, experts=EXPERTS, tokens=384):
     ids = scores.topk(K).indices
     ids = torch.where(torch.rand(tokens, K, generator=generator) < 0.05, -1, ids)
     states, target = (torch.randn(tokens, hidden, generator=generator).bfloat16().to(DEVICE) for _ in range(2))
-    return states.requires_grad_(), ids.to(DEVICE), torch.rand(tokens, K, generator=generator).bfloat16().to(DEVICE).requires_grad_(), target
+    weights = torch.rand(tokens, K, generator=generator).bfloat16().to(DEVICE)
+    return states.requires_grad_(), ids.to(DEVICE), weights.requires_grad_(), target
 
 
 def make(placement, size, **options):
@@ -54,7 +55,8 @@ def apart(one, other):
 
 def by_expert(layer, tensors):
     """{expert: rows of tensors} of all ranks, on the CPU."""
-    mine = {expert: [tensor[row].float().cpu() for tensor in tensors] for row, expert in enumerate(layer.replicas.own.tolist()) if expert >= 0}
+    own = enumerate(layer.replicas.own.tolist())
+    mine = {expert: [tensor[row].float().cpu() for tensor in tensors] for row, expert in own if expert >= 0}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return {expert: rows for one in everyone for expert, rows in one.items()}
@@ -78,7 +80,7 @@ def pass_of(layer, step, rank):
 
 
 def equal(rank):
-    """Outputs, gradients of inputs and of weights after two micro-batches; bfloat16 and float32 gradients; and through autograd (sharded)."""
+    """Outputs, gradients of inputs and of weights after two micro-batches; bfloat16 and float32 gradients; by autograd (sharded)."""
     worst = {}
     for size in SIZES:
         for options in ({}, {"grad_dtype": torch.float32}, {"sharded": True}):
@@ -209,7 +211,7 @@ def milliseconds(call, repeats=20):
 
 
 def empty_slots(rank):
-    """DeepSeek-V3's gate-up: 8 experts with 512 tokens each, with and without two empty slots; and what a launch for all and an addition take."""
+    """DeepSeek-V3's gate-up: 8 experts with 512 tokens each, with and without two empty slots; and one launch with an addition."""
     if DEVICE.type != "cuda":
         return "needs a GPU"
     hidden, wide, n = 7168, 4096, 512
@@ -223,7 +225,8 @@ def empty_slots(rank):
         empty = milliseconds(lambda: add_grouped(sums, grad, rows, counts, ends, 0))
         fresh = milliseconds(lambda: add_grouped(sums, grad, rows, counts, ends, 8))
         old = milliseconds(lambda: sums.add_(torch._grouped_mm(grad.t(), rows, offs=ends)))
-        words.append(f"{str(dtype)[6:]}: 8 experts {without:.3f} ms, two empty slots {empty - without:+.3f}, into nothing {fresh:.3f}, as before {old:.3f}")
+        words.append(f"{str(dtype)[6:]}: 8 experts {without:.3f} ms, two empty slots {empty - without:+.3f}, into nothing {fresh:.3f}, "
+                     f"as before {old:.3f}")
         sums.zero_()
         add_grouped(sums, grad, rows, counts, ends, 0)
         assert apart(sums[:8], torch._grouped_mm(grad.t(), rows, offs=ends[:8])) < 0.01 and not sums[8:].any()

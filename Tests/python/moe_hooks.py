@@ -53,7 +53,8 @@ def distances(block, dense, own):
     def whole(one):
         return one.full_tensor() if hasattr(one, "full_tensor") else one
 
-    return {"gate_up": far(whole(block.experts.gate_up), dense.experts.gate_up[own]), "down": far(whole(block.experts.down), dense.experts.down[own]),
+    return {"gate_up": far(whole(block.experts.gate_up), dense.experts.gate_up[own]),
+            "down": far(whole(block.experts.down), dense.experts.down[own]),
             "router": far(whole(block.router.weight), dense.router.weight), "norm": far(whole(block.norm.weight), dense.norm.weight)}
 
 
@@ -74,7 +75,7 @@ class Sum(DistributedDataParallel):
 
 
 def ddp_over_experts(group):
-    """DDP over the dense parameters of all ranks, and another one over the experts of the ranks that hold the same ones: no order to keep."""
+    """DDP over the dense parameters of all ranks, and another one over the experts of the ranks that hold the same: no order to keep."""
     world, rank = group.size(), dist.get_rank(group)
     ep, replicated = groups_of_two(rank, world)
     planner = by_topology(ep)
@@ -97,7 +98,7 @@ def ddp_over_experts(group):
 
 
 def fsdp_around_experts(group):
-    """fully_shard over the dense parameters, with the experts left out, whose gradients are reduced by hand between push_grads() and step."""
+    """fully_shard over the dense parameters without the experts, whose gradients are reduced by hand between push_grads() and step."""
     world, rank = group.size(), dist.get_rank(group)
     ep, replicated = groups_of_two(rank, world)
     layer = MoELayer(by_topology(ep), HIDDEN, WIDTH, dtype=torch.float64)
@@ -226,18 +227,18 @@ def refused(group):
     mine = batch(1, rank, size)
     layer = MoELayer(by_topology(group), HIDDEN, WIDTH, dtype=torch.float64)
     fully_shard(layer, mesh=init_device_mesh("cpu", (size,)))
-    raises(lplb.WrongOrder, "MoELayer: the parameters were replaced, as FSDP2's fully_shard does: make the layer with sharded=True, or leave them "
-           "out with fully_shard(..., ignored_params=set(layer.parameters()))", lambda: layer(*mine[:3]))
+    raises(lplb.WrongOrder, "MoELayer: the parameters were replaced, as FSDP2's fully_shard does: make the layer with sharded=True, "
+           "or leave them out with fully_shard(..., ignored_params=set(layer.parameters()))", lambda: layer(*mine[:3]))
     raises(lplb.InvalidArgument, "sharded: must be False where homes move (slack) or gradients have another type (grad_dtype), got True",
            lambda: MoELayer(by_topology(group), HIDDEN, WIDTH, dtype=torch.bfloat16, grad_dtype=torch.float32, sharded=True))
-    raises(lplb.InvalidArgument, 'dispatch: must be "torch", or a deep_ep.Buffer of the planner\'s group, got str without get_dispatch_layout',
+    raises(lplb.InvalidArgument, 'dispatch: must be "torch", or a deep_ep.Buffer of the planner\'s group, got str without get_dispatch',
            lambda: MoELayer(by_topology(group), HIDDEN, WIDTH, dispatch="deep_ep"))
     planner = Planner.from_placement(natural_placement(n_experts(size), size, 2), group=group)
     copies = Copies(planner)
     own = torch.ones(copies.n_own, 3, dtype=torch.float64, requires_grad=True)
     raises(lplb.InvalidArgument, "own: must have a row for each of the 4 own experts, got shape [3, 3]", lambda: copies(own[1:]))
     (through,), (behind,) = copies(own)
-    planner.update_placement(natural_placement(n_experts(size), size, 2, torch.rand(n_experts(size), generator=torch.Generator().manual_seed(1))))
+    planner.update_placement(natural_placement(n_experts(size), size, 2, torch.arange(n_experts(size))))
     raises(lplb.WrongOrder, "update() must be called after the planner's placement has changed", lambda: copies(own))
     copies.update()
     raises(lplb.WrongOrder, "copies: update() must not be called between a forward pass and its backward pass",

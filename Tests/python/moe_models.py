@@ -77,7 +77,8 @@ class LanguageModel(nn.Module):
 
 
 def train_language_model(group, planner, steps, every, dtype=torch.float64, order=None):
-    """Losses of the steps, over this file's own text. order: a seed of the order in which tokens are added up. The experts are placed anew by the counts of all ranks, every so many steps."""
+    """Losses of the steps, over this file's own text. The experts are placed anew by the counts of all ranks, every so many steps. order: a
+    seed of the order in which tokens are added up."""
     size, rank = group.size(), dist.get_rank(group)
     text = torch.tensor(list(open(__file__, "rb").read())) % 64
     layer = MoELayer(planner, HIDDEN, WIDTH, dtype=dtype)
@@ -119,8 +120,8 @@ def language_model(group):
 
 
 def language_model_bfloat16(group):
-    """300 steps in bfloat16: without replicas in three orders of summation, and with replicas that are placed anew every 40 steps. Losses are means
-    of 20 steps; how far the run with replicas is from the nearest of the others, as a share of how far those are from each other."""
+    """300 steps in bfloat16: without replicas in three orders of summation, and with replicas that are placed anew every 40 steps. Losses
+    are means of 20 steps; how far the run with replicas is from the nearest of the others, as a share of how far those are from each other."""
     def smooth(losses):
         return np.convolve(losses, np.ones(20) / 20, "valid")
 

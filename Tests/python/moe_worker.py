@@ -1,6 +1,7 @@
 """One process of test_moe.py: trains with replicas and measures its distance from a dense reference that one process could run.
 
-Arguments: rank, processes, store file, output folder, and names of scenarios in this file or as module:name; none: all of this file. Writes for each scenario what it measured, or the words of its failure.
+Arguments: rank, processes, store file, output folder, and names of scenarios, of this file or hooks:name and models:name; none: all of
+this file. Writes for each scenario what it measured, or the words of its failure.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def gradients(group):
     """Accumulation over three micro-batches, empty experts, a rank without tokens, ids of -1; by a topology, by placements, and without."""
     size, rank = group.size(), dist.get_rank(group)
     planners = [by_topology(group), natural(group)]
-    planners += [Planner.from_placement(random_slots(seed, size), n_logical=n_experts(size), group=group) for seed in range(3 if size < 8 else 1)]
+    for seed in range(3 if size < 8 else 1):
+        planners.append(Planner.from_placement(random_slots(seed, size), n_logical=n_experts(size), group=group))
     found = []
     for planner in planners:
         layer = MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64)

@@ -37,8 +37,8 @@ def test_eight_ranks(on_eight, scenario, note):
 
 
 def test_bfloat16_within_the_spread_of_summation_orders(tmp_path, note):
-    """300 steps of the language model: the run with replicas is as far from one without as those are from each other that differ in nothing but
-    the order of their sums."""
+    """300 steps of the language model: the run with replicas is as far from one without as those are from each other that differ in nothing
+    but the order of their sums."""
     results = measured(2, tmp_path, ["models:language_model_bfloat16"])
     judge(results, "language_model_bfloat16", 1.5, note)  # the nearest of three is not always nearer than these are to each other
 

@@ -18,12 +18,14 @@ HERE = Path(__file__).parent
 @pytest.mark.engines
 @pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed (pip install torchtitan==0.3.0)")
 def test_debug_model(tmp_path, note):
-    """On 4 processes with gloo: gradients of the experts' weights, losses and names of the state, with FSDP over the experts, recomputation of
-    activations, several micro-batches and a new choice of copies."""
+    """On 4 processes with gloo: gradients of the experts' weights, losses and names of the state, with FSDP over the experts, recomputation
+    of activations, several micro-batches and a new choice of copies."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                    "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)])}
-    commands = [[sys.executable, HERE / "torchtitan_worker.py", str(rank), "4", tmp_path / "store", tmp_path / "seen.json"] for rank in range(4)]
-    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands]
+    files = [tmp_path / "store", tmp_path / "seen.json"]
+    commands = [[sys.executable, HERE / "torchtitan_worker.py", str(rank), "4", *files] for rank in range(4)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
     try:
         words = [process.communicate(timeout=240)[0] for process in started]
     finally:
@@ -49,8 +51,8 @@ def imported(path):
 
 @pytest.mark.skipif(importlib.util.find_spec("torchtitan") is not None, reason="torchtitan is installed")
 def test_without_torchtitan(tmp_path):
-    assert imported(tmp_path) == (1, "ImportError: lplb.integrations.torchtitan works with torchtitan 0.3.0, but torchtitan is not installed: "
-                                     "No module named 'torchtitan'")
+    assert imported(tmp_path) == (1, "ImportError: lplb.integrations.torchtitan works with torchtitan 0.3.0, but torchtitan is not "
+                                     "installed: No module named 'torchtitan'")
 
 
 def test_another_version(tmp_path):

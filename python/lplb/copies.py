@@ -63,8 +63,8 @@ class Copies:
         """Follows a new placement of the planner, between two forward passes with no backward pass outstanding. Collective."""
         slots = host_integers("phy2log", self.planner.phy2log, 1, np.int32, _c.MAX_PHYSICAL)
         if Rows(slots, self.places.n_ranks, 0, self.places._rows).home != self._homes:
-            raise broken_rule("placement", "must leave every expert's home where it is, as natural_placement() does, since the parameters are "
-                              "in other hands and do not move (those of Replicas do)", "one that moves homes")
+            raise broken_rule("placement", "must leave every expert's home where it is, as natural_placement() does, since the parameters "
+                              "are in other hands and do not move (those of Replicas do)", "one that moves homes")
         self.places.update()
 
     def __call__(self, *own: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

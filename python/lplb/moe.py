@@ -7,9 +7,9 @@ Each rank gives its own tokens. A step is: forward and backward of one or severa
 layer.replicas.pull(). Every rank of the group calls forward and backward, also one without tokens.
 
 With DistributedDataParallel or FSDP2 there are two ways.
- - They leave the experts alone: DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names of the experts' parameters),
-   or fully_shard(module, ignored_params=set(layer.parameters())). Where several ranks hold the same experts (more ranks than those of the
-   planner's group), their gradients are reduced by hand, behind push_grads() and before the optimizer.
+ - They leave the experts alone: DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names of the experts'
+   parameters), or fully_shard(module, ignored_params=set(layer.parameters())). Where several ranks hold the same experts (more ranks than
+   those of the planner's group), their gradients are reduced by hand, behind push_grads() and before the optimizer.
  - MoELayer(..., sharded=True): the parameters are plain ones whose gradients autograd hands out, so fully_shard(layer, mesh=...) or a
    DistributedDataParallel over the ranks that hold the same experts may shard and reduce them. push_grads() and pull() have nothing to do
    then. The copies' weights are pulled in each forward pass, behind FSDP's unshard, and their gradients go home in each backward pass,
@@ -178,8 +178,8 @@ class MoELayer(nn.Module):
             if given.dim() != 2 or given.shape != expert_ids.shape or len(given) != len(hidden_states):
                 raise broken_rule(name, f"must be [{len(hidden_states)} tokens, k], as expert_ids", f"shape {list(given.shape)}")
         if self.copies is None and (self.gate_up is not self._made[0] or self.down is not self._made[1]):
-            raise WrongOrder("MoELayer: the parameters were replaced, as FSDP2's fully_shard does: make the layer with sharded=True, or leave "
-                             "them out with fully_shard(..., ignored_params=set(layer.parameters()))")
+            raise WrongOrder("MoELayer: the parameters were replaced, as FSDP2's fully_shard does: make the layer with sharded=True, or "
+                             "leave them out with fully_shard(..., ignored_params=set(layer.parameters()))")
         self.replicas.check_placement()
         planned = physical is None
         physical = self.plan(expert_ids) if physical is None else physical

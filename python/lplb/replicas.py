@@ -60,6 +60,7 @@ class Replicas:
 
     Each tensor of expert parameters lies in a buffer [rows, ...]: first the rank's own experts, an nn.Parameter on that memory, then the
     copies, which are in no parameters(), optimizer or state_dict(). Gradients likewise. Physical experts find their row by row_of_slot.
+    Parameters that FSDP2 or DTensor shall shard cannot lie there: lplb.copies is for them.
 
     planner: made with group=, or with ep_size=1. transport: how pull() and push_grads() go, with the same bits: "nvlink", by kernels of the
     library on the current stream, in memory that the GPUs of one host map (no host waits; CUDA graphs may hold them, also across update());

@@ -82,7 +82,7 @@ def through(buffer: Any, experts: Any, tokens: Tensor, physical: Tensor, weights
     local = slice(first, first + len(per_expert))
     row_of = replicas.row_of_slot[local]  # several slots may share a row
     choice = torch.where(ids < 0, replicas.n_rows, row_of[ids.clamp(min=0)]).flatten()
-    per_row = torch.bincount(choice, minlength=replicas.n_rows + 1)[:-1]
+    per_row = choice.new_zeros(replicas.n_rows + 1).scatter_add_(0, choice, torch.ones_like(choice))[:-1]  # bincount would wait for the GPU
     order = choice.argsort(stable=True)[: sum(per_expert)]
     counts = [0] * replicas.n_rows
     for row, count in zip(replicas._rows.row_of_slot[local], per_expert):

@@ -4,9 +4,9 @@
     config.parallelism.expert_parallel_degree = 4
     config.override.imports.append(("lplb.integrations.torchtitan.replicas", {"slots": 2, "replace_every": 100}))
 
-Every rank then holds its own experts and `slots` copies, of the next ranks' hottest experts. Parameters, optimizer state and checkpoints stay
-torchtitan's: a copy is a differentiable function of the own experts' weights (lplb.copies), which is pulled in each forward pass behind
-FSDP's all-gather, and whose gradient reaches its home before FSDP reduces. What that costs: the pull of `slots` experts in each forward
+Every rank then holds its own experts and `slots` copies, of the next ranks' hottest experts. Parameters, optimizer state and checkpoints
+stay torchtitan's: a copy is a differentiable function of the own experts' weights (lplb.copies), which is pulled in each forward pass
+behind FSDP's all-gather, and whose gradient reaches its home before FSDP reduces. What that costs: the pull of `slots` experts in each forward
 pass (once more where activations are recomputed), the push of their gradients in each backward pass, and their memory while they are used.
 
 Not supported, and refused in words: DeepEP and other dispatchers than torchtitan's "standard", experts of other classes, and tensor
@@ -73,8 +73,9 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
         self.history += num_local_tokens_per_expert_E
         physical = planner.run(topk_expert_ids_TK.detach(), None).long()
         rows = physical // planner.n_local_routed_experts * places.n_rows + places.row_of_slot[physical]
-        counts = torch.bincount(rows.flatten(), minlength=places.n_ranks * places.n_rows)
-        return super().dispatch(x_TD, topk_scores_TK, rows, counts.to(num_local_tokens_per_expert_E.dtype))
+        counts = num_local_tokens_per_expert_E.new_zeros(places.n_ranks * places.n_rows)  # bincount would wait for the GPU
+        counts.scatter_add_(0, rows.flatten(), torch.ones_like(rows.flatten(), dtype=counts.dtype))
+        return super().dispatch(x_TD, topk_scores_TK, rows, counts)
 
     def _sync_token_count_exchange(self, sent: Tensor, received: Tensor, ep_size: int) -> Any:
         counts, *splits = super()._sync_token_count_exchange(sent, received, ep_size)
