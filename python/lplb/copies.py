@@ -11,11 +11,11 @@ Replicas does one of each a step; its own buffers and its optimizer state would 
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +26,7 @@ from .errors import WrongOrder, broken_rule
 from .placement import Move, Place, Rows
 from .planner import Planner
 from .replicas import Replicas
+from .transport import TorchTransport
 
 
 def natural_placement(n_logical: int, ep_size: int, slots: int, loads: Tensor | None = None) -> Int32s:
@@ -51,9 +52,9 @@ class Copies:
     """
 
     def __init__(self, planner: Planner) -> None:
-        self.places = Replicas(planner)  # its buffers are not used: it says which expert stands in which row
+        self.places = Replicas(planner, transport="torch")  # its buffers are not used: it says which expert stands in which row
         self.planner, self.n_own = planner, len(self.places.own)
-        self._homes = dict(self.places._rows.home)
+        self._transport = TorchTransport(planner.ep_group, self.places.rank, torch.device(planner.device))
 
     @property
     def n_copies(self) -> int:
@@ -62,7 +63,8 @@ class Copies:
     def update(self) -> None:
         """Follows a new placement of the planner, between two forward passes with no backward pass outstanding. Collective."""
         slots = host_integers("phy2log", self.planner.phy2log, 1, np.int32, _c.MAX_PHYSICAL)
-        if Rows(slots, self.places.n_ranks, 0, self.places._rows).home != self._homes:
+        before = self.places._rows
+        if _own_experts(Rows(slots, self.places.n_ranks, 0, before)) != _own_experts(before):
             raise broken_rule("placement", "must leave every expert's home where it is, as natural_placement() does, since the parameters "
                               "are in other hands and do not move (those of Replicas do)", "one that moves homes")
         self.places.update()
@@ -78,33 +80,22 @@ class Copies:
         return both[: len(own)], both[len(own):]
 
     def _pull(self, own: Tensor) -> Tensor:
-        copies = own.new_zeros((self.n_copies, *own.shape[1:]))
-        moves = [Move(source, Place(rank, row - self.places._rows.own[rank])) for source, (rank, row) in self.places._rows.pulls()]
-        self._send(moves, own.contiguous(), copies)
+        copies, first = own.new_zeros((self.n_copies, *own.shape[1:])), self.places._rows.own
+        self._transport.send([Move(step, source, Place(rank, row - first[rank])) for step, source, (rank, row) in self.places._rows.pulls()],
+                             own.contiguous(), copies)
         return copies
 
     def _push(self, copies: Tensor, own: Tensor) -> None:
         """Adds the copies' gradients to those of their homes, in the order of the ranks."""
-        first, rank = self.places._rows.own, self.places.rank
-        for moves in self.places._rows.rounds():
-            mine = [target for _, target in moves if target.rank == rank]
-            arrived = own.new_empty((len(mine), *own.shape[1:]))
-            number = {target: index for index, target in enumerate(mine)}
-            self._send([Move(Place(source.rank, source.row - first[source.rank]), Place(target.rank, number.get(target, 0)))
-                        for source, target in moves], copies, arrived)
-            for target, gradient in zip(mine, arrived):
-                own[target.row] += gradient
+        first = self.places._rows.own
+        moves = [Move(step, Place(rank, row - first[rank]), target) for step, (rank, row), target in self.places._rows.pushes()]
+        for _, one_round in groupby(moves, lambda move: move.round):
+            for move, arrived in self._transport.arrivals(list(one_round), copies):
+                own[move.target.row] += arrived
 
-    def _send(self, moves: list[Move], source: Tensor, target: Tensor) -> None:
-        """Rows of source to rows of target, all at once; between two ranks they match in the order of the moves."""
-        operations, rank, group = [], self.places.rank, self.planner.ep_group
-        for (from_rank, from_row), (to_rank, to_row) in moves:
-            if from_rank == rank:
-                operations.append(dist.P2POp(dist.isend, source[from_row], None, group, group_peer=to_rank))
-            elif to_rank == rank:
-                operations.append(dist.P2POp(dist.irecv, target[to_row], None, group, group_peer=from_rank))
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            work.wait()
+
+def _own_experts(rows: Rows) -> list[list[int]]:
+    return [experts[:own] for own, experts in zip(rows.own, rows.experts)]
 
 
 class _Pulled(torch.autograd.Function):

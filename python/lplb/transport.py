@@ -47,7 +47,7 @@ class TorchTransport:
         """From homes to copies. known: the rows before these, whose copies are left out where they have stayed."""
         moves = self.rows.pulls(known)
         for tensor in weights:
-            self._send(moves, tensor, tensor)
+            self.send(moves, tensor, tensor)
 
     def push(self, grads: Iterable[Tensor]) -> None:
         """From copies to homes, whose sums are in the order of the ranks; those of the copies are zero then."""
@@ -66,10 +66,10 @@ class TorchTransport:
         mine = [move for move in moves if move.target.rank == self.rank]
         arrived = source.new_empty((len(mine), *source.shape[1:]))
         number = {move: index for index, move in enumerate(mine)}
-        self._send([Move(move.round, move.source, Place(move.target.rank, number.get(move, 0))) for move in moves], source, arrived)
+        self.send([Move(move.round, move.source, Place(move.target.rank, number.get(move, 0))) for move in moves], source, arrived)
         return list(zip(mine, arrived))
 
-    def _send(self, moves: list[Move], source: Tensor, target: Tensor) -> None:
+    def send(self, moves: list[Move], source: Tensor, target: Tensor) -> None:
         """Rows of source to rows of target. All sends and receives at once, so no rank waits for another's; between two ranks they match in
         the order of the moves."""
         operations = []

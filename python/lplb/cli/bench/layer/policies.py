@@ -24,7 +24,7 @@ from ....eplb import rebalance_experts
 from ....planner import Planner
 from ...check import conserve
 from ...simulate import policies
-from ...simulate.engine import eplb
+from ...simulate.engine import placed
 from ...simulate.policies import Replicas
 
 Int64Array = NDArray[np.int64]
@@ -67,7 +67,7 @@ def columns(ranks: int, slots: int) -> NDArray[np.int32]:
 
 def packed_position(history: Int64Array, ranks: int) -> Int64Array:
     """[n_experts] the slot of each expert, placed by EPLB without replicas."""
-    return np.argsort(eplb(history, len(history), ranks)).astype(np.int64)
+    return np.argsort(placed(history, len(history), ranks)).astype(np.int64)
 
 
 def plain(policy: str, batch: Batch, rank: int) -> Routed:
