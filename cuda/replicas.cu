@@ -21,10 +21,10 @@ using lplb::taken;
 
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kBlocks = 32;      // enough loads under way for NVLink; the other multiprocessors are left to others
-constexpr int kInFlight = 4;     // loads of 16 bytes of one thread
-constexpr int kZeroBlocks = 128; // local memory wants more writers than NVLink readers
+constexpr int kInFlight = 8;     // loads of 16 bytes of one thread
+constexpr int kZeroBlocks = 256; // local memory wants more writers than NVLink readers
 
 // Not kept in L1, where nobody would read it again. Ordered behind the meeting, since it is volatile.
 __device__ __forceinline__ uint4 load(const uint4 *from) {
@@ -103,18 +103,19 @@ __device__ __forceinline__ void take_row(uint64_t to_row, uint64_t from_row, int
     }
     auto *to = reinterpret_cast<uint4 *>(to_row);
     auto *from = reinterpret_cast<const uint4 *>(from_row);
+    const int64_t last = bytes / 16 - 1;
 #pragma unroll 1
-    for (int64_t first = thread; first < bytes / 16; first += kInFlight * step) {
+    for (int64_t first = thread; first <= last; first += kInFlight * step) {
         uint4 theirs[kInFlight], mine[kInFlight];
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-            if (first + i * step >= bytes / 16) continue;
-            theirs[i] = load(from + first + i * step);
-            if constexpr (How::kAdds) mine[i] = load(to + first + i * step);
+        for (int i = 0; i < kInFlight; ++i) {  // beyond the end the last ones again: a load that may not come costs registers
+            const int64_t at = first + i * step < last ? first + i * step : last;
+            theirs[i] = load(from + at);
+            if constexpr (How::kAdds) mine[i] = load(to + at);
         }
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
-            if (first + i * step < bytes / 16) to[first + i * step] = How::of(mine[i], theirs[i]);
+            if (first + i * step <= last) to[first + i * step] = How::of(mine[i], theirs[i]);
         }
     }
 }
@@ -177,7 +178,7 @@ __device__ __forceinline__ void between_meetings(const lplbk_exchange_view &view
     }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     pull_kernel(const __grid_constant__ lplbk_exchange_view view, lplbk_replicas *replicas, int list) {
     between_meetings(view, replicas->digest[list], [&] {
         each(replicas, list, LPLBK_WEIGHTS, [&](const lplbk_move &move, const lplbk_replicas_tensor &tensor) {
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
     });
 }
 
-__global__ void __launch_bounds__(kThreads) push_kernel(const __grid_constant__ lplbk_exchange_view view, lplbk_replicas *replicas) {
+__global__ void __launch_bounds__(kThreads, 1) push_kernel(const __grid_constant__ lplbk_exchange_view view, lplbk_replicas *replicas) {
     between_meetings(view, replicas->digest[LPLBK_PUSH], [&] {
         each(replicas, LPLBK_PUSH, LPLBK_GRADIENTS, [&](const lplbk_move &move, const lplbk_replicas_tensor &tensor) {
             const uint64_t to = tensor.buffer[view.rank] + (uint64_t)(move.target * tensor.row_bytes);
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(kThreads) push_kernel(const __grid_constant__ 
 }
 
 // The gradients of this rank's copies, which all homes have read, unless the push failed.
-__global__ void __launch_bounds__(kThreads) zero_kernel(uint64_t state, int rank, lplbk_replicas *replicas) {
+__global__ void __launch_bounds__(kThreads, 1) zero_kernel(uint64_t state, int rank, lplbk_replicas *replicas) {
     if (*reinterpret_cast<volatile const uint32_t *>(&reinterpret_cast<lplbk_exchange_state *>(state)->fault) != 0) return;
     const int64_t thread = (int64_t)blockIdx.x * kThreads + threadIdx.x, n_threads = (int64_t)gridDim.x * kThreads;
     each(replicas, LPLBK_PULL_ALL, LPLBK_GRADIENTS, [&](const lplbk_move &move, const lplbk_replicas_tensor &tensor) {

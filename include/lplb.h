@@ -671,7 +671,7 @@ typedef struct lplb_replicas_config {
     lplb_exchange *exchange; /* with n_nodes 1 and n_counts 1; outlives the replicas */
     int64_t n_logical;
     int64_t n_rows;          /* of each buffer on each rank */
-    int64_t blocks;          /* CUDA blocks that copy, each of 1,024 threads; 0: as many as measured best */
+    int64_t blocks;          /* CUDA blocks that copy, each of 512 threads; 0: as many as measured best */
 } lplb_replicas_config;
 
 #define LPLB_REPLICAS_CONFIG_INIT { (int64_t)sizeof(lplb_replicas_config), 0, 0, 0, 0 }
