@@ -18,6 +18,7 @@ from .errors import (
     Busy, CudaError, Disagreement, InternalError, InvalidArgument, LibraryError, LplbError, NoCuda, OutOfMemory, PeerLost, PeerTimeout,
     Unsupported, WrongOrder)
 from .info import GroupInfo, Info, Locality
+from .layout import Layout, Splits
 from .placement import homes
 from .planner import Planner
 from .solve import Solution, solve, witness_bound
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 __version__ = ".".join(map(str, VERSION))
 
 __all__ = [
-    "Planner", "Info", "GroupInfo", "Locality", "Replicas", "homes", "solve", "Solution", "witness_bound", "eplb", "topology",
-    "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory", "NoCuda", "CudaError",
+    "Planner", "Info", "GroupInfo", "Locality", "Layout", "Splits", "Replicas", "homes", "solve", "Solution", "witness_bound", "eplb",
+    "topology", "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory", "NoCuda", "CudaError",
     "PeerTimeout", "PeerLost", "Disagreement", "InternalError", "__version__",
 ]
 
