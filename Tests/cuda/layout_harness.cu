@@ -1,5 +1,5 @@
-// Layouts of dispatches on the device against plain sorting, for every rank of random placements and topologies: each rank must know what all
-// the others send to it. Arguments: how many instances, the first one's number. See harness.h for building and sanitizers.
+// Layouts of dispatches on the device against plain sorting, for every rank of random placements and topologies: each rank must know what
+// all the others send to it. Arguments: how many instances, the first one's number. See harness.h for building and sanitizers.
 #include "harness.h"
 
 using namespace harness;
