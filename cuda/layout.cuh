@@ -1,4 +1,4 @@
-// Memory of the layout of a dispatch, and what the solvers keep for it.
+// The layout of a dispatch: its memory, and sums.
 #pragma once
 
 #include "common.cuh"
@@ -16,5 +16,32 @@ inline int64_t dispatch_words(const lplbk_shape &shape) {
 
 // Lets the kernels have the shared memory that they may need.
 int32_t prepare_layout(const lplbk_planner &planner);
+
+// Prefix sum of `value` over the threads of a block, without this thread's own; sum: of all of them. Whole blocks of at most 1,024 threads.
+static __device__ int block_prefix(int value, int *sum) {
+    __shared__ int of_warp[33];
+    const int upto = warp_prefix(value);
+    __syncthreads();  // the sums of the call before have been read
+    if (lane_id() == 31) of_warp[warp_id()] = upto;
+    __syncthreads();
+    if (warp_id() == 0) {
+        const int mine = lane_id() < (int)(blockDim.x >> 5) ? of_warp[lane_id()] : 0;
+        const int all = warp_prefix(mine);
+        __syncwarp();
+        of_warp[lane_id()] = all - mine;
+        if (lane_id() == 31) of_warp[32] = all;
+    }
+    __syncthreads();
+    *sum = of_warp[32];
+    return of_warp[warp_id()] + upto - value;
+}
+
+__device__ __forceinline__ int64_t wide_warp_sum(int64_t value) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
+    return value;
+}
+
+__device__ __forceinline__ int32_t clamped(int64_t value) { return (int32_t)max(min(value, (int64_t)INT32_MAX), (int64_t)INT32_MIN); }
 
 }  // namespace lplb

@@ -768,14 +768,14 @@ enum { LPLB_LAYOUT_N_BAD_IDS = 2, LPLB_LAYOUT_N_OTHER_EXPERTS = 3, LPLB_LAYOUT_N
 typedef struct lplb_layout {
     int64_t struct_size;   /* sizeof(lplb_layout); LPLB_LAYOUT_INIT sets it */
     const void *ids;       /* [n_ids] slots, -1: no expert; as lplb_planner_run or lplb_planner_redirect wrote them */
-    const void *experts;   /* NULL, or [n_ids] of the same dtype: the logical experts of the ids, to be compared (-1 or out of range: none) */
+    const void *experts;   /* NULL, or [n_ids] of the same dtype: the ids' logical experts, to be compared (-1 or out of range: none) */
     const void *row_of_slot; /* NULL: the slots of a rank in order; or [n_physical], 0 .. n_rows-1 each */
     int64_t n_ids;
     int64_t n_rows;        /* buffer rows of a rank; 0: its slots, n_physical / ep_size */
     lplb_dtype ids_dtype;
     lplb_dtype row_dtype;  /* of row_of_slot */
     int32_t parts;         /* LPLB_LAYOUT_*; 0: SENT and RECEIVED. Only what a part uses has to be there */
-    int32_t exchanged;     /* 1: `received` is given. 0: it is written, from the latest plan; with SENT, `sent` is compared with that plan */
+    int32_t exchanged;     /* 1: `received` is given. 0: it is written, by the latest plan, and `sent` is compared with that plan */
     int64_t *order;        /* [n_ids] the choices by rank and buffer row, stable; those without an expert last */
     int32_t *sent;         /* [ep_size][n_rows] rows for each buffer row of each rank */
     int32_t *received;     /* [ep_size][n_rows] rows from each rank for each buffer row of this one */

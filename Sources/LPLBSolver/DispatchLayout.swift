@@ -86,8 +86,8 @@ public final class DispatchLayout {
         return found
     }
 
-    /// received [nKeys], which is rank * nRows + row here too: tokens of each rank for each row of `rank`. add(visit) calls visit(from, slot,
-    /// tokens) for each slot that gets some.
+    /// received [nKeys], by the rank that sends and the row here: tokens. add(visit) calls visit(from, slot, tokens) for each slot that
+    /// gets some.
     public func receive(_ received: UnsafeMutablePointer<Int32>, _ add: ((Int, Int, Int64) -> Void) -> Void) {
         received.update(repeating: 0, count: nKeys)
         add { from, slot, tokens in

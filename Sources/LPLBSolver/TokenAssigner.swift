@@ -171,8 +171,8 @@ public final class TokenAssigner {
         }
     }
 
-    /// One expert with several places `first ..< end`, `tokens` of it on the source; its counts are every `width`-th of `counts`, and before*
-    /// the sums of those on ranks before the source's node and before the source.
+    /// One expert with several places `first ..< end`, `tokens` of it on the source; its counts are every `width`-th of `counts`, and
+    /// before* the sums of those on ranks before the source's node and before the source.
     @inline(__always)
     private func distributeExpert<T: FixedWidthInteger>(
         _ counts: UnsafePointer<T>, _ width: Int, _ first: Int, _ end: Int, _ tokens: Int64, _ quotas: UnsafePointer<Int64>, _ source: Int,

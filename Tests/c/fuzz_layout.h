@@ -67,7 +67,8 @@ static void layout(subject *s) {
         int64_t sent = 0;
         check_permutation(given->order, n, "order");
         for (int64_t i = 0; i < ranks * rows; i++) sent += given->sent[i];
-        if (sent != given->numbers[LPLB_LAYOUT_N_SENT] || sent > n) fail("lplb_planner_layout: %" PRId64 " rows of %" PRId64 " ids", sent, n);
+        if (sent != given->numbers[LPLB_LAYOUT_N_SENT] || sent > n)
+            fail("lplb_planner_layout: %" PRId64 " rows of %" PRId64 " ids", sent, n);
     }
     if (status == LPLB_OK && receives && given->numbers[1] == 0 && given->ends[rows - 1] != given->numbers[LPLB_LAYOUT_N_RECEIVED])
         fail("lplb_planner_layout: ends and numbers differ");

@@ -1,5 +1,5 @@
-"""One rank of a dispatch laid out by planners, moved by all_to_all_single: every row arrives where its expert stands, and the ranks' numbers
-agree. With gloo on the CPU (test_layout.py gives rank, processes and a store), or with NCCL on GPUs:
+"""One rank of a dispatch laid out by planners, moved by all_to_all_single: every row arrives where its expert stands, and the ranks'
+numbers agree. With gloo on the CPU (test_layout.py gives rank, processes and a store), or with NCCL on GPUs:
 
     torchrun --nproc-per-node=2 Tests/python/layout_worker.py           # half a minute; prints the time of a layout
 """

@@ -110,7 +110,8 @@ class Pair:
             random = torch.Generator().manual_seed(1000 * self.step + 10 * self.place.rank + number)
             buffers = [one.gradients(name) for one in self.both]
             values = torch.randn(buffers[1].shape, generator=random, dtype=torch.float64)
-            values *= torch.exp2(torch.randint(-9, 9, values.shape, generator=random)) * used.view(-1, 1, 1)
+            values *= torch.exp2(torch.randint(-9, 9, values.shape, generator=random))
+            values[~used] = 0  # and not -0, which the transports may turn into 0 or leave
             for buffer in buffers:
                 buffer.copy_(values.to(buffer.dtype))
 

@@ -100,6 +100,7 @@ def test_captured_graphs(dtype):
     n_logical = cpu.n_logical_routed_experts
     ids = torch.zeros(tokens, 4, dtype=dtype, device="cuda")
     counts = torch.zeros(ranks, n_logical, dtype=torch.int64, device="cuda")
+    counts[5, 0] = ids.numel()
 
     def plan():
         gpu.solve(counts)

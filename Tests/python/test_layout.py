@@ -180,7 +180,7 @@ def test_what_does_not_belong_together_is_refused():
     refused(lplb.InvalidArgument, "n_rows: must be at most 4096, got 4097", first, n_rows=4097)
     refused(lplb.InvalidArgument, "layout.n_rows: must be at least the 3 slots of a rank where row_of_slot is NULL, got 2", first, n_rows=2)
     refused(lplb.InvalidArgument, "row_of_slot: must have 6 elements, got 5", first, row_of_slot=torch.zeros(5).int())
-    refused(lplb.InvalidArgument, "physical: must be -1 .. 5, slots of the planner's placement, whose row_of_slot is 0 .. 2, got 1 ids that",
+    refused(lplb.InvalidArgument, "physical: must be -1 .. 5, slots of the planner's placement, whose row_of_slot is 0 .. 2, got 1",
             first, row_of_slot=torch.tensor([0, 3, 1, 0, 1, -1]))
     planner.update_placement(torch.tensor([3, 1, 2, 0, 3, 1]))
     refused(lplb.WrongOrder, "there is no plan for this placement yet", first)

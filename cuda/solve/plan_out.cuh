@@ -86,8 +86,8 @@ __device__ __forceinline__ void compare_digests(const CountMatrix<kAnyWidth> &ro
     }
 }
 
-// Keeps what a layout of this plan will ask for: whose counts it was made for and, where several ranks' tokens are told apart, their counts of
-// the experts of this rank's slots. By the threads first, first + 1 ..., `stride` of them.
+// Keeps what a layout of this plan will ask for: whose counts it was made for and, where several ranks' tokens are told apart, their counts
+// of the experts of this rank's slots. By the threads first, first + 1 ..., `stride` of them.
 template <bool kAnyWidth>
 __device__ __forceinline__ void keep_counts(const Tables &t, const PlanOut &out, const CountMatrix<kAnyWidth> &counts, bool several,
                                             int first, int stride) {

@@ -18,6 +18,7 @@ from .errors import (
     Busy, CudaError, Disagreement, InternalError, InvalidArgument, LibraryError, LplbError, NoCuda, OutOfMemory, PeerLost, PeerTimeout,
     Unsupported, WrongOrder)
 from .info import GroupInfo, Info, Locality
+from .layout import Layout, Splits
 from .placement import homes
 from .placing import Placed, SlotMove, place
 from .planner import Planner
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
 __version__ = ".".join(map(str, VERSION))
 
 __all__ = [
+<<<<<<< HEAD
     "Planner", "Info", "GroupInfo", "Locality", "Replicas", "homes", "place", "Placed", "SlotMove", "solve", "Solution", "witness_bound", "eplb", "topology",
     "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory", "NoCuda", "CudaError",
+=======
+    "Planner", "Info", "GroupInfo", "Locality", "Layout", "Splits", "Replicas", "homes", "solve", "Solution", "witness_bound", "eplb",
+    "topology", "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory", "NoCuda", "CudaError",
+>>>>>>> layout
     "PeerTimeout", "PeerLost", "Disagreement", "InternalError", "__version__",
 ]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 from . import _c
+from ._ops.arguments import integer
 from ._ops.calls import Calls, layout_sections
 from ._ops.host import A, loaded_torch
 from .errors import LplbError, WrongOrder, broken_rule
@@ -23,7 +24,7 @@ class Splits(NamedTuple):
 
 
 class Layout(Generic[A]):
-    """Where the rows of a dispatch go. A choice is one of the tokens * k pairs of a token and an expert; a row is a choice's token on its way.
+    """Where the rows of a dispatch go. A choice is one of the tokens * k pairs of a token and an expert, a row a choice's token on its way.
 
         layout = planner.layout(physical)
         splits = layout.wait()                                          # the one place where a GPU is waited for
@@ -31,8 +32,8 @@ class Layout(Generic[A]):
         all_to_all_single(arrived, tokens[choices // k], splits.received, splits.sent)
         rows = arrived[layout.by_row]                                   # for torch._grouped_mm(rows, weights, offs=layout.ends)
 
-    Arrays are on the planner's device and of the kind of physical. They depend on nothing that a later plan changes, so that a layout can be
-    kept as long as its ids, for instance for the backward pass.
+    Arrays are on the planner's device and of the kind of physical. A later plan changes none of them, so that a layout can be kept as long
+    as its ids, for instance for the backward pass.
     """
 
     order: A  #: int64 [choices] the choices by rank and then buffer row, stable; those without an expert last
@@ -70,7 +71,7 @@ class Layout(Generic[A]):
             self.wait()
 
     def _send_to_host(self) -> None:
-        """Queues the copy of the numbers to pinned memory. In a captured graph there is none, since its replays would need an event each."""
+        """Queues the copy of the numbers to pinned memory. Not in a captured graph, whose replays would need an event each."""
         torch = loaded_torch()
         self._captured = torch.cuda.is_current_stream_capturing()
         if not self._captured:
@@ -96,8 +97,8 @@ class Layout(Generic[A]):
 
     @property
     def by_row(self) -> A:
-        """int64 [rows received, or max_received]: brings the rows as they come, by rank and then buffer row, together by buffer row and then
-        rank. Without max_received, made at the first use, after wait()."""
+        """int64 [rows received, or max_received]: brings the rows as they come, by rank and then buffer row, together by buffer row and
+        then rank. Without max_received, made at the first use, after wait()."""
         by_row = self._by_row
         if by_row is None:
             if self._captured:
@@ -116,8 +117,8 @@ class Layout(Generic[A]):
         elif problems & _c.LAYOUT_NO_PLAN:
             found = WrongOrder("layout: there is no plan for this placement yet; run() or solve() and redirect() must come first")
         elif problems & _c.LAYOUT_OTHER_PLAN:
-            found = WrongOrder("layout: physical must be the ids of the planner's latest plan, from which follows what other ranks send; for "
-                               "ids of an earlier one keep their layout, or give received=")
+            found = WrongOrder("layout: physical must be the ids of the planner's latest plan, from which follows what other ranks send; "
+                               "for ids of an earlier one keep their layout, or give received=")
         elif problems & _c.LAYOUT_BAD_RECEIVED:
             found = broken_rule("received", "must return numbers of rows, at least 0 each and below 2^31 together", "others")
         elif problems & _c.LAYOUT_BY_ROW_SHORT or (self._max_received is not None and numbers[_c.LAYOUT_N_RECEIVED] > self._max_received):
@@ -125,3 +126,18 @@ class Layout(Generic[A]):
                                 f"{numbers[_c.LAYOUT_N_RECEIVED]} rows")
         if found:
             raise found
+
+
+def lay_out(planner: Planner, physical: A, experts: A | None, received: Callable[[A], A] | None, row_of_slot: A | None,
+            n_rows: int | None, max_received: int | None) -> Layout[A]:
+    """Planner.layout."""
+    rows = planner.n_local_routed_experts if n_rows is None else integer("n_rows", n_rows, 1, _c.MAX_LAYOUT_ROWS // planner.ep_size)
+    most = None if max_received is None else integer("max_received", max_received, 0, _c.MAX_IDS)
+    if received is None and planner._config.rank == _c.WHOLE_BATCH and planner.ep_size > 1:
+        raise broken_rule("received", "must be given where the planner plans for no rank of its own and does not know who sends what",
+                          repr(planner))
+    calls = planner._calls("physical", physical)
+    arrays = {name: array for name, array in (("physical", physical), ("experts", experts), ("row_of_slot", row_of_slot))
+              if array is not None}
+    return planner._explained(tuple(arrays), lambda *_: Layout(planner, calls, physical, experts, received, row_of_slot, rows, most),
+                              *arrays.values())

@@ -285,31 +285,20 @@ class Planner:
 
     def layout(self, physical: A, *, experts: A | None = None, received: Callable[[A], A] | None = None, row_of_slot: A | None = None,
                n_rows: int | None = None, max_received: int | None = None) -> Layout[A]:
-        """Where the rows of a dispatch go, computed on the device behind run, see Layout: what is sent by physical, what is received by the
-        latest plan, since every rank's tokens follow from the counts that it was made for. Every rank lays out the ids of that plan.
+        """Where the rows of a dispatch go, see Layout. What is sent is counted; what is received follows from the latest plan, on every
+        rank, where each lays out its ids of that plan. WrongOrder where there is none. On CUDA does not wait: Layout.wait() does, and
+        raises what is wrong with the ids.
 
-        physical: slots, -1 for no expert, any shape, as run or redirect returned them. experts: the ids they were made from, of the same type:
-        checked that each slot holds its expert. received: None, or a function that is given what this rank sends, int32 [ep_size, n_rows],
-        and returns what it receives, in the same form, by an exchange of its own (all_to_all_single): for planners without replicas, whose
-        run exchanges nothing, with tokens="same", and for ids that are not those of the latest plan. row_of_slot: integers [n_physical] on
-        the device: the row of every slot in its rank's buffers of n_rows rows, such as Replicas'; None: the slots in order. max_received:
-        as many rows at most are received, so that by_row needs no wait; for CUDA graphs.
-
-        On CUDA works on the current stream and does not wait; Layout.wait() does, and raises what is wrong with the ids. WrongOrder where
-        there is no plan.
+        physical: slots, -1 for no expert, any shape, as run or redirect returned them. experts: the ids they were made from, of the same
+        type: checked that each slot holds its expert. received: None, or a function that is given what this rank sends, int32 [ep_size,
+        n_rows], and returns what it receives, in the same form, by an exchange of its own (all_to_all_single): for planners without
+        replicas, whose run exchanges nothing, with tokens="same", and for ids of an earlier plan. row_of_slot: integers [n_physical] on
+        the device: each slot's row in its rank's buffers of n_rows rows, such as those of Replicas; None: the slots in order.
+        max_received: so many rows at most are received, and by_row needs no wait; for CUDA graphs.
         """
-        from .layout import Layout
+        from .layout import lay_out
 
-        rows = self.n_local_routed_experts if n_rows is None else integer("n_rows", n_rows, 1, _c.MAX_LAYOUT_ROWS // self.ep_size)
-        most = None if max_received is None else integer("max_received", max_received, 0, _c.MAX_IDS)
-        if received is None and self._config.rank == _c.WHOLE_BATCH and self.ep_size > 1:
-            raise broken_rule("received", "must be given where the planner plans for no rank of its own and does not know who sends what",
-                              repr(self))
-        calls = self._calls("physical", physical)
-        arrays = {name: array for name, array in (("physical", physical), ("experts", experts), ("row_of_slot", row_of_slot))
-                  if array is not None}
-        return self._explained(tuple(arrays), lambda *_: Layout(self, calls, physical, experts, received, row_of_slot, rows, most),
-                               *arrays.values())
+        return lay_out(self, physical, experts, received, row_of_slot, n_rows, max_received)
 
     def _token(self) -> torch.Tensor | None:
         """What stands for the plan inside the planner where a compiler must see who writes and who reads it, see _ops/operators.py."""
