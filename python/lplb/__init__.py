@@ -30,13 +30,9 @@ if TYPE_CHECKING:
 __version__ = ".".join(map(str, VERSION))
 
 __all__ = [
-<<<<<<< HEAD
-    "Planner", "Info", "GroupInfo", "Locality", "Replicas", "homes", "place", "Placed", "SlotMove", "solve", "Solution", "witness_bound", "eplb", "topology",
-    "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory", "NoCuda", "CudaError",
-=======
-    "Planner", "Info", "GroupInfo", "Locality", "Layout", "Splits", "Replicas", "homes", "solve", "Solution", "witness_bound", "eplb",
-    "topology", "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory", "NoCuda", "CudaError",
->>>>>>> layout
+    "Planner", "Info", "GroupInfo", "Locality", "Layout", "Splits", "Replicas", "homes", "place", "Placed", "SlotMove", "solve", "Solution",
+    "witness_bound", "eplb", "topology", "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory",
+    "NoCuda", "CudaError",
     "PeerTimeout", "PeerLost", "Disagreement", "InternalError", "__version__",
 ]
 
