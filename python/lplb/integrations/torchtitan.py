@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..copies import Copies, natural_placement
 from ..errors import Unsupported
@@ -89,10 +90,11 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
         if self.copies is None or self.history is None:
             return
         planner = self.copies.planner
-        dist.all_reduce(self.history, group=planner.ep_group)
-        planner.update_placement(natural_placement(self.num_experts, planner.ep_size, self.slots, self.history))
-        self.copies.update()
-        self.history.zero_()
+        with _disable_current_modes():  # torchtitan's SelectiveAC keeps results of copies to the host by their order, which is another when
+            dist.all_reduce(self.history, group=planner.ep_group)  # activations are recomputed, where none of this happens
+            planner.update_placement(natural_placement(self.num_experts, planner.ep_size, self.slots, self.history))
+            self.copies.update()
+            self.history.zero_()
 
 
 class Experts(GroupedExperts):  # type: ignore[misc]
