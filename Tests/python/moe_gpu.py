@@ -2,8 +2,8 @@
 
     PYTHONPATH=python torchrun --standalone --nproc-per-node=2 Tests/python/moe_gpu.py [--steps 300] [--only part,part] [--device cpu]
 
-Prints a line for each part and ends with 1 if one failed. Each part has 90 seconds, which all of them together should not need. On the CPU (gloo) the
-sizes are small and the times are left out.
+Prints a line for each part and ends with 1 if one failed. Each part has 90 seconds, which all of them together should not need. On the
+CPU (gloo) the sizes are small and the times are left out.
 """
 
 from __future__ import annotations

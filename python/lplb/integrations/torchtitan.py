@@ -6,8 +6,9 @@
 
 Every rank then holds its own experts and `slots` copies, of the next ranks' hottest experts. Parameters, optimizer state and checkpoints
 stay torchtitan's: a copy is a differentiable function of the own experts' weights (lplb.copies), which is pulled in each forward pass
-behind FSDP's all-gather, and whose gradient reaches its home before FSDP reduces. What that costs: the pull of `slots` experts in each forward
-pass (once more where activations are recomputed), the push of their gradients in each backward pass, and their memory while they are used.
+behind FSDP's all-gather, and whose gradient reaches its home before FSDP reduces. What that costs: the pull of `slots` experts in each
+forward pass (once more where activations are recomputed), the push of their gradients in each backward pass, and their memory while they
+are used.
 
 Not supported, and refused in words: DeepEP and other dispatchers than torchtitan's "standard", experts of other classes, and tensor
 parallelism of experts. Without expert parallelism (expert_parallel_degree=1) nothing changes. torch.compile must leave the MoE layers out.
