@@ -1,9 +1,10 @@
 """MoELayer's dispatch by a real deep_ep.Buffer against its dispatch by all_to_all_single, on 2 GPUs with NVLink. Not part of pytest.
 
-    PYTHONPATH=python torchrun --standalone --nproc-per-node=2 Tests/python/deep_ep_gpu.py [--wheel FOLDER]
+    PYTHONPATH=python torchrun --standalone --nproc-per-node=2 Tests/python/deep_ep_gpu.py [--wheel FOLDER] [--empty]
 
 FOLDER: where a wheel of DeepEP was unpacked, e.g. sgl-deep-ep 0.1.0 (the last with DeepEP's first interface, for CUDA 13). It asks for
-torch 2.13.0; under 2.11 one function that it needs is missing, which is called for wrong argument types alone, so it is loaded lazily.
+torch 2.13.0; under 2.11 one function that it needs is missing, which is called for wrong argument types alone, so it is loaded lazily:
+checked with 2.11.0+cu130 and Python 3.12, where it loads so. --empty: also a batch in which one rank has no tokens.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def apart(one, other):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--wheel", default="")
+    parser.add_argument("--empty", action="store_true")
     options = parser.parse_args()
     signal.alarm(110)
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -90,7 +92,7 @@ def main():
             assert planner.deep_ep_initialized
         layers.append(MoELayer(planner, HIDDEN, WIDTH, dtype=torch.bfloat16, grad_dtype=torch.float32, dispatch=dispatch))
     worst = {}
-    for step in range(3):
+    for step in range(3 if options.empty else 2):
         for name, one, other in zip(("output", "inputs", "router"), *(run(layer, step, rank) for layer in layers)):
             worst[name] = max(worst.get(name, 0.0), apart(other, one))
     for layer in layers:

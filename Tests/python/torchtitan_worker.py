@@ -17,23 +17,24 @@ torchtitan.tools.utils.device_type, torchtitan.tools.utils.device_module = "cpu"
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torchtitan.config.override import apply_overrides  # noqa: E402
 from torchtitan.distributed import ParallelDims, utils  # noqa: E402
-from torchtitan.distributed.activation_checkpoint import FullAC  # noqa: E402
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # noqa: E402
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel  # noqa: E402
 
 STEPS, MICRO_BATCHES, LENGTH = 2, 2, 32
 RUNS = {  # ranks that share the experts (the rest of FSDP's ranks shard each of them), copies a rank, when they are chosen anew
-    "plain": {"ep": 4}, "copies": {"ep": 4, "slots": 2, "replace_every": 3}, "sharded": {"ep": 2, "slots": 1, "again": True},
+    "plain": {"ep": 4}, "copies": {"ep": 4, "slots": 2, "replace_every": 3, "again": SelectiveAC},
+    "sharded": {"ep": 2, "slots": 1, "again": FullAC},
 }
 
 
-def configuration(ep, slots=0, replace_every=0, again=False):
+def configuration(ep, slots=0, replace_every=0, again=None):
     config = deepseek_v3_debugmodel()
     config.parallelism.expert_parallel_degree = ep
     config.parallelism.spmd_backend = "partial_dtensor"  # gloo has no all_to_all of a list, which spmd_types takes
     config.training.seq_len, config.training.local_batch_size = LENGTH, 1
     config.training.mixed_precision_param = "float32"
-    config.activation_checkpoint = FullAC.Config() if again else None
+    config.activation_checkpoint = again and again.Config()
     model = config.model_spec.model
     model.layers = model.layers[:2]  # a dense one, and one of experts
     for layer in model.layers:

@@ -133,7 +133,7 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor, fresh: bool) -> None
 
 @functools.cache
 def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch adds a product of dtype to a float32 matrix in one step (2.11 may, the CPU does not)."""
+    """Whether this PyTorch adds a product of dtype to a float32 matrix in one step (2.11 does on CUDA, the CPU does not)."""
     one, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
     try:
         torch.addmm(total, one, one, out_dtype=torch.float32, out=total)

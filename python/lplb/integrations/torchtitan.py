@@ -6,8 +6,9 @@
 
 Every rank then holds its own experts and `slots` copies, of the next ranks' hottest experts. Parameters, optimizer state and checkpoints
 stay torchtitan's: a copy is a differentiable function of the own experts' weights (lplb.copies), which is pulled in each forward pass
-behind FSDP's all-gather, and whose gradient reaches its home before FSDP reduces. What that costs: the pull of `slots` experts in each forward
-pass (once more where activations are recomputed), the push of their gradients in each backward pass, and their memory while they are used.
+behind FSDP's all-gather, and whose gradient reaches its home before FSDP reduces. What that costs: the pull of `slots` experts in each
+forward pass (once more where activations are recomputed), the push of their gradients in each backward pass, and their memory while they
+are used.
 
 Not supported, and refused in words: DeepEP and other dispatchers than torchtitan's "standard", experts of other classes, and tensor
 parallelism of experts. Without expert parallelism (expert_parallel_degree=1) nothing changes. torch.compile must leave the MoE layers out.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..copies import Copies, natural_placement
 from ..errors import Unsupported
@@ -89,10 +91,11 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
         if self.copies is None or self.history is None:
             return
         planner = self.copies.planner
-        dist.all_reduce(self.history, group=planner.ep_group)
-        planner.update_placement(natural_placement(self.num_experts, planner.ep_size, self.slots, self.history))
-        self.copies.update()
-        self.history.zero_()
+        with _disable_current_modes():  # torchtitan's SelectiveAC keeps results of copies to the host by their order, which is another when
+            dist.all_reduce(self.history, group=planner.ep_group)  # activations are recomputed, where none of this happens
+            planner.update_placement(natural_placement(self.num_experts, planner.ep_size, self.slots, self.history))
+            self.copies.update()
+            self.history.zero_()
 
 
 class Experts(GroupedExperts):  # type: ignore[misc]
