@@ -221,20 +221,30 @@ __global__ void __launch_bounds__(kThreads, 1) zero_kernel(uint64_t state, int r
     });
 }
 
-// The driver's cuMemGetAddressRange, without linking to it.
-int32_t range_of(const void *memory, uint64_t *base, size_t *bytes) {
-    using Ask = int (*)(unsigned long long *, size_t *, unsigned long long);
+// A function of the driver, without linking to it; NULL where there is none.
+void *driver_function(const char *name) {
     void *found = nullptr;
     cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &found, 12000, cudaEnableDefault, &result);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
 #else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuMemGetAddressRange", &found, cudaEnableDefault, &result);
+    const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
 #endif
-    if (error != cudaSuccess) return taken(error);
-    if (result != cudaDriverEntryPointSuccess) return LPLBK_UNSUPPORTED;
-    unsigned long long start = 0;
-    if (reinterpret_cast<Ask>(found)(&start, bytes, (unsigned long long)(uintptr_t)memory) != 0) return LPLBK_UNSUPPORTED;
+    taken(error);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? found : nullptr;
+}
+
+// The allocation that CUDA IPC can map and that memory lies in.
+int32_t range_of(const void *memory, uint64_t *base, size_t *bytes) {
+    using Address = unsigned long long;
+    constexpr int kIsLegacyIpcCapable = 13;  // CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
+    const auto attribute = reinterpret_cast<int (*)(void *, int, Address)>(driver_function("cuPointerGetAttribute"));
+    const auto range = reinterpret_cast<int (*)(Address *, size_t *, Address)>(driver_function("cuMemGetAddressRange"));
+    const auto address = (Address)(uintptr_t)memory;
+    int is_capable = 0;
+    Address start = 0;
+    if (!attribute || attribute(&is_capable, kIsLegacyIpcCapable, address) != 0 || is_capable == 0) return LPLBK_UNSUPPORTED;
+    if (!range || range(&start, bytes, address) != 0) return LPLBK_UNSUPPORTED;
     *base = start;
     return 0;
 }
