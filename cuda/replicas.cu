@@ -237,7 +237,7 @@ void *driver_function(const char *name) {
 // The allocation that CUDA IPC can map and that memory lies in.
 int32_t range_of(const void *memory, uint64_t *base, size_t *bytes) {
     using Address = unsigned long long;
-    constexpr int kIsLegacyIpcCapable = 13;  // CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
+    constexpr int kIsLegacyIpcCapable = 10;  // CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
     const auto attribute = reinterpret_cast<int (*)(void *, int, Address)>(driver_function("cuPointerGetAttribute"));
     const auto range = reinterpret_cast<int (*)(Address *, size_t *, Address)>(driver_function("cuMemGetAddressRange"));
     const auto address = (Address)(uintptr_t)memory;

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -41,13 +39,12 @@ class PlainRows:
         self.copies = {(rank, row): expert for rank, row, expert in places if row >= self.own[rank]}
 
 
-def expect(moves, pairs):
+def expect(rounds, pairs):
     """These moves, in rounds in which no rank sends twice or receives twice."""
-    assert sorted((move.source, move.target) for move in moves) == sorted(pairs)
-    for _, one_round in itertools.groupby(moves, lambda move: move.round):
-        sources, targets = zip(*((move.source.rank, move.target.rank) for move in one_round))
+    assert sorted(move for moves in rounds for move in moves) == sorted(pairs)
+    for moves in rounds:
+        sources, targets = zip(*((move.source.rank, move.target.rank) for move in moves))
         assert len(set(sources)) == len(sources) and len(set(targets)) == len(targets)
-    assert [move.round for move in moves] == sorted(move.round for move in moves)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -67,16 +64,19 @@ def test_rows_and_moves(seed):
         rows = Rows(phy2log, n_ranks, slack, before)
         assert (rows.own, rows.experts, rows.row_of_slot) == (wanted.own, wanted.experts, wanted.row_of_slot)
         assert rows.homes.tolist() == wanted.homes.tolist() and rows.has_copies == bool(wanted.copies)
-        expect(rows.pulls(), [(wanted.home[expert], place) for place, expert in wanted.copies.items()])
-        expect(rows.pushes(), [(place, wanted.home[expert]) for place, expert in wanted.copies.items()])
+        assert rows.home == wanted.home
+        pulls = [(wanted.home[expert], place) for place, expert in wanted.copies.items()]
+        expect(rows._rounds("pull", None), pulls)
+        assert sorted(rows.pulls()) == sorted(pulls)
+        expect(rows.rounds(), [(place, home) for home, place in pulls])
         for expert in wanted.home:  # the order in which the gradients of one expert are added
-            order = [move.source for move in rows.pushes() if move.target == wanted.home[expert]]
+            order = [move.source for moves in rows.rounds() for move in moves if move.target == wanted.home[expert]]
             assert order == sorted(order)
         if before is not None:
-            expect(rows.pulls(before), [(wanted.home[expert], place) for place, expert in wanted.copies.items()
-                                        if plain.copies.get(place) != expert])
-            expect(rows.home_moves(before), [(plain.home[expert], place) for expert, place in wanted.home.items()
-                                             if plain.home[expert][0] != place[0]])
+            assert sorted(rows.pulls(before)) == sorted((wanted.home[expert], place) for place, expert in wanted.copies.items()
+                                                        if plain.copies.get(place) != expert)
+            expect(rows._rounds("homes", before), [(plain.home[expert], place) for expert, place in wanted.home.items()
+                                                   if plain.home[expert][0] != place[0]])
         before, plain = rows, wanted
 
 

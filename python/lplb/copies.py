@@ -11,7 +11,6 @@ Replicas does one of each a step; its own buffers and its optimizer state would 
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -81,16 +80,16 @@ class Copies:
 
     def _pull(self, own: Tensor) -> Tensor:
         copies, first = own.new_zeros((self.n_copies, *own.shape[1:])), self.places._rows.own
-        self._transport.send([Move(step, source, Place(rank, row - first[rank])) for step, source, (rank, row) in self.places._rows.pulls()],
-                             own.contiguous(), copies)
+        moves = [Move(source, Place(rank, row - first[rank])) for source, (rank, row) in self.places._rows.pulls()]
+        self._transport.send(moves, own.contiguous(), copies)
         return copies
 
     def _push(self, copies: Tensor, own: Tensor) -> None:
         """Adds the copies' gradients to those of their homes, in the order of the ranks."""
         first = self.places._rows.own
-        moves = [Move(step, Place(rank, row - first[rank]), target) for step, (rank, row), target in self.places._rows.pushes()]
-        for _, one_round in groupby(moves, lambda move: move.round):
-            for move, arrived in self._transport.arrivals(list(one_round), copies):
+        for moves in self.places._rows.rounds():
+            among_copies = [Move(Place(rank, row - first[rank]), target) for (rank, row), target in moves]
+            for move, arrived in self._transport.arrivals(among_copies, copies):
                 own[move.target.row] += arrived
 
 

@@ -43,7 +43,6 @@ class Place(NamedTuple):
 class Move(NamedTuple):
     """A row of a tensor that goes from one rank to another. Every rank has the same list of them, in the same order."""
 
-    round: int  #: in one round no rank is the source of two moves, and none the target of two
     source: Place
     target: Place
 
@@ -65,27 +64,33 @@ class Rows:
         self.own: list[int] = self.table[:, 0].tolist()
         self.experts: list[list[int]] = self.table[:, 1:].tolist()  #: [ranks][rows], -1 for a row that is not in use
         self.row_of_slot: list[int] = row_of_slot.tolist()
+        self.home = {expert: Place(rank, row) for rank, own in enumerate(self.own) for row, expert in enumerate(self.experts[rank][:own])
+                     if expert >= 0}
         self.has_copies = any(expert >= 0 for own, experts in zip(self.own, self.experts) for expert in experts[own:])
 
     def pulls(self, known: Rows | None = None) -> list[Move]:
         """From homes to copies. known: rows that hold the same copy there are left out."""
-        return self._moves("pull", known)
+        return [move for moves in self._rounds("pull", known) for move in moves]
 
-    def pushes(self) -> list[Move]:
-        """From copies to homes; what comes to one home comes from the lowest rank first."""
-        return self._moves("push", None)
+    def rounds(self) -> list[list[Move]]:
+        """From copies to homes. In each round no rank is the source of two moves, and none the target of two, so that what arrives takes one
+        row; what comes to one home comes from the lowest rank first."""
+        return self._rounds("push", None)
 
     def home_moves(self, before: Rows) -> list[Move]:
         """Of experts whose home was on another rank."""
-        return self._moves("homes", before)
+        return [move for moves in self._rounds("homes", before) for move in moves]
 
-    def _moves(self, kind: str, former: Rows | None) -> list[Move]:
+    def _rounds(self, kind: str, former: Rows | None) -> list[list[Move]]:
         found: Int32s = np.empty((self.n_ranks * self.n_rows, 5), dtype=np.int32)
         number = ctypes.c_int64()
         _c.call(_c.load().placement_moves, _c.MOVES[kind], address_of(self.table), None if former is None else address_of(former.table),
                 self.n_logical, self.n_ranks, self.n_rows, address_of(found), ctypes.byref(number))
-        return [Move(step, Place(*source), Place(*target)) for step, source, target in
-                zip(found[: number.value, 0].tolist(), found[:, 1:3].tolist(), found[:, 3:].tolist())]
+        rounds: list[list[Move]] = []
+        for step, from_rank, from_row, to_rank, to_row in found[: number.value].tolist():
+            rounds += [[] for _ in range(step + 1 - len(rounds))]
+            rounds[step].append(Move(Place(from_rank, from_row), Place(to_rank, to_row)))
+        return rounds
 
     def digest(self) -> str:
         return hashlib.blake2b(self.homes.tobytes() + self.table.tobytes(), digest_size=6).hexdigest()

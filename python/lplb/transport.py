@@ -6,7 +6,6 @@ import ctypes
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -51,10 +50,10 @@ class TorchTransport:
 
     def push(self, grads: Iterable[Tensor]) -> None:
         """From copies to homes, whose sums are in the order of the ranks; those of the copies are zero then."""
-        moves = self.rows.pushes()
+        rounds = self.rows.rounds()
         for tensor in grads:
-            for _, one_round in groupby(moves, lambda move: move.round):
-                for move, arrived in self.arrivals(list(one_round), tensor):
+            for moves in rounds:
+                for move, arrived in self.arrivals(moves, tensor):
                     tensor[move.target.row] += arrived
             tensor[self.rows.own[self.rank]:].zero_()
 
@@ -66,14 +65,14 @@ class TorchTransport:
         mine = [move for move in moves if move.target.rank == self.rank]
         arrived = source.new_empty((len(mine), *source.shape[1:]))
         number = {move: index for index, move in enumerate(mine)}
-        self.send([Move(move.round, move.source, Place(move.target.rank, number.get(move, 0))) for move in moves], source, arrived)
+        self.send([Move(move.source, Place(move.target.rank, number.get(move, 0))) for move in moves], source, arrived)
         return list(zip(mine, arrived))
 
     def send(self, moves: list[Move], source: Tensor, target: Tensor) -> None:
         """Rows of source to rows of target. All sends and receives at once, so no rank waits for another's; between two ranks they match in
         the order of the moves."""
         operations = []
-        for _, (from_rank, from_row), (to_rank, to_row) in moves:
+        for (from_rank, from_row), (to_rank, to_row) in moves:
             if from_rank == self.rank:
                 operations.append(dist.P2POp(dist.isend, source[from_row], None, self.group, group_peer=to_rank))
             elif to_rank == self.rank:
