@@ -171,11 +171,12 @@ typedef struct lplbk_backend {
     int32_t (*LPLBK_SET replicas_prepare)(int32_t device);
     /* The allocation that holds `memory`. LPLBK_UNSUPPORTED: it is no memory of this device. */
     int32_t (*LPLBK_SET replicas_allocation)(int32_t device, const void *memory, uint64_t *base, int64_t *bytes);
-    /* Copies the rows of a list (LPLBK_PULL_*), or adds those of LPLBK_PUSH and zeroes the copies, when all ranks have come; the exchange goes
-       on by two epochs. replicas: on the device. blocks: 0 for as many as measured best. Can be captured. */
-    int32_t (*LPLBK_SET replicas_pull)(int32_t device, const lplbk_exchange_view *view, lplbk_replicas *replicas, int32_t list, int32_t blocks,
+    /* Copies the rows of a list (LPLBK_PULL_*), or adds those of LPLBK_PUSH and zeroes the copies, when all ranks have come; the exchange
+       goes on by two epochs. replicas: on the device. blocks: 0 for as many as measured best. Can be captured. */
+    int32_t (*LPLBK_SET replicas_pull)(int32_t device, const lplbk_exchange_view *view, lplbk_replicas *replicas, int32_t list,
+                                       int32_t blocks, void *stream);
+    int32_t (*LPLBK_SET replicas_push)(int32_t device, const lplbk_exchange_view *view, lplbk_replicas *replicas, int32_t blocks,
                                        void *stream);
-    int32_t (*LPLBK_SET replicas_push)(int32_t device, const lplbk_exchange_view *view, lplbk_replicas *replicas, int32_t blocks, void *stream);
 } lplbk_backend;
 
 /* The objects of cuda/ define it; a build without them has none. */

@@ -22,7 +22,7 @@ using lplb::taken;
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kBlocks = 32;      // enough loads under way for NVLink; the other multiprocessors are left to others
+constexpr int kBlocks = 16;      // enough loads under way for NVLink; the other multiprocessors are left to others
 constexpr int kInFlight = 8;     // loads of 16 bytes of one thread
 constexpr int kZeroBlocks = 256; // local memory wants more writers than NVLink readers
 

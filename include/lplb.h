@@ -367,8 +367,8 @@ lplb_status lplb_placement_homes(const int32_t *phy2log, int64_t n_physical, int
  * Rows: where the experts lie in the buffers [n_rows, ...] that a rank keeps for training. rows [ep_size][1 + n_rows]: for each rank first
  * how many rows are for the experts whose home it is, then the expert in each row, -1 for a row that is not in use; the copies come behind
  * the own ones. n_rows is n_physical / ep_size + 2 * slack.
- * slack: by how many a rank's number of own experts may change in a later placement; as many rows stay free among the own ones and among the
- * copies.
+ * slack: by how many a rank's number of own experts may change in a later placement; as many rows stay free among the own ones and
+ * among the copies.
  * former: NULL, or the rows under the placement before. Then the numbers of own rows stay, and experts that stay own, or copies, keep their
  * rows; a placement that does not fit is refused. homes [n_logical]: as by lplb_placement_homes, near to the former ones.
  * row_of_slot [n_physical]: the row of each slot's expert on its rank. homes and row_of_slot may be NULL; rows may be former.
@@ -710,14 +710,14 @@ lplb_status lplb_replicas_place(lplb_replicas *replicas, const int32_t *rows, vo
 
 /*
  * All weights from homes to copies; only_new not 0: to copies alone that did not lie in the same row under the rows before. Homes' weights
- * are read once the streams of all ranks have come to this call; the streams go on when all have read. Queues one kernel; allocates nothing;
- * can be captured. LPLB_ERROR_TIMEOUT, _PEER_LOST or _DISAGREEMENT where an earlier call has failed on the device.
+ * are read once the streams of all ranks have come to this call; the streams go on when all have read. Queues one kernel; allocates
+ * nothing; can be captured. LPLB_ERROR_TIMEOUT, _PEER_LOST or _DISAGREEMENT where an earlier call has failed on the device.
  */
 lplb_status lplb_replicas_pull(lplb_replicas *replicas, int32_t only_new, void *stream);
 
 /*
- * Gradients of copies are added to those of their homes, from the lowest rank to the highest, each sum rounded to dtype as PyTorch does, and
- * are zero then. As pull, in two kernels. The owner zeroes its copies, since writing zeros back would take the link of the others' reads.
+ * Gradients of copies are added to those of their homes, from the lowest rank to the highest, each sum rounded to dtype as PyTorch does,
+ * and are zero then. As pull, in two kernels. The owner zeroes its copies, since writing zeros back would take the link of the others' reads.
  */
 lplb_status lplb_replicas_push(lplb_replicas *replicas, void *stream);
 

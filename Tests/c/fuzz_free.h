@@ -12,7 +12,8 @@ static void rows_and_moves(const int32_t *phy2log, int64_t physical, int64_t log
     memset(message, 'x', sizeof message);
     if (former != NULL)
         check("lplb_placement_rows",
-              lplb_placement_rows(phy2log, physical, logical, ranks, slack, NULL, former, NULL, NULL, message, sizeof message), OK, message);
+              lplb_placement_rows(phy2log, physical, logical, ranks, slack, NULL, former, NULL, NULL, message, sizeof message), OK,
+              message);
     if (former != NULL && bad == 1) former[below(size)] = (int32_t)wrong(0), expected = ANY;
     if (bad == 2) expected = FAILS;
     if (bad == 3) rows = NULL, expected = FAILS;

@@ -14,8 +14,8 @@ STEPS = ("bits", "graphs", "late", "adopting", "memory", "speed", "killed")
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_replicas(processes, run, note):
-    out = run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), Path(__file__).with_name("replicas_gpu.py")],
-              timeout=500)
+    script = Path(__file__).with_name("replicas_gpu.py")
+    out = run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), script], timeout=500)
     assert [line.split()[1] for line in out.splitlines() if line.startswith("ok ")] == list(STEPS), out
     for line in out.splitlines():
         if "GB/s" in line and not line.startswith("ok"):

@@ -73,8 +73,8 @@ class Rows:
         return [move for moves in self._rounds("pull", known) for move in moves]
 
     def rounds(self) -> list[list[Move]]:
-        """From copies to homes. In each round no rank is the source of two moves, and none the target of two, so that what arrives takes one
-        row; what comes to one home comes from the lowest rank first."""
+        """From copies to homes. In each round no rank is the source of two moves, and none the target of two, so that what arrives takes
+        one row; what comes to one home comes from the lowest rank first."""
         return self._rounds("push", None)
 
     def home_moves(self, before: Rows) -> list[Move]:

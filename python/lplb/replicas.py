@@ -219,9 +219,10 @@ class Replicas:
         self.version += 1
 
     def close(self) -> None:
-        """Ends the use of the peers' memory on this rank; waits for the device. Not collective. The tensors can be used on: over NVLink their
-        memory is freed with the last of them, once all ranks have closed and next make an exchange or other replicas on the group, or call
-        lplb.exchange.release. CUDA graphs that hold pull() or push_grads() must not be replayed any more. Also done when the object dies."""
+        """Ends the use of the peers' memory on this rank; waits for the device. Not collective; also done when the object dies. The tensors
+        can be used on: over NVLink their memory is freed with the last of them, once all ranks have closed and next make an exchange or
+        other replicas on the group, or call lplb.exchange.release. CUDA graphs that hold pull() or push_grads() must not be replayed then.
+        """
         self.transport.close()
 
     # ---- how ----

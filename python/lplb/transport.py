@@ -82,8 +82,8 @@ class TorchTransport:
 
 
 class _Native:
-    """One lplb_replicas with the exchange that it waits by. Its memory is freed once every rank has closed it, which the ranks tell each other
-    as they do for exchanges, and no tensor uses it any more."""
+    """One lplb_replicas with the exchange that it waits by. Its memory is freed once every rank has closed it, which the ranks tell each
+    other as they do for exchanges, and no tensor uses it any more."""
 
     def __init__(self, pointer: int, exchange: Exchange) -> None:
         self.pointer, self.exchange, self.library = pointer, exchange, _c.load()
