@@ -136,8 +136,23 @@ def test_many_keys():
         check(planner.layout(physical[rank], experts=ids[rank]), expected[rank])
 
 
-def two_ranks(**options):
-    return Planner.from_placement(torch.tensor([0, 1, 2, 0, 3, 1]), ep_size=2, device="cpu", rank=0, **options)
+def two_ranks():
+    return Planner.from_placement(torch.tensor([0, 1, 2, 0, 3, 1]), ep_size=2, device="cpu", rank=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_operators(dtype):
+    """What PyTorch expects of operators; numbers that belong to no part of the words are not compared, since nobody writes them."""
+    planner, ids = two_ranks(), torch.tensor([[0, 1], [2, 3], [0, -1]], dtype=dtype)
+    physical, table = planner.run(ids, None), torch.tensor([0, 1, 2, 2, 1, 0], dtype=dtype)
+    sizes = planner.number, 2, 3
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for arguments in ((physical, None, None, None, *sizes, True), (physical.T, ids.T, table, planner._plan, *sizes, False)):
+        torch.library.opcheck(torch.ops.lplb.layout.default, arguments, test_utils=checks)
+    _, words = torch.ops.lplb.layout(physical, None, None, None, *sizes, True)
+    received = torch.ones(2, 3, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.lplb.layout_received.default, (words, received, *sizes), test_utils=checks)
+    torch.library.opcheck(torch.ops.lplb.layout_by_row.default, (words, *sizes, 9), test_utils=checks)
 
 
 def test_one_source_is_the_rank_alone():
@@ -213,6 +228,26 @@ def test_layer_checks_given_ids():
     layer.replicas.update()
     with pytest.raises(lplb.InvalidArgument, match="physical: must be slots that hold the given experts under the planner's placement"):
         layer(states, ids, weights, physical=physical)
+
+
+def test_saved_layouts_of_batches_in_flight():
+    """Recomputation with save_plans, when another batch has been planned meanwhile."""
+    from torch.utils.checkpoint import checkpoint
+
+    from lplb.moe import MoELayer, save_plans
+
+    layer = MoELayer(Planner.from_placement(torch.tensor([0, 1, 2, 3, 3]), ep_size=1, device="cpu"), 8, 6, dtype=torch.float64)
+    batches = [(torch.randn(9, 8).double().requires_grad_(), torch.randint(-1, 4, (9, 2)), torch.rand(9, 2).double()) for _ in range(3)]
+    seen = []
+    for saves in (False, True):
+        outputs = [checkpoint(layer, *one, use_reentrant=False, context_fn=save_plans) if saves else layer(*one) for one in batches]
+        for output in outputs:
+            output.square().sum().backward()
+        seen.append([one[0].grad.clone() for one in batches] + [layer.gate_up.grad.clone(), layer.down.grad.clone()])
+        layer.replicas.zero_grad()
+        for one in batches:
+            one[0].grad = None
+    assert all(torch.equal(one, other) for one, other in zip(*seen))
 
 
 def test_ranks_agree(tmp_path):
