@@ -15,8 +15,12 @@ torch = pytest.importorskip("torch")
 HERE = Path(__file__).parent
 
 
+needs_torchtitan = pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None,
+                                      reason="torchtitan is not installed (pip install torchtitan==0.3.0)")
+
+
 @pytest.mark.engines
-@pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed (pip install torchtitan==0.3.0)")
+@needs_torchtitan
 def test_debug_model(tmp_path, note):
     """On 4 processes with gloo: gradients of the experts' weights, losses and names of the state, with FSDP over the experts, recomputation
     of activations, several micro-batches and a new choice of copies."""
@@ -39,6 +43,21 @@ def test_debug_model(tmp_path, note):
         assert run["losses"] == pytest.approx(plain["losses"], rel=1e-5) and run["gradients"] < 0.01  # its experts compute in bfloat16
         assert run["state"] == plain["state"] and run["moved"] > 0, "names of the state, and tokens that go to copies"
     assert seen["copies"]["version"] == 1 and seen["copies"]["copies"] != [0, 1, 2, 5, 2, 3, 4, 7, 4, 5, 6, 1, 6, 7, 0, 3], "chosen anew"
+
+
+@pytest.mark.engines
+@needs_torchtitan
+def test_refused():
+    from torchtitan.models.deepseek_v3 import model_registry
+
+    from lplb import Unsupported
+    from lplb.integrations.torchtitan import Dispatcher, replicas
+
+    config = model_registry("debugmodel", moe_comm_backend="deepep").model.layers[1].moe.routed_experts
+    with pytest.raises(Unsupported, match='AllToAllTokenDispatcher .comm_backend="standard".*, got .* and DeepEPTokenDispatcher'):
+        replicas(config, slots=1)
+    with pytest.raises(Exception, match='copies of experts cannot be compiled, .* take "model" out of compile.components'):
+        torch.compile(lambda: Dispatcher._plan(None, None, None, None), backend="eager", fullgraph=True)()
 
 
 def imported(path):

@@ -10,8 +10,8 @@ behind FSDP's all-gather, and whose gradient reaches its home before FSDP reduce
 forward pass (once more where activations are recomputed), the push of their gradients in each backward pass, and their memory while they
 are used.
 
-Not supported, and refused in words: DeepEP and other dispatchers than torchtitan's "standard", experts of other classes, and tensor
-parallelism of experts. Without expert parallelism (expert_parallel_degree=1) nothing changes. torch.compile must leave the MoE layers out.
+Not supported, and refused in words: DeepEP and other dispatchers than torchtitan's "standard", experts of other classes, and torch.compile
+(compile.components=["loss"] is possible). Without expert parallelism (expert_parallel_degree=1) nothing changes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..errors import Unsupported
 from ..planner import Planner
 
 TRIED = "0.3.0"
+_NOT_COMPILED = 'copies of experts cannot be compiled, and torchtitan compiles whole blocks: take "model" out of compile.components'
 
 try:
     from torchtitan.config.override import override  # type: ignore[import-not-found,unused-ignore]
@@ -69,15 +70,22 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
         self.history = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
     def dispatch(self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor, num_local_tokens_per_expert_E: Tensor) -> Any:
-        if self.copies is None or self.history is None:
+        if self.copies is None:
             return super().dispatch(x_TD, topk_scores_TK, topk_expert_ids_TK, num_local_tokens_per_expert_E)
-        places, planner = self.copies.places, self.copies.planner
-        self.history += num_local_tokens_per_expert_E
-        physical = planner.run(topk_expert_ids_TK.detach(), None).long()
-        rows = physical // planner.n_local_routed_experts * places.n_rows + places.row_of_slot[physical]
-        counts = num_local_tokens_per_expert_E.new_zeros(places.n_ranks * places.n_rows)  # bincount would wait for the GPU
-        counts.scatter_add_(0, rows.flatten(), torch.ones_like(rows.flatten(), dtype=counts.dtype))
+        rows, counts = self._plan(self.copies, topk_expert_ids_TK.detach(), num_local_tokens_per_expert_E)
         return super().dispatch(x_TD, topk_scores_TK, rows, counts)
+
+    @torch.compiler.disable(reason=_NOT_COMPILED)  # type: ignore[untyped-decorator, no-untyped-call]
+    def _plan(self, copies: Copies, ids: Tensor, per_expert: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [tokens, k], numbered over all ranks, for ids; and the tokens of each."""
+        places, planner = copies.places, copies.planner
+        if self.history is not None:
+            self.history += per_expert
+        physical = planner.run(ids, None).long()
+        rows = physical // planner.n_local_routed_experts * places.n_rows + places.row_of_slot[physical]
+        counts = per_expert.new_zeros(places.n_ranks * places.n_rows)  # bincount would wait for the GPU
+        counts.scatter_add_(0, rows.flatten(), torch.ones_like(rows.flatten(), dtype=counts.dtype))
+        return rows, counts
 
     def _sync_token_count_exchange(self, sent: Tensor, received: Tensor, ep_size: int) -> Any:
         counts, *splits = super()._sync_token_count_exchange(sent, received, ep_size)
