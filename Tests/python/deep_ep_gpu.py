@@ -2,9 +2,9 @@
 
     PYTHONPATH=python torchrun --standalone --nproc-per-node=2 Tests/python/deep_ep_gpu.py [--wheel FOLDER] [--empty]
 
-FOLDER: where a wheel of DeepEP was unpacked, e.g. sgl-deep-ep 0.1.0 (the last with DeepEP's first interface, for CUDA 13). It asks for
-torch 2.13.0; under 2.11 one function that it needs is missing, which is called for wrong argument types alone, so it is loaded lazily:
-checked with 2.11.0+cu130 and Python 3.12, where it loads so. --empty: also a batch in which one rank has no tokens.
+FOLDER: where deep_ep and deep_ep_cpp lie, of DeepEP with its first interface (checked: v1.2.1), built for the very version of torch
+that runs: built for another, it may load and then misread every tensor, and says "Assertion error topk_idx.dim() == 2". A build without
+NVSHMEM is enough. --empty: also a batch in which one rank has no tokens.
 """
 
 from __future__ import annotations
@@ -35,19 +35,15 @@ def say(words):
 
 
 def loaded(folder):
-    """deep_ep, with the NVSHMEM that PyTorch brings along."""
+    """deep_ep, with the NVSHMEM that PyTorch brings along, for builds that link to it."""
     if folder:
         sys.path.insert(0, folder)
     spec = importlib.util.find_spec("nvidia")
     for place in spec.submodule_search_locations if spec else ():
         for library in sorted(Path(place).glob("nvshmem/lib/libnvshmem_host.so.3")):
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    flags = sys.getdlopenflags()
-    sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_GLOBAL)
-    try:
-        import deep_ep
-    finally:
-        sys.setdlopenflags(flags)
+    import deep_ep
+
     return deep_ep
 
 
@@ -81,7 +77,7 @@ def main():
     say(f"deep_ep loaded from {deep_ep.__file__} with torch {torch.__version__}")
     size = max(config.get_nvl_buffer_size_hint(HIDDEN * 2, group.size()) for config in (
         deep_ep.Buffer.get_dispatch_config(group.size()), deep_ep.Buffer.get_combine_config(group.size())))
-    buffer = deep_ep.Buffer(group, size, 0)
+    buffer = deep_ep.Buffer(group, size, 0, explicitly_destroy=True)  # its destructor would wait for the other rank
     say(f"buffer of {size / 2**20:.0f} MiB")
 
     layers = []
@@ -113,6 +109,7 @@ def main():
         layer.replicas.zero_grad()
     say(f"forward and backward with making the batch: {times[0]:.2f} ms by all_to_all_single, {times[1]:.2f} ms by DeepEP")
     assert all(value <= 0.02 for value in worst.values()), worst
+    buffer.destroy()
     dist.barrier()
     say("deep_ep_gpu: passed")
     dist.destroy_process_group()
