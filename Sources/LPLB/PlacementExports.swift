@@ -153,7 +153,7 @@ public func lplb_place(
         try Check.aligned(UnsafeRawPointer(reports), "reports", to: 8)
         guard let result else { return }
         let found = try translating { () throws(RuleViolation) in
-            try place(request, history: UnsafeBufferPointer(start: loads, count: request.historyCount), phy2log: result)
+            try place(request, history: UnsafeBufferPointer(start: loads, count: request.historyCount), phy2log: result, isJudged: reports != nil)
         }
         guard let reports else { return }
         for (layer, one) in found.enumerated() {

@@ -38,8 +38,9 @@ final class BudgetSearch {
         guard let heavy = byLoad.first, board.load[heavy] > level else { return nil }
         var best = Change()
         func consider(_ change: Change, fall: Double, _ former: Former) {
+            guard fall > 1e-9 * level else { return }
             let moves = cost(change, former)
-            guard fall > 1e-9 * level, moves <= left else { return }
+            guard moves <= left else { return }
             let gain = fall / Double(max(moves, 1)) * (moves <= 0 ? 4 : 1)
             if gain > best.gain {
                 best = change
@@ -108,13 +109,13 @@ final class BudgetSearch {
 
     /// Moves that a change adds; below zero where it brings experts back.
     private func cost(_ change: Change, _ former: Former) -> Int {
-        var moves = 0
-        for (rank, slot, e) in [(change.rank, change.slot, change.expert), (change.other, change.otherSlot, change.otherExpert)]
-        where rank >= 0 {
-            moves += former.held(rank, Int(e)) ? 0 : 1
-            moves -= former.held(rank, Int(board.expert[rank * board.width + slot])) ? 0 : 1
-        }
-        return moves
+        let one = cost(change.rank, change.slot, change.expert, former)
+        return change.other < 0 ? one : one + cost(change.other, change.otherSlot, change.otherExpert, former)
+    }
+
+    private func cost(_ rank: Int, _ slot: Int, _ e: Int32, _ former: Former) -> Int {
+        let old = Int(board.expert[rank * board.width + slot])
+        return (former.held(rank, Int(e)) ? 0 : 1) - (former.held(rank, old) ? 0 : 1)
     }
 
     private func apply(_ change: Change, _ weight: [Double]) {

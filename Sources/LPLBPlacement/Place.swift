@@ -46,10 +46,11 @@ public struct PlaceReport: Sendable, Equatable {
 /// - Parameters:
 ///   - history: [nSnapshots][nLayers][nLogical], tokens per expert, finite, not negative.
 ///   - phy2log: [nLayers][width * ranks], written; -1 where a rank has no slot or the slot stays empty.
-/// - Returns: a report for each layer.
+///   - isJudged: whether reports are wanted: the solver needs time for them.
+/// - Returns: a report for each layer, or none.
 /// - Throws: a `RuleViolation`; nothing is written then.
 public func place(
-    _ request: PlaceRequest, history: UnsafeBufferPointer<Double>, phy2log: UnsafeMutablePointer<Int32>
+    _ request: PlaceRequest, history: UnsafeBufferPointer<Double>, phy2log: UnsafeMutablePointer<Int32>, isJudged: Bool = true
 ) throws(RuleViolation) -> [PlaceReport] {
     try request.check(history)
     guard request.nLayers > 0 else { return [] }
@@ -63,7 +64,7 @@ public func place(
     var placer = try Placer(request, shape, history)
     for layer in 0..<request.nLayers {
         try placer.place(layer, on: board)
-        reports.append(try judge.report(board, request.weight(of: layer, history), layer: layer))
+        if isJudged { reports.append(try judge.report(board, request.weight(of: layer, history), layer: layer)) }
         result += settled(board, request.previous(of: layer))
     }
     phy2log.update(from: result, count: result.count)

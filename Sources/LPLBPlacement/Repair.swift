@@ -74,7 +74,7 @@ final class Repair {
         let before = former.moves(board), total = loads.reduce(0.0) { $0 + Double($1) }
         let mean = total / Double(max(1, board.live.count))
         pool.weigh(places, loads)
-        var promising: [(gain: Double, moves: Int, change: Change, changed: [(e: Int, places: [UInt64])])] = []
+        var promising: [(gain: Double, moves: Int, change: Change, changed: Changed)] = []
         for change in changes(solved.witness, loads) {
             let moves = before + cost(change, former)
             guard moves <= most else { continue }
@@ -105,33 +105,35 @@ final class Repair {
         return best.map { ($0.change, $0.solved) }
     }
 
-    /// The slots that a change writes, and with what.
-    private func writes(_ change: Change) -> [(rank: Int, slot: Int, e: Int32)] {
-        let one = (change.rank, change.slot, change.expert)
-        return change.other < 0 ? [one] : [one, (change.other, change.otherSlot, change.otherExpert)]
+    private func cost(_ change: Change, _ former: Former) -> Int {
+        let one = cost(change.rank, change.slot, change.expert, former)
+        return change.other < 0 ? one : one + cost(change.other, change.otherSlot, change.otherExpert, former)
     }
 
-    private func cost(_ change: Change, _ former: Former) -> Int {
-        writes(change).reduce(0) { cost, write in
-            let old = Int(board.expert[write.rank * board.width + write.slot])
-            return cost + (former.held(write.rank, Int(write.e)) ? 0 : 1) - (former.held(write.rank, old) ? 0 : 1)
-        }
+    private func cost(_ rank: Int, _ slot: Int, _ e: Int32, _ former: Former) -> Int {
+        let old = Int(board.expert[rank * board.width + slot])
+        return (former.held(rank, Int(e)) ? 0 : 1) - (former.held(rank, old) ? 0 : 1)
     }
 
     /// The experts whose places a change changes. (No rank holds one twice here, or the bound is only too low.)
-    private func changed(by change: Change) -> [(e: Int, places: [UInt64])] {
-        var experts: [(e: Int, places: [UInt64])] = []
+    private func changed(by change: Change) -> Changed {
+        var changed = Changed()
         func edit(_ e: Int, _ rank: Int, _ isThere: Bool) {
-            let index = experts.firstIndex { $0.e == e } ?? experts.count
-            if index == experts.count { experts.append((e, Array(places[e * words..<(e + 1) * words]))) }
-            let bit = UInt64(1) << UInt64(rank & 63)
-            if isThere { experts[index].places[rank >> 6] |= bit } else { experts[index].places[rank >> 6] &= ~bit }
+            let index = changed.experts.firstIndex(of: e) ?? changed.experts.count
+            if index == changed.experts.count {
+                changed.experts.append(e)
+                changed.places += places[e * words..<(e + 1) * words]
+            }
+            let bit = UInt64(1) << UInt64(rank & 63), word = index * words + rank >> 6
+            if isThere { changed.places[word] |= bit } else { changed.places[word] &= ~bit }
         }
-        for write in writes(change) {
-            edit(Int(board.expert[write.rank * board.width + write.slot]), write.rank, false)
-            edit(Int(write.e), write.rank, true)
+        func write(_ rank: Int, _ slot: Int, _ e: Int32) {
+            edit(Int(board.expert[rank * board.width + slot]), rank, false)
+            edit(Int(e), rank, true)
         }
-        return experts
+        write(change.rank, change.slot, change.expert)
+        if change.other >= 0 { write(change.other, change.otherSlot, change.otherExpert) }
+        return changed
     }
 
     private func notePlaces() {

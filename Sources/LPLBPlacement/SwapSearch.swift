@@ -6,10 +6,13 @@ final class SwapSearch {
     private let board: Board
     /// For each rank the pairs of its slots by the sum of their shares, once they have been asked for; empty after a change.
     private var pairs: [[Pair]]
+    /// The live ranks, the lightest first, ties by rank.
+    private var order: [Int]
 
     init(_ board: Board) {
         self.board = board
         pairs = [[Pair]](repeating: [], count: board.nRanks)
+        order = board.live.sorted { (board.load[$0], $0) < (board.load[$1], $1) }
     }
 
     /// An exchange: `from` slots of the heaviest rank against `to` slots of another; -1 for none.
@@ -23,24 +26,26 @@ final class SwapSearch {
     func refine(to target: Double) {
         // Each round lowers the heaviest rank without raising another one to its level, so the rounds end; the limit is for time.
         for _ in 0..<16 * max(16, board.nSlots) {
-            guard let heaviest = heaviestRank(), board.load[heaviest] > target else { return }
-            let byLoad = board.live.filter { $0 != heaviest }.sorted { (board.load[$0], $0) < (board.load[$1], $1) }
+            guard let heaviest = order.last, board.load[heaviest] > target else { return }
             var best = Exchange(level: board.load[heaviest] * (1 - 1e-12))
-            single(heaviest, byLoad, target, &best)
-            if best.rank < 0 { double(heaviest, byLoad, target, &best) }
+            single(heaviest, target, &best)
+            if best.rank < 0 { double(heaviest, target, &best) }
             if best.rank < 0 { return }
             apply(heaviest, best)
         }
     }
 
-    private func heaviestRank() -> Int? {
-        board.live.max { (board.load[$0], $1) < (board.load[$1], $0) }
+    /// Puts a rank whose load has changed where it belongs.
+    private func settle(_ rank: Int) {
+        order.removeAll { $0 == rank }
+        let place = order.firstIndex { (board.load[rank], rank) < (board.load[$0], $0) } ?? order.count
+        order.insert(rank, at: place)
     }
 
     /// The best exchange of one expert against one, or against an empty slot.
-    private func single(_ heavy: Int, _ byLoad: [Int], _ target: Double, _ best: inout Exchange) {
+    private func single(_ heavy: Int, _ target: Double, _ best: inout Exchange) {
         let board = board, high = board.load[heavy]
-        for light in byLoad {
+        for light in order.dropLast() {
             let low = board.load[light]
             if (high + low) / 2 >= best.level || best.level <= target { return }
             for i in 0..<board.fill[heavy] {
@@ -61,11 +66,11 @@ final class SwapSearch {
     }
 
     /// The best exchange of two experts against two: this is what ends the stall of exchanges of one against one.
-    private func double(_ heavy: Int, _ byLoad: [Int], _ target: Double, _ best: inout Exchange) {
+    private func double(_ heavy: Int, _ target: Double, _ best: inout Exchange) {
         let board = board, high = board.load[heavy]
         prepare(heavy)
         let outs = pairs[heavy]
-        for light in byLoad {
+        for light in order.dropLast() {
             let low = board.load[light], wanted = (high - low) / 2
             if (high + low) / 2 >= best.level || best.level <= target { return }
             prepare(light)
@@ -116,6 +121,7 @@ final class SwapSearch {
         }
         for rank in [heavy, exchange.rank] {
             board.weigh(rank: rank)
+            settle(rank)
             pairs[rank].removeAll(keepingCapacity: true)
         }
     }
