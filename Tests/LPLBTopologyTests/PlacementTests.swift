@@ -117,9 +117,10 @@ private func checkTables(_ p: Placement) {
 @Test func refusedGeneralPlacements() throws {
     let one = try sizes(2, 2, 3, 4), two = try sizes(2, 1, 3, 4)
     #expect(violation { try Placement(shape: one, phy2log: [0, 1, 2]) }?.message == "phy2log: must have n_physical 4 entries, got 3")
-    let rule = "must be a logical expert, 0 .. 2"
+    let rule = "must be a logical expert, 0 .. 2, or -1 for none"
     #expect(violation { try Placement(shape: one, phy2log: [0, 1, 3, 2]) }?.message == "phy2log[2]: \(rule), got 3")
-    #expect(violation { try Placement(shape: one, phy2log: [0, -1, 1, 2]) }?.message == "phy2log[1]: \(rule), got -1")
+    #expect(violation { try Placement(shape: one, phy2log: [0, -2, 1, 2]) }?.message == "phy2log[1]: \(rule), got -2")
+    #expect(violation { try Placement(shape: one, phy2log: [0, -1, 1, -1]) }?.message.hasSuffix("no slot for expert 2") == true)
     #expect(violation { try Placement(shape: one, phy2log: [0, .max, .min, 2]) }?.kind == .invalidArgument)
     #expect(
         violation { try Placement(shape: one, phy2log: [0, 1, 1, 0]) }?.message

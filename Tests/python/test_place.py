@@ -179,6 +179,8 @@ def test_a_planner_runs_on_empty_slots_and_dead_ranks():
     assert np.array_equal(placed.phy2log[0][physical], ids)
     group = planner.info().groups[0]
     assert group.certified
+    tokens = np.bincount(ids.ravel(), minlength=32)
+    assert lplb.witness_bound(tokens, placed.phy2log[0], 4, group.witness) == group.max_load
     loads = np.bincount(np.asarray(physical).ravel() // 15, minlength=4)
     assert loads.max() == group.max_load and loads[1] == 0
     planner.update_placement(place(history, ep_size=4, slots=[15, 13, 12, 0]).phy2log[0])
