@@ -128,3 +128,21 @@ def test_policy_keeps_slots_of_a_real_change():
     kept = EplbPolicy.rebalance_experts(weight, 96, 8, 2, 8, old)
     assert (np.sort(kept.reshape(4, 8, 12)) == np.sort(fresh.reshape(4, 8, 12))).all()
     assert (kept == old).sum() >= (fresh == old).sum()
+
+
+@pytest.mark.parametrize("policy", ["balanced", "flow"])
+def test_other_policies_in_the_same_form(policy):
+    weight = np.random.default_rng(8).lognormal(0, 1, (3, 64))
+    phy2log, log2phy, logcnt = lplb.eplb.rebalance_experts(weight, 80, 1, 1, 8, policy=policy)
+    assert np.array_equal(phy2log, lplb.place(weight, ep_size=8, slots=80, policy=policy).phy2log)
+    for layer in range(3):
+        assert np.array_equal(logcnt[layer], np.bincount(phy2log[layer], minlength=64))
+        for expert in range(64):
+            slots = log2phy[layer, expert]
+            assert slots[slots >= 0].tolist() == np.flatnonzero(phy2log[layer] == expert).tolist()
+            assert (slots[logcnt[layer, expert]:] == -1).all()
+    moved = lplb.eplb.EplbPolicy.rebalance_experts(weight[::-1].copy(), 80, 1, 1, 8, phy2log, policy=policy, max_moves=4)
+    new = (moved.reshape(-1, 10)[:, :, None] != phy2log.reshape(-1, 10)[:, None, :]).all(2).sum()
+    assert 0 < new <= 4
+    with pytest.raises(lplb.LplbError, match="max_moves: must not be given with policy deepseek, which places anew, got 4"):
+        lplb.eplb.EplbPolicy.rebalance_experts(weight, 80, 1, 1, 8, phy2log, policy="deepseek", max_moves=4)

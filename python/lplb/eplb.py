@@ -11,29 +11,31 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _c
-from ._ops.arguments import integer
+from ._ops.arguments import integer, one_of
 from ._ops.host import A, Array, Int64s, address_of, as_given, enough_memory, host_integers, host_numbers
 from .errors import Unsupported, broken_rule
+from .placing import place
 
 MOST_SLOTS = 2**31 - 1  # of all layers of a placement that is taken as the old one
 
 
-def rebalance_experts(weight: A, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> tuple[A, A, A]:
+def rebalance_experts(weight: A, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, *, policy: str = "deepseek"
+                      ) -> tuple[A, A, A]:
     """DeepSeek's EPLB for several layers: replicate the heaviest experts, pack the replicas evenly on the GPUs.
 
     weight: tokens per logical expert [layers, n_logical], finite, >= 0. num_replicas: physical experts in all, a multiple of
     num_gpus. num_groups: groups of experts that are selected together; num_nodes: hosts. Hierarchical (groups to nodes, replicas
-    inside their node) where num_groups % num_nodes == 0, global otherwise. Ties go to the lowest index.
+    inside their node) where num_groups % num_nodes == 0, global otherwise. Ties go to the lowest index. policy: another one of lplb.place.
 
     Returns (phy2log [layers, num_replicas], log2phy [layers, n_logical, most replicas], -1 padded, logcnt [layers, n_logical]), all
     int64: CPU tensors for a tensor, arrays for an array.
     """
-    phy2log, log2phy, logcnt = _rebalance(weight, num_replicas, num_groups, num_nodes, num_gpus, "num_gpus")
+    phy2log, log2phy, logcnt = _rebalance(weight, num_replicas, num_groups, num_nodes, num_gpus, "num_gpus", policy)
     return as_given(phy2log, weight), as_given(log2phy, weight), as_given(logcnt, weight)
 
 
-def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int, ranks_name: str
-               ) -> tuple[Int64s, Int64s, Int64s]:
+def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int, ranks_name: str,
+               policy: str = "deepseek", old: Array | None = None, max_moves: int | None = None) -> tuple[Int64s, Int64s, Int64s]:
     with enough_memory("weight"):
         weights: npt.NDArray[np.float32] = host_numbers("weight", weight, np.float32, 2)
     layers, n_logical = weights.shape
@@ -53,7 +55,22 @@ def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, 
     if replicas > _c.MAX_EPLB_PHYSICAL:
         raise Unsupported(f"num_replicas: must be at most {_c.MAX_EPLB_PHYSICAL}, got {replicas}")
     with enough_memory("num_replicas"):
-        return _placed(weights, replicas, groups, nodes, ranks)
+        if one_of("policy", policy, tuple(_c.PLACE_POLICIES)) == "deepseek" and max_moves is None:
+            return _placed(weights, replicas, groups, nodes, ranks)
+        placed = place(weights, ep_size=ranks, slots=replicas, policy=policy, nodes=nodes, groups=groups, previous=old, max_moves=max_moves)
+        return _described(placed.phy2log.astype(np.int64), n_logical)
+
+
+def _described(phy2log: Int64s, n_logical: int) -> tuple[Int64s, Int64s, Int64s]:
+    """phy2log with its log2phy and logcnt."""
+    layers, slots = phy2log.shape
+    order = np.argsort(phy2log, axis=1, kind="stable")
+    sorted_experts = np.take_along_axis(phy2log, order, axis=1)
+    logcnt = np.stack([np.bincount(row, minlength=n_logical) for row in phy2log]) if layers else np.zeros((0, n_logical), dtype=np.int64)
+    first = np.cumsum(logcnt, axis=1) - logcnt
+    log2phy = np.full((layers, n_logical, int(logcnt.max()) if logcnt.size else 1), -1, dtype=np.int64)
+    log2phy[np.arange(layers)[:, None], sorted_experts, np.arange(slots) - np.take_along_axis(first, sorted_experts, axis=1)] = order
+    return phy2log, log2phy, logcnt.astype(np.int64)
 
 
 def _placed(weights: npt.NDArray[np.float32], replicas: int, groups: int, nodes: int, ranks: int) -> tuple[Int64s, Int64s, Int64s]:
@@ -73,13 +90,16 @@ class EplbPolicy:
 
     @classmethod
     def rebalance_experts(cls, weight: A, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int,
-                          old_global_expert_indices: Array | None = None) -> A:
+                          old_global_expert_indices: Array | None = None, *, policy: str = "deepseek", max_moves: int | None = None) -> A:
         """phy2log int64 [layers, num_replicas]; arguments as for the function of this name.
 
         old_global_expert_indices: the placement in force, [layers, num_replicas]. Experts that stay on a rank then keep their slots, so
-        that no weights move inside a rank. Which rank holds what does not depend on it.
+        that no weights move inside a rank. Which rank holds what does not depend on it, unless policy is "repair" or max_moves is given,
+        for which it must have the shape of the result. policy, max_moves: of lplb.place.
         """
-        phy2log = _rebalance(weight, num_replicas, num_groups, num_nodes, num_ranks, "num_ranks")[0]
+        follows = policy == "repair" or max_moves is not None
+        phy2log = _rebalance(weight, num_replicas, num_groups, num_nodes, num_ranks, "num_ranks", policy,
+                             old_global_expert_indices if follows else None, max_moves)[0]
         if old_global_expert_indices is not None:
             old = host_integers("old_global_expert_indices", old_global_expert_indices, 2, np.int64, MOST_SLOTS)
             if old.shape == phy2log.shape:  # another number of slots: every slot is new
