@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...eplb import rebalance_experts
+from ...placing import place
 from ...planner import Planner
 from ...solve import witness_bound
 from .. import check
@@ -20,14 +20,14 @@ Int64Array = NDArray[np.int64]
 INSTANCES = 512
 TOKENS_PER_EXPERT = 1024
 FAMILIES = ("normal", "zipf 0.8", "log-normal")
-PLACEMENTS = 4  # different EPLB placements among the instances of one case
-DRIFT = 0.25    # sigma of the log-normal factor between the loads that EPLB saw and those of an instance
+PLACEMENTS = 4  # different placements by a policy among the instances of one case
+DRIFT = 0.25    # sigma of the log-normal factor between the loads that the policy saw and those of an instance
 
 
 @dataclass(frozen=True)
 class Case:
     """
-    layout: a topology's name, or None: EPLB. Targets in microseconds: on the CPU p50; on CUDA p50 and p99, cuda_zipf being those of all
+    layout: a topology's name, or None: a placement by policy. Targets in microseconds: on the CPU p50; on CUDA p50 and p99, cuda_zipf being those of all
     but normal loads where these differ. sglang: p50 on CUDA of SGLang's kernel, which runs LPLB's loop with its step bug mended, measured
     on an H200 (driver 580, CUDA 13.0, torch 2.11) in CUDA graphs; its plans are 0.4-2% above the optimum on average, up to 7%.
     """
@@ -41,6 +41,7 @@ class Case:
     cuda: tuple[float, float] | None = None
     cuda_zipf: tuple[float, float] | None = None
     sglang: float | None = None
+    policy: str = "deepseek"
 
     def cuda_target(self, family: str) -> tuple[float, float] | tuple[None, None]:
         return (self.cuda_zipf if family != "normal" and self.cuda_zipf else self.cuda) or (None, None)
@@ -55,6 +56,8 @@ CASES = (
     Case("EPLB 256 experts, 32 ranks, 288 slots", None, 32, 256, 288, 20, (12, 25)),
     Case("EPLB 256 experts, 32 ranks, 320 slots", None, 32, 256, 320, None, (12, 25)),
     Case("EPLB 256 experts, 64 ranks, 320 slots", None, 64, 256, 320, None, (20, 40)),
+    Case("flow 256 experts, 32 ranks, 288 slots", None, 32, 256, 288, None, (6, 20), policy="flow"),
+    Case("flow 256 experts, 64 ranks, 320 slots", None, 64, 256, 320, None, (10, 20), policy="flow"),
     Case("EPLB 4096 experts, 512 ranks, 4608 slots", None, 512, 4096, 4608),
 )
 
@@ -84,7 +87,7 @@ class Instances:
 @contextmanager
 def instances(case: Case, family: str, device: str, n: int = INSTANCES) -> Iterator[Instances]:
     """
-    Topologies keep the experts in order and get independent loads. EPLB placements are made for one draw of loads, and each instance is
+    Topologies keep the experts in order and get independent loads. Placements by a policy are made for one draw of loads, and each instance is
     that draw times a log-normal factor: the experts with many replicas are the hot ones, yet not exactly as hot as they were.
     """
     rng = np.random.default_rng([case.n_logical, case.n_physical, case.ranks, FAMILIES.index(family)])
@@ -96,8 +99,7 @@ def instances(case: Case, family: str, device: str, n: int = INSTANCES) -> Itera
             relative = draw(family, (n, case.n_logical), rng)
         else:
             seen = draw(family, (PLACEMENTS, case.n_logical), rng)
-            slots = np.asarray(rebalance_experts(seen, case.n_physical, 1, 1, case.ranks)[0])
-            for row in slots:
+            for row in place(seen, ep_size=case.ranks, slots=case.n_physical, policy=case.policy).phy2log:
                 planners.append(Planner.from_placement(row, ep_size=case.ranks, n_logical=case.n_logical, device=device))
             which = np.arange(n) % PLACEMENTS
             relative = seen[which] * rng.lognormal(0, DRIFT, (n, case.n_logical))
