@@ -8,7 +8,7 @@
 func placeBalanced(_ board: Board, weight: UnsafePointer<Double>, tolerance: Double, target: Double = 0) {
     board.clear()
     let limit = max(board.live.count, (board.nSlots + board.nLogical - 1) / board.nLogical)
-    _ = replicate(board, weight: weight, slots: board.nSlots, limit: limit)
+    replicate(board, weight: weight, limit: limit)
     packHeaviestFirst(board, copiesByShare(board))
     let mean = (0..<board.nLogical).reduce(0.0) { $0 + weight[$1] } / Double(max(1, board.live.count))
     SwapSearch(board).refine(to: max(mean, target) * (1 + tolerance))

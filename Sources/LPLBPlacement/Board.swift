@@ -51,15 +51,6 @@ final class Board {
         load.initialize(repeating: 0, count: nRanks)
     }
 
-    /// Takes over what another board of the same sizes holds.
-    func copy(_ other: Board) {
-        expert.update(from: other.expert, count: nRanks * width)
-        fill.update(from: other.fill, count: nRanks)
-        load.update(from: other.load, count: nRanks)
-        share.update(from: other.share, count: nLogical)
-        copies.update(from: other.copies, count: nLogical)
-    }
-
     @inline(__always)
     func holds(_ rank: Int, _ e: Int32) -> Bool {
         let row = expert + rank &* width

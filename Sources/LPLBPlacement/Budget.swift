@@ -37,7 +37,7 @@ final class BudgetSearch {
         let byLoad = board.live.sorted { (board.load[$0], $1) > (board.load[$1], $0) }
         guard let heavy = byLoad.first, board.load[heavy] > level else { return nil }
         var best = Change()
-        func consider(_ change: Change, fall: Double, _ former: Former) {
+        func consider(_ change: Change, fall: Double) {
             guard fall > 1e-9 * level else { return }
             let moves = cost(change, former)
             guard moves <= left else { return }
@@ -60,11 +60,11 @@ final class BudgetSearch {
                         let fall = over(high) + over(low) - over(high - shift) - over(low + shift)
                         let change = Change(
                             rank: light, slot: j, expert: out, other: heavy, otherSlot: i, otherExpert: back)
-                        consider(change, fall: fall, former)
+                        consider(change, fall: fall)
                     }
                     if board.copies[Int(back)] > 1 {
                         consider(
-                            Change(rank: light, slot: j, expert: out), fall: replaced(light, out: back, in: out, weight, level), former)
+                            Change(rank: light, slot: j, expert: out), fall: replaced(light, out: back, in: out, weight, level))
                     }
                 }
             }
@@ -74,7 +74,7 @@ final class BudgetSearch {
             guard board.copies[Int(out)] > 1 else { continue }
             for e in 0..<board.nLogical where !board.holds(heavy, Int32(e)) {
                 let change = Change(rank: heavy, slot: i, expert: Int32(e))
-                consider(change, fall: replaced(heavy, out: out, in: Int32(e), weight, level), former)
+                consider(change, fall: replaced(heavy, out: out, in: Int32(e), weight, level))
             }
         }
         return best.rank < 0 ? nil : best

@@ -189,7 +189,7 @@ final class Repair {
                 for slot in 0..<board.fill[rank] {
                     let old = Int(board.expert[rank * board.width + slot])
                     guard board.copies[old] > 1 else { continue }
-                    let gain = min(one.load, excess * Double(1)) - 0.5 * Double(loads[old]) / Double(board.copies[old])
+                    let gain = min(one.load, excess) - 0.5 * Double(loads[old]) / Double(board.copies[old])
                     if gain > 0 { found.append(Change(score: gain, rank: rank, slot: slot, expert: one.e)) }
                 }
             }

@@ -2,15 +2,14 @@
 
 /// Gives every expert one copy, and each further slot to the expert whose replicas are heaviest, ties to the lowest index; no expert more
 /// copies than `limit`, so that no rank must hold one twice.
-/// - Returns: the copies in all: fewer than the slots where every expert has `limit`.
-func replicate(_ board: Board, weight: UnsafePointer<Double>, slots: Int, limit: Int) -> Int {
+func replicate(_ board: Board, weight: UnsafePointer<Double>, limit: Int) {
     let n = board.nLogical, copies = board.copies, share = board.share
     for e in 0..<n {
         copies[e] = 1
         share[e] = weight[e]
     }
     var total = n
-    while total < slots {
+    while total < board.nSlots {
         var best = -1, heaviest = -1.0
         for e in 0..<n where share[e] > heaviest && copies[e] < limit { (best, heaviest) = (e, share[e]) }
         if best < 0 { break }
@@ -18,7 +17,6 @@ func replicate(_ board: Board, weight: UnsafePointer<Double>, slots: Int, limit:
         share[best] = weight[best] / Double(copies[best])
         total &+= 1
     }
-    return total
 }
 
 /// Every copy of every expert, the heaviest first, equal ones by index.
