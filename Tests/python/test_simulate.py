@@ -81,7 +81,7 @@ def test_a_snapshot_is_drawn_from_and_repeats_with_its_seed(tmp_path):
 def test_history_of_another_trace(ids_file, tmp_path, capsys):
     other = routed(np.random.default_rng(6), 200, 3, 4, 32)
     np.savez(tmp_path / "other.npz", topk_ids=other, n_experts=32)
-    cut = trace.cut(trace.load(str(ids_file)), 4, 100, trace.load(str(tmp_path / "other.npz")), 0)
+    cut = trace.cut(trace.load(str(ids_file)), 4, 100, [trace.load(str(tmp_path / "other.npz"))], 0)
     assert (cut.n_history, cut.n_batches) == (0, 3)
     assert cut.history[1].tolist() == [(other[:, 1] == expert).sum() for expert in range(32)]
     code, said = simulate(capsys, ids_file, "--history", tmp_path / "other.npz", "--json", tmp_path / "out.json")
@@ -357,3 +357,53 @@ def test_what_cannot_be_used_gets_one_sentence(tmp_path, capsys, monkeypatch, wo
     code, said = simulate(capsys, *words)
     assert code == 2 and said.out == ""
     assert says in said.err and said.err.count("\n") == 1 and said.err.startswith("lplb: ")
+
+
+def drifting(tmp_path):
+    """Three steps for a history, and ten in which other experts are hot."""
+    rng = np.random.default_rng(11)
+    before, after = rng.lognormal(0, 1, (2, 2, 32))
+    np.save(tmp_path / "before.npy", rng.poisson(before * 400, (3, 2, 32)))
+    np.save(tmp_path / "other.npy", rng.poisson(after * 400, (3, 2, 32)))
+    np.save(tmp_path / "after.npy", rng.poisson(after * 400, (10, 2, 32)))
+    return tmp_path / "after.npy", ["--ranks", "4", "--slots", "40", "--history", tmp_path / "before.npy"]
+
+
+def mean_imbalance(tmp_path, policy="lplb"):
+    result = json.loads((tmp_path / "out.json").read_text())
+    return next(row["imbalance_mean"] for row in result["rows"] if row["policy"] == policy), result["config"]
+
+
+def test_repairs_follow_the_drift(tmp_path, capsys):
+    trace, words = drifting(tmp_path)
+    found = {}
+    for name, more in (("never", []), ("often", ["--repair", "1", "--max-moves", "3"]), ("once", ["--repair", "9", "--max-moves", "3"])):
+        code, said = simulate(capsys, trace, *words, "--placement", "flow", *more, "--json", tmp_path / "out.json")
+        assert code == 0
+        found[name], config = mean_imbalance(tmp_path)
+        assert (config["repairs"], config["moves"] > 0) == {"never": (0, False), "often": (18, True), "once": (2, True)}[name]
+        assert config["moves"] <= 3 * config["repairs"]
+        assert ("repaired after every" in said.out) == bool(more)
+    assert found["often"] < found["once"] <= found["never"]
+
+
+def test_snapshots_of_several_workloads(tmp_path, capsys):
+    trace, words = drifting(tmp_path)
+    simulate(capsys, trace, *words, "--placement", "flow", "--json", tmp_path / "out.json")
+    alone, _ = mean_imbalance(tmp_path)
+    both = [*words[:-1], f"{words[-1]},{tmp_path / 'other.npy'}"]
+    code, said = simulate(capsys, trace, *both, "--placement", "flow", "--json", tmp_path / "out.json")
+    assert code == 0 and "all of before.npy and of other.npy" in said.out
+    assert mean_imbalance(tmp_path)[0] < alone
+
+
+def test_placements_from_files(tmp_path, capsys):
+    trace, words = drifting(tmp_path)
+    slots = np.tile(np.r_[np.arange(32), np.full(8, -1)], (2, 1)).astype(np.int32)
+    np.save(tmp_path / "slots.npy", slots[:, np.r_[0:8, 32:34, 8:16, 34:36, 16:24, 36:38, 24:32, 38:40]])
+    code, said = simulate(capsys, trace, *words, "--placement", tmp_path / "slots.npy", "--json", tmp_path / "out.json")
+    assert code == 0 and mean_imbalance(tmp_path)[0] == pytest.approx(mean_imbalance(tmp_path, "even split")[0])
+    for more, why in ((["--topology", "square", "--repair", "2"], "needs --placement"), (["--placement", "flow", "--max-moves", "2"], "needs --repair"),
+                      (["--placement", "best"], "--placement: must be flow, balanced, eplb or a .npy file")):
+        code, said = simulate(capsys, trace, *words[:-2], *more)
+        assert code == 2 and why in said.err

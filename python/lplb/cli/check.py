@@ -24,7 +24,7 @@ def hosts(phy2log: ArrayLike, n_logical: int, ep_size: int) -> NDArray[np.bool_]
         raise broken_rule("phy2log", f"must have a multiple of ep_size = {ranks} slots, one at least", slots.size)
     rank = np.arange(slots.size) // (slots.size // ranks)
     held = np.zeros((experts, ranks), dtype=np.bool_)
-    held[slots, rank] = True
+    held[slots[slots >= 0], rank[slots >= 0]] = True
     return held
 
 
@@ -72,16 +72,16 @@ def conserve(taken: ArrayLike, counts: ArrayLike, phy2log: ArrayLike) -> None:
     slots = _slots(phy2log, wanted.shape[1])
     if sent.shape != (len(wanted), slots.size):
         raise broken_rule("taken", f"must be [n_sources, n_physical] = [{len(wanted)}, {slots.size}]", f"shape {list(sent.shape)}")
-    sums = np.zeros_like(wanted.T)
+    sums = np.zeros((wanted.shape[1] + 1, len(wanted)), dtype=np.int64)  # the last one of empty slots, -1
     np.add.at(sums, slots, sent.T)
-    if (sent < 0).any() or (sums.T != wanted).any():
+    if (sent < 0).any() or (sums[:-1].T != wanted).any() or sums[-1].any():
         raise InternalError("a plan lost or invented tokens: please report the loads and the placement")
 
 
 def _slots(phy2log: ArrayLike, n_logical: int) -> Int64Array:
     slots: Int64s = host_integers("phy2log", phy2log, 1, np.int64, _c.MAX_EPLB_PHYSICAL)
-    for slot in np.flatnonzero((slots < 0) | (slots >= n_logical))[:1]:
-        raise broken_rule(f"phy2log[{slot}]", f"must lie in 0 ... {n_logical - 1}", slots[slot])
+    for slot in np.flatnonzero((slots < -1) | (slots >= n_logical))[:1]:
+        raise broken_rule(f"phy2log[{slot}]", f"must lie in 0 ... {n_logical - 1}, or be -1 for an empty slot", slots[slot])
     return slots
 
 

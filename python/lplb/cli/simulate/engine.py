@@ -43,9 +43,9 @@ class Engine:
             planner.close()
         self._planners = []
 
-    def place(self, layer: int, history: Int64Array) -> NDArray[np.int32]:
+    def place(self, layer: int, history: Int64Array, snapshots: Int64Array | None = None) -> NDArray[np.int32]:
         """The placement for a history [n_logical] of a layer, by the topology, by a policy or from the file: phy2log [n_physical]. All zero:
-        no history."""
+        no history. snapshots [snapshots, n_logical]: what adds up to it."""
         layout = self.layout
         if layout.r2o is not None:
             if not self._planners:
@@ -54,13 +54,24 @@ class Engine:
             for planner in self._planners:
                 planner.update_redundancy_mapping(history if history.any() else None)
         else:
-            slots = layout.slots[layer] if layout.slots is not None else placed(history, layout.n_physical, layout.ranks, layout.name)
+            if layout.slots is not None:
+                slots = layout.slots[layer]
+            else:
+                slots = placed(history, layout.n_physical, layout.ranks, layout.name, snapshots)
             if not self._planners:
                 self._planners = [Planner.from_placement(slots, ep_size=layout.ranks, n_logical=layout.n_logical, rank=rank,
                                                          n_nodes=layout.nodes, device="cpu") for rank in range(layout.ranks)]
             for planner in self._planners:
                 planner.update_placement(slots)
         return np.asarray(self._planners[0].phy2log, dtype=np.int32)
+
+    def repair(self, loads: Int64Array, max_moves: int | None) -> tuple[NDArray[np.int32], int]:
+        """Changes the placement in force a little, for loads [n_logical]: phy2log and the moves."""
+        repaired = place(loads[None].astype(np.float64), ep_size=self.layout.ranks, slots=self.layout.n_physical, policy="repair",
+                         previous=np.asarray(self._planners[0].phy2log)[None], max_moves=max_moves)
+        for planner in self._planners:
+            planner.update_placement(repaired.phy2log[0])
+        return repaired.phy2log[0], int(repaired.n_moves.sum())
 
     def replicas(self) -> Replicas:
         log2phy = np.asarray(self._planners[0].mapping()[1], dtype=np.int32)
@@ -92,9 +103,11 @@ class Engine:
         return RankPlans(taken, np.asarray(first.split(), dtype=np.int64), first.info().groups, float(np.median(elapsed)))
 
 
-def placed(history: Int64Array, n_physical: int, ranks: int, name: str = "eplb") -> NDArray[np.int32]:
+def placed(history: Int64Array, n_physical: int, ranks: int, name: str = "eplb", snapshots: Int64Array | None = None
+           ) -> NDArray[np.int32]:
     """A policy's placement of one layer: phy2log [n_physical]. Without history all experts count the same."""
-    weight = (history if history.any() else np.ones_like(history))[None].astype(np.float64)
+    known = history[None] if snapshots is None else snapshots
+    weight = (known if history.any() else np.ones_like(known))[:, None].astype(np.float64)
     slots: NDArray[np.int32] = place(weight, ep_size=ranks, slots=n_physical, policy=PLACEMENTS[name]).phy2log[0]
     return slots
 

@@ -51,7 +51,9 @@ class Options:
     layout: Layout
     cut: Cut
     layers: list[int]
-    history: float | Trace
+    history: float | list[Trace]
+    repair: int | None  # micro-batches between two repairs
+    max_moves: int | None  # of each repair of a layer
     seed: int
     json: str | None
     plot: str | None
@@ -63,7 +65,8 @@ class Options:
             "placement": self.layout.name, "group_size": self.layout.group_size,
             "n_logical": self.layout.n_logical, "n_physical": self.layout.n_physical,
             "tokens_per_rank": self.cut.tokens_per_rank, "history_length": self.cut.n_history,
-            "history": self.history.name if isinstance(self.history, Trace) else self.history,
+            "history": self.history if isinstance(self.history, float) else ",".join(trace.name for trace in self.history),
+            "repair": self.repair, "max_moves": self.max_moves,
             "micro_batches": self.cut.n_batches, "layers": self.layers, "seed": self.seed,
         }
 
@@ -83,8 +86,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--tokens-per-rank", type=positive, default=DEFAULT_TOKENS_PER_RANK, metavar="N",
                         help=f"tokens of a micro-batch on each rank (default {DEFAULT_TOKENS_PER_RANK})")
     parser.add_argument("--history", default=str(DEFAULT_HISTORY), metavar="FRACTION",
-                        help=f"first part of the trace, known when the experts are placed (default {DEFAULT_HISTORY}), or another trace: "
-                             "placed for one workload, another arrives")
+                        help=f"first part of the trace, known when the experts are placed (default {DEFAULT_HISTORY}), or other traces, "
+                             "A.npz or A.npz,B.npz, each one a snapshot: placed for one workload, another arrives")
+    parser.add_argument("--repair", type=positive, metavar="N",
+                        help="with --placement: after every N micro-batches of a layer, change the placement a little, by their loads")
+    parser.add_argument("--max-moves", type=positive, metavar="M",
+                        help="experts that may come new to a rank in a repair of a layer (default: 1%% of the slots)")
     parser.add_argument("--layers", metavar="LIST", help="e.g. 0,3,5-7 (default: all)")
     parser.add_argument("--experts", type=positive, metavar="N",
                         help="logical experts (default: n_experts of the file, else the largest id + 1)")
@@ -106,14 +113,19 @@ def check(arguments: argparse.Namespace) -> Options:
     trace = load_sample(arguments.experts) if arguments.trace is None else load(arguments.trace, arguments.experts, limit)
     layout = _layout(arguments, trace.n_experts, trace.n_layers)
     history = _history(arguments.history, trace.n_experts, limit)
+    if arguments.repair is not None and arguments.placement is None:
+        raise UsageError("--repair: needs --placement, since a topology says where copies stand")
+    if arguments.max_moves is not None and arguments.repair is None:
+        raise UsageError("--max-moves: needs --repair")
     return Options(
         trace=trace, layout=layout, layers=_layers(arguments.layers, trace.n_layers), history=history, seed=arguments.seed,
+        repair=arguments.repair, max_moves=arguments.max_moves,
         cut=cut(trace, layout.ranks, arguments.tokens_per_rank, history, arguments.seed), json=arguments.json, plot=arguments.plot)
 
 
-def _history(text: str, n_experts: int, limit: int) -> float | Trace:
+def _history(text: str, n_experts: int, limit: int) -> float | list[Trace]:
     if text.lower().endswith((".npz", ".npy", ".json")):
-        return load(text, n_experts, limit)
+        return [load(path, n_experts, limit) for path in ([text] if os.path.isfile(text) else text.split(","))]
     try:
         fraction = float(text)
     except ValueError:

@@ -54,6 +54,8 @@ class Played:
     bound: list[int]
     microseconds: list[float]
     skipped: int
+    repairs: int = 0
+    moves: int = 0  # experts that repairs brought new to a rank
 
     def of(self, policy: str) -> Series | None:
         return next((series for series in self.series if series.policy == policy), None)
@@ -78,11 +80,18 @@ def play(options: Options) -> Played:
             if layer != current:
                 current = layer
                 history = cut.history[layer]
-                phy2log = engine.place(layer, history)
+                phy2log = engine.place(layer, history, None if cut.snapshots is None else cut.snapshots[:, layer])
+                recent, played = np.zeros_like(history), 0
                 replicas = engine.replicas()
                 baseline = without_replicas(history, layout, replicas)
                 choice = policies.fixed_choice(replicas)
+            if options.repair and played == options.repair and recent.any():
+                phy2log, moves = engine.repair(recent, options.max_moves)
+                replicas = engine.replicas()
+                choice = policies.fixed_choice(replicas)
+                recent, played, result.repairs, result.moves = np.zeros_like(history), 0, result.repairs + 1, result.moves + moves
             counts = cut.counts(layer, batch)
+            recent, played = recent + counts.sum(axis=0), played + 1
             if not counts.any():
                 result.skipped += 1
                 continue

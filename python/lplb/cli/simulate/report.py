@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from ..common import table
 from ..terminal import harmless, shown
 from .play import EVEN, LPLB, NO_REPLICAS, PROPORTIONAL, Played, Series
-from .trace import Trace
 
 Float64Array = NDArray[np.float64]
 
@@ -60,7 +59,8 @@ def _placement_gap(played: Played, series: Series) -> Float64Array:
 
 
 def as_json(played: Played) -> dict[str, Any]:
-    return {"config": played.options.config() | {"plays": len(played.played), "skipped_empty": played.skipped}, "rows": rows(played)}
+    counted = {"plays": len(played.played), "skipped_empty": played.skipped, "repairs": played.repairs, "moves": played.moves}
+    return {"config": played.options.config() | counted, "rows": rows(played)}
 
 
 def as_text(played: Played) -> str:
@@ -113,13 +113,15 @@ def _heading(played: Played) -> list[str]:
     groups = "" if layout.group_size == layout.ranks else f", {layout.ranks // layout.group_size} groups of {layout.group_size} ranks"
     lines.append(f"{layout.ranks} ranks on {layout.nodes} node{'s' * (layout.nodes > 1)}, {harmless(layout.name)} placement{groups}, "
                  f"{layout.n_physical} slots ({extra:.3g} redundant a rank)")
-    if isinstance(options.history, Trace):
-        history = f"all of {harmless(options.history.name)}"
+    if not isinstance(options.history, float):
+        history = f"all of {' and of '.join(harmless(trace.name) for trace in options.history)}"
     elif not unit:
         history = "the whole snapshot"
     else:
         history = f"the first {cut.n_history} {unit}" if cut.n_history else "none"
     lines.append(f"history: {history}; played: {batch}")
+    if options.repair:
+        lines.append(f"repaired after every {options.repair} micro-batches of a layer: {played.moves} moves in {played.repairs} repairs")
     return lines
 
 

@@ -179,6 +179,7 @@ class Cut:
     n_batches: int
     history: Int64Array  # [layers, experts]
     drawn: Int64Array | None = None  # snapshot only: [n_batches, layers, experts]
+    snapshots: Int64Array | None = None  # [snapshots, layers, experts], which add up to history, where there are several
 
     @property
     def has_sources(self) -> bool:
@@ -206,16 +207,19 @@ class Cut:
         return np.asarray(total // self.ranks + (turn < total % self.ranks), dtype=np.int64)
 
 
-def cut(trace: Trace, ranks: int, tokens_per_rank: int, history: float | Trace, seed: int) -> Cut:
+def cut(trace: Trace, ranks: int, tokens_per_rank: int, history: float | list[Trace], seed: int) -> Cut:
     """
-    history: what is known when the experts are placed, the fraction of the trace from its start, or another trace of the same layers and
+    history: what is known when the experts are placed, the fraction of the trace from its start, or other traces of the same layers and
     experts. Raises UsageError.
     """
-    if isinstance(history, Trace):
-        if (history.n_layers, history.n_experts) != (trace.n_layers, trace.n_experts):
-            raise UsageError(f"--history: {history.name} has {history.n_layers} layers of {history.n_experts} experts, {trace.name} "
-                             f"{trace.n_layers} of {trace.n_experts}")
-        return replace(cut(trace, ranks, tokens_per_rank, 0.0, seed), history=total_counts(history, len(history.data)))
+    if isinstance(history, list):
+        for one in history:
+            if (one.n_layers, one.n_experts) != (trace.n_layers, trace.n_experts):
+                raise UsageError(f"--history: {one.name} has {one.n_layers} layers of {one.n_experts} experts, {trace.name} "
+                                 f"{trace.n_layers} of {trace.n_experts}")
+        snapshots = np.stack([total_counts(one, len(one.data)) for one in history])
+        return replace(cut(trace, ranks, tokens_per_rank, 0.0, seed), history=snapshots.sum(axis=0),
+                       snapshots=snapshots if len(history) > 1 else None)
     size = ranks * tokens_per_rank
     if trace.kind == "snapshot":
         if size * DRAWN_TOP_K >= MAX_TOKENS:
