@@ -372,7 +372,8 @@ lplb_status lplb_placement_homes(const int32_t *phy2log, int64_t n_physical, int
  * among the copies.
  * former: NULL, or the rows under the placement before. Then the numbers of own rows stay, and experts that stay own, or copies, keep their
  * rows; a placement that does not fit is refused. homes [n_logical]: as by lplb_placement_homes, near to the former ones.
- * row_of_slot [n_physical]: the row of each slot's expert on its rank, -1 for an empty slot. homes and row_of_slot may be NULL; rows may be former.
+ * row_of_slot [n_physical]: the row of each slot's expert on its rank, -1 for an empty slot. homes and row_of_slot may be NULL; rows may be
+ * former.
  * Equal inputs give equal rows. Host, synchronous, allocates, thread-safe; so is the next call.
  */
 lplb_status lplb_placement_rows(const int32_t *phy2log, int64_t n_physical, int64_t n_logical, int64_t ep_size, int64_t slack,
@@ -417,7 +418,8 @@ typedef struct lplb_place_config {
     int64_t n_nodes;           /* hosts, whose ranks are consecutive; 0: one */
     int64_t n_groups;          /* groups of experts selected together; where n_nodes divides it, balanced and deepseek keep a group on one host; 0: one */
     const int32_t *previous;   /* NULL, or the placement in force, [n_layers][n_ranks * n_slots] */
-    int64_t max_moves;         /* the most experts that may come new to a rank, over all layers; 0 or -1: any number; LPLB_PLACE_KEEP: none; not with deepseek */
+    int64_t max_moves;         /* the most experts that may come new to a rank, over all layers; 0 or -1: any number; LPLB_PLACE_KEEP:
+                                  none. Not with deepseek */
     double tolerance;          /* of balanced: by how much of the mean the heaviest rank may exceed it; 0: .0005; below 0: none */
 } lplb_place_config;
 #define LPLB_PLACE_CONFIG_INIT { (int64_t)sizeof(lplb_place_config), LPLB_PLACE_FLOW, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
@@ -435,8 +437,8 @@ typedef struct lplb_place_report {
  * [n_layers][n_ranks * n_slots], written: the expert of each slot, -1 where a rank has no such slot or nothing to put there. reports:
  * NULL or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch: with an even split they can be worse
  * than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot; those that no rank holds any more get
- * a slot whatever max_moves is, and count. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given. LPLB_PLACE_FLOW
- * with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
+ * a slot whatever max_moves is, and count. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given.
+ * LPLB_PLACE_FLOW with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
  * error nothing is written.
  * Host, synchronous, allocates, thread-safe.
  */

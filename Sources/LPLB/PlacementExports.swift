@@ -196,7 +196,9 @@ extension PlaceRequest {
         default: throw Failure("max_moves", "must be a number of moves, -1 for any or LPLB_PLACE_KEEP (-2)", value: config.max_moves)
         }
         if maxMoves != nil && policy == .deepseek {
-            throw Failure("max_moves", "must be 0 or -1 with policy deepseek, which places anew; repair and balanced keep to it", value: config.max_moves)
+            throw Failure(
+                "max_moves", "must be 0 or -1 with policy deepseek, which places anew; repair and balanced keep to it",
+                value: config.max_moves)
         }
         if maxMoves != nil && previous == nil {
             throw Failure("max_moves", "needs previous, which moves are counted from", value: config.max_moves)

@@ -247,7 +247,8 @@ def test_groups_stay_on_their_node_within_a_budget(dead):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("policy, ranks, experts, slots", [
-    ("flow", 1024, 8, 2048), ("balanced", 512, 8, 8192), ("balanced", 1024, 2, 8192), ("repair", 512, 2048, 4096), ("flow", 1024, 4096, 5120)])
+    ("flow", 1024, 8, 2048), ("balanced", 512, 8, 8192), ("balanced", 1024, 2, 8192), ("repair", 512, 2048, 4096),
+    ("flow", 1024, 4096, 5120)])
 def test_large_sizes_take_seconds(policy, ranks, experts, slots):
     rng = np.random.default_rng(10)
     history = rng.lognormal(0, 1, (1, experts))
@@ -277,6 +278,12 @@ def test_large_sizes_take_seconds(policy, ranks, experts, slots):
     ({"policy": "deepseek", "slots": [3, 1]}, "policy: deepseek needs equally many slots on every rank"),
     ({"nodes": 3}, "n_nodes: must lie in 1 .. 2, got 3"),
     ({"tolerance": 2}, "tolerance: must lie in 0 .. 1"),
+    ({"tolerance": "x"}, "tolerance: must be a number, got 'x'"),
+    ({"tolerance": None}, "tolerance: must be a number, got None"),
+    ({"dead": 1}, "dead: must be a list of ranks, got 1"),
+    ({"dead": None}, "dead: must be a list of ranks, got None"),
+    ({"slots": [2**62, 2**62]}, "slots: must be at most 8192 for each rank, got 4611686018427387904"),
+    ({"history": np.ones((0, 1, 2))}, r"history: must have at least one snapshot, got shape \[0, 1, 2\]"),
     ({"ep_size": 0}, "ep_size: must be at least 1"),
 ])
 def test_words(change, words):
