@@ -154,7 +154,8 @@ const char *lplb_planner_error(const lplb_planner *planner);
 lplb_status lplb_planner_place(lplb_planner *planner, const double *history, void *stream);
 
 /*
- * Sets a general placement: phy2log [n_physical], the logical expert that each slot holds; every logical expert at least once, all
+ * Sets a general placement: phy2log [n_physical], the logical expert that each slot holds, -1 for an empty slot, to which no token goes
+ * (a rank that is gone has only these); so in sections 5 and 6 too. Every logical expert at least once, all
  * replicas of an expert within one group. Several replicas of an expert on one rank are accepted: the first of them takes that rank's
  * share, since splitting it further would only cut that rank's work into smaller pieces. Replicas are ordered by slot, the first is the
  * original. Planners created without r2o only. May allocate at the first call; later ones update the tables in place.
@@ -371,7 +372,8 @@ lplb_status lplb_placement_homes(const int32_t *phy2log, int64_t n_physical, int
  * among the copies.
  * former: NULL, or the rows under the placement before. Then the numbers of own rows stay, and experts that stay own, or copies, keep their
  * rows; a placement that does not fit is refused. homes [n_logical]: as by lplb_placement_homes, near to the former ones.
- * row_of_slot [n_physical]: the row of each slot's expert on its rank. homes and row_of_slot may be NULL; rows may be former.
+ * row_of_slot [n_physical]: the row of each slot's expert on its rank, -1 for an empty slot. homes and row_of_slot may be NULL; rows may be
+ * former.
  * Equal inputs give equal rows. Host, synchronous, allocates, thread-safe; so is the next call.
  */
 lplb_status lplb_placement_rows(const int32_t *phy2log, int64_t n_physical, int64_t n_logical, int64_t ep_size, int64_t slack,
@@ -416,10 +418,11 @@ typedef struct lplb_place_config {
     int64_t n_nodes;           /* hosts, whose ranks are consecutive; 0: one */
     int64_t n_groups;          /* groups of experts selected together; where n_nodes divides it, balanced and deepseek keep a group on one host; 0: one */
     const int32_t *previous;   /* NULL, or the placement in force, [n_layers][n_ranks * n_slots] */
-    int64_t max_moves;         /* the most experts that may come new to a rank, over all layers; 0 or -1: any number; LPLB_PLACE_KEEP: none */
+    int64_t max_moves;         /* the most experts that may come new to a rank, over all layers; 0 or -1: any number; LPLB_PLACE_KEEP:
+                                  none. Not with deepseek */
     double tolerance;          /* of balanced: by how much of the mean the heaviest rank may exceed it; 0: .0005; below 0: none */
 } lplb_place_config;
-#define LPLB_PLACE_CONFIG_INIT { sizeof(lplb_place_config) }
+#define LPLB_PLACE_CONFIG_INIT { (int64_t)sizeof(lplb_place_config), LPLB_PLACE_FLOW, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /* What one layer's placement is worth on the history that it was made from. */
 typedef struct lplb_place_report {
@@ -434,8 +437,8 @@ typedef struct lplb_place_report {
  * [n_layers][n_ranks * n_slots], written: the expert of each slot, -1 where a rank has no such slot or nothing to put there. reports:
  * NULL, which saves the solver's time for them, or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch: with an even split they can be worse
  * than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot; those that no rank holds any more get
- * a slot whatever max_moves is. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given. LPLB_PLACE_FLOW
- * with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
+ * a slot whatever max_moves is, and count. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given.
+ * LPLB_PLACE_FLOW with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
  * error nothing is written.
  * Host, synchronous, allocates, thread-safe.
  */
@@ -769,7 +772,7 @@ typedef struct lplb_layout {
     int64_t struct_size;   /* sizeof(lplb_layout); LPLB_LAYOUT_INIT sets it */
     const void *ids;       /* [n_ids] slots, -1: no expert; as lplb_planner_run or lplb_planner_redirect wrote them */
     const void *experts;   /* NULL, or [n_ids] of the same dtype: the ids' logical experts, to be compared (-1 or out of range: none) */
-    const void *row_of_slot; /* NULL: the slots of a rank in order; or [n_physical], 0 .. n_rows-1 each */
+    const void *row_of_slot; /* NULL: the slots of a rank in order; or [n_physical], 0 .. n_rows-1 each, anything for empty slots */
     int64_t n_ids;
     int64_t n_rows;        /* buffer rows of a rank; 0: its slots, n_physical / ep_size */
     lplb_dtype ids_dtype;

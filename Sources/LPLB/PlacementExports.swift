@@ -172,10 +172,12 @@ extension PlaceRequest {
         self.policy = policy
         nSnapshots = config.n_snapshots == 0 ? 1 : Int(config.n_snapshots)
         (nLayers, nLogical) = (Int(config.n_layers), Int(config.n_logical))
-        (nNodes, nGroups) = (max(1, Int(config.n_nodes)), max(1, Int(config.n_groups)))
+        (nNodes, nGroups) = (config.n_nodes == 0 ? 1 : Int(config.n_nodes), config.n_groups == 0 ? 1 : Int(config.n_groups))
+        guard config.tolerance.isFinite else { throw Failure("tolerance", "must be finite", value: config.tolerance) }
         tolerance = config.tolerance == 0 ? tolerance : max(0, config.tolerance)
         let nRanks = try Check.range(config.n_ranks, "n_ranks", 1...Int64(LPLB_MAX_RANKS))
         let nSlots = try Check.range(config.n_slots, "n_slots", 1...Int64(LPLB_MAX_PHYSICAL))
+        try Check.aligned(UnsafeRawPointer(config.slots), "slots", to: 8)
         slots = config.slots.map { given in (0..<nRanks).map { Int(given[$0]) } } ?? [Int](repeating: nSlots, count: nRanks)
         for (rank, number) in slots.enumerated() where number < 0 || number > nSlots {
             throw Failure("slots[\(rank)]", "must lie in 0 ... n_slots \(nSlots)", value: number)
@@ -192,6 +194,11 @@ extension PlaceRequest {
         case -1, 0: maxMoves = nil
         case 1...: maxMoves = Int(config.max_moves)
         default: throw Failure("max_moves", "must be a number of moves, -1 for any or LPLB_PLACE_KEEP (-2)", value: config.max_moves)
+        }
+        if maxMoves != nil && policy == .deepseek {
+            throw Failure(
+                "max_moves", "must be 0 or -1 with policy deepseek, which places anew; repair and balanced keep to it",
+                value: config.max_moves)
         }
         if maxMoves != nil && previous == nil {
             throw Failure("max_moves", "needs previous, which moves are counted from", value: config.max_moves)

@@ -33,14 +33,17 @@ func packHeaviestFirst(_ board: Board, _ copies: [Int32]) {
 
 /// Moves the copy of the closest share from a rank that does not hold `e` to a rank with room, and puts `e` into its slot.
 private func displace(_ board: Board, _ e: Int) -> Bool {
+    let others = board.live.filter { !board.holds($0, Int32(e)) }, open = board.live.filter(board.hasRoom)
+    guard !others.isEmpty, !open.isEmpty else { return false }
+    var target = [Int](repeating: -1, count: board.nLogical)  // the first rank with room that does not hold an expert; nRanks: none
     var best = (gap: Double.infinity, from: -1, slot: -1, to: -1)
-    for to in board.live where board.hasRoom(to) {
-        for from in board.live where !board.holds(from, Int32(e)) {
-            for slot in 0..<board.fill[from] {
-                let other = board.expert[from * board.width + slot]
-                let gap = abs(board.share[Int(other)] - board.share[e])
-                if gap < best.gap && !board.holds(to, other) { best = (gap, from, slot, to) }
-            }
+    for from in others {
+        for slot in 0..<board.fill[from] {
+            let other = Int(board.expert[from * board.width + slot]), gap = abs(board.share[other] - board.share[e])
+            guard gap <= best.gap else { continue }
+            if target[other] < 0 { target[other] = open.first { !board.holds($0, Int32(other)) } ?? board.nRanks }
+            let to = target[other]
+            if to < board.nRanks && (gap < best.gap || to < best.to) { best = (gap, from, slot, to) }
         }
     }
     guard best.from >= 0 else { return false }

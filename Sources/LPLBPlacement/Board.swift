@@ -125,29 +125,50 @@ extension Board {
 extension Board {
     /// Sets what the ranks hold, and gives a slot to each expert that no rank holds any more, such as those of a rank that died: a free one
     /// on the lightest rank, else that of the lightest copy of an expert with several. There must be as many slots as experts.
-    func take(_ previous: ArraySlice<Int32>, completedBy weight: [Double]) {
+    /// - Parameters:
+    ///   - ranksPerNode: ranks of a host; nil: there is one host.
+    ///   - groupSize: experts of a group. What is given a slot stays on the host of its group where it can.
+    func take(_ previous: ArraySlice<Int32>, completedBy weight: [Double], ranksPerNode: Int? = nil, groupSize: Int = 1) {
         take(Array(previous))
         weight.withUnsafeBufferPointer { if let first = $0.baseAddress { weigh(first) } }
         let lost = (0..<nLogical).filter { copies[$0] == 0 }.sorted { (weight[$0], $1) > (weight[$1], $0) }
         for e in lost {
+            let ranks = ranksPerNode.map { near(e, ranksPerNode: $0, groupSize: groupSize) } ?? live
+            if !give(e, to: ranks, weight) && ranks.count < live.count { _ = give(e, to: live, weight) }
+        }
+    }
+
+    /// The ranks of the host that the experts of e's group stand on; all where none stands anywhere, or they stand on several.
+    private func near(_ e: Int, ranksPerNode: Int, groupSize: Int) -> [Int] {
+        let group = e / groupSize
+        let nodes = Set(live.filter { rank in
+            (0..<fill[rank]).contains { Int(expert[rank * width + $0]) / groupSize == group }
+        }.map { $0 / ranksPerNode })
+        guard let node = nodes.first, nodes.count == 1 else { return live }
+        return live.filter { $0 / ranksPerNode == node }
+    }
+
+    /// False where none of the ranks has a slot for an expert that stands nowhere.
+    private func give(_ e: Int, to ranks: [Int], _ weight: [Double]) -> Bool {
+        if let rank = ranks.filter(hasRoom).min(by: { (load[$0], $0) < (load[$1], $1) }) {
             copies[e] = 1
             share[e] = weight[e]
-            if let rank = live.filter(hasRoom).min(by: { (load[$0], $0) < (load[$1], $1) }) {
-                put(e, on: rank)
-                continue
-            }
-            var best = (cost: Double.infinity, rank: -1, slot: -1)
-            for rank in live {
-                for slot in 0..<fill[rank] {
-                    let old = Int(expert[rank * width + slot])
-                    if copies[old] > 1 && share[old] + load[rank] < best.cost { best = (share[old] + load[rank], rank, slot) }
-                }
-            }
-            guard best.rank >= 0 else { continue }
-            let place = expert + best.rank * width + best.slot, old = Int(place.pointee)
-            copies[old] -= 1
-            place.pointee = Int32(truncatingIfNeeded: e)
-            weight.withUnsafeBufferPointer { if let first = $0.baseAddress { weigh(first) } }
+            put(e, on: rank)
+            return true
         }
+        var best = (cost: Double.infinity, rank: -1, slot: -1)
+        for rank in ranks {
+            for slot in 0..<fill[rank] {
+                let old = Int(expert[rank * width + slot])
+                if copies[old] > 1 && share[old] + load[rank] < best.cost { best = (share[old] + load[rank], rank, slot) }
+            }
+        }
+        guard best.rank >= 0 else { return false }
+        let place = expert + best.rank * width + best.slot
+        copies[Int(place.pointee)] -= 1
+        copies[e] = 1
+        place.pointee = Int32(truncatingIfNeeded: e)
+        weight.withUnsafeBufferPointer { if let first = $0.baseAddress { weigh(first) } }
+        return true
     }
 }

@@ -14,11 +14,17 @@ final class BudgetSearch {
         var other = -1, otherSlot = -1, otherExpert: Int32 = -1
     }
 
-    init(nLogical: Int, capacity: [Int], width: Int) { board = Board(nLogical: nLogical, capacity: capacity, width: width) }
+    /// Ranks and experts that stay together: those of a host, and those of a group, which stands on one host. All of them without hosts.
+    private let ranksPerNode: Int, groupSize: Int
+
+    init(nLogical: Int, capacity: [Int], width: Int, ranksPerNode: Int, groupSize: Int) {
+        board = Board(nLogical: nLogical, capacity: capacity, width: width)
+        (self.ranksPerNode, self.groupSize) = (ranksPerNode, groupSize)
+    }
 
     /// The placements passed through, at most `most` moves from `previous`.
     func trajectory(_ previous: ArraySlice<Int32>, weight: [Double], most: Int, threshold: Double) -> Trajectory {
-        board.take(previous, completedBy: weight)
+        board.take(previous, completedBy: weight, ranksPerNode: ranksPerNode, groupSize: groupSize)
         noteHosts()
         let former = Former(previous, nRanks: board.nRanks, nLogical: board.nLogical)
         let mean = weight.reduce(0, +) / Double(max(1, board.live.count))
@@ -48,7 +54,8 @@ final class BudgetSearch {
             }
         }
         let over = { (load: Double) in max(0, load - level) }
-        for light in byLoad.suffix(BudgetSearch.lightest) where light != heavy {
+        let node = heavy / ranksPerNode
+        for light in byLoad.filter({ $0 / ranksPerNode == node }).suffix(BudgetSearch.lightest) where light != heavy {
             let high = board.load[heavy], low = board.load[light]
             for i in 0..<board.fill[heavy] {
                 let out = board.expert[heavy * board.width + i]
@@ -72,7 +79,7 @@ final class BudgetSearch {
         for i in 0..<board.fill[heavy] {
             let out = board.expert[heavy * board.width + i]
             guard board.copies[Int(out)] > 1 else { continue }
-            for e in 0..<board.nLogical where !board.holds(heavy, Int32(e)) {
+            for e in 0..<board.nLogical where !board.holds(heavy, Int32(e)) && hosts[e].contains(where: { $0 / ranksPerNode == node }) {
                 let change = Change(rank: heavy, slot: i, expert: Int32(e))
                 consider(change, fall: replaced(heavy, out: out, in: Int32(e), weight, level))
             }

@@ -101,11 +101,12 @@ private func placeOnHubs(_ board: Board, _ drift: Drift, _ experts: [Int], leafO
         let e = experts[index], others = board.copies[e] - 1
         let share = drift.mean[e] * Double(others) / Double(others + 1) / Double(others)
         var mine: [Int] = []
+        var isMine = [Bool](repeating: false, count: board.nRanks), shared = [Int](repeating: 0, count: board.nRanks)
         for _ in 0..<others {
             var best = -1, least = Double.infinity
-            for hub in hubs where board.hasRoom(hub) && !mine.contains(hub) {
+            for hub in hubs where board.hasRoom(hub) && !isMine[hub] {
                 var cost = inflow[hub] + share + 0.3 * grouped[hub * nGroups + e / drift.groupSize]
-                for other in mine where joined.contains(hub * board.nRanks + other) { cost += 0.5 * share }
+                for _ in 0..<shared[hub] { cost += 0.5 * share }
                 if joined.contains(hub * board.nRanks + leafOf[index]) { cost += drift.mean[e] * 4 }
                 if cost < least { (best, least) = (hub, cost) }
             }
@@ -119,6 +120,9 @@ private func placeOnHubs(_ board: Board, _ drift: Drift, _ experts: [Int], leafO
                 joined.insert(other * board.nRanks + best)
             }
             mine.append(best)
+            isMine[best] = true
+            // Of the hubs that are left, those that share an expert with this one already.
+            for hub in hubs where !isMine[hub] && joined.contains(hub * board.nRanks + best) { shared[hub] += 1 }
         }
     }
     return true

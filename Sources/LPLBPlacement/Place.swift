@@ -84,7 +84,10 @@ private struct Placer {
         guard let budget = request.budget else { return }
         var layers: [Trajectory] = []
         let repair = Repair(shape: shape, capacity: request.slots, width: request.width)
-        let search = BudgetSearch(nLogical: request.nLogical, capacity: request.slots, width: request.width)
+        let search = BudgetSearch(
+            nLogical: request.nLogical, capacity: request.slots, width: request.width,
+            ranksPerNode: request.isHierarchical ? request.slots.count / request.nNodes : request.slots.count,
+            groupSize: request.isHierarchical ? request.nLogical / request.nGroups : request.nLogical)
         let slots = request.nLayers * request.slots.reduce(0, +)
         let most = min(budget, max(8, 5 * budget / request.nLayers))  // no layer gets more than a few times its share
         for layer in 0..<request.nLayers {

@@ -34,7 +34,7 @@ struct Trajectory {
         return hull
     }
 
-    /// Spends the budget where a move brings most. Returns the point of each layer.
+    /// Spends what the first points leave of the budget where a move brings most. Returns the point of each layer.
     static func spend(_ budget: Int, over layers: [Trajectory]) -> [Point] {
         let hulls = layers.map { $0.hull() }
         var taken = [Int](repeating: 0, count: layers.count)
@@ -43,7 +43,7 @@ struct Trajectory {
             for index in hull.indices.dropFirst() { steps.append((slope(hull[index - 1], hull[index]), layer, index)) }
         }
         steps.sort { ($1.slope, $0.layer, $0.index) < ($0.slope, $1.layer, $1.index) }
-        var left = budget
+        var left = budget - hulls.reduce(0) { $0 + $1[0].moves }
         for step in steps where taken[step.layer] == step.index - 1 {
             let hull = hulls[step.layer], cost = hull[step.index].moves - hull[step.index - 1].moves
             if cost <= left {

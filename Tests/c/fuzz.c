@@ -50,7 +50,7 @@ static void reread(subject *s) {
     s->has_replicas = s->config.n_physical > s->config.n_logical;
     for (int64_t p = 0; p < s->config.n_physical; p++) {
         int32_t e = s->phy2log[p];
-        if (e < 0 || e >= s->config.n_logical) fail("slot %" PRId64 " holds expert %d", p, e);
+        if (e < (s->has_topology ? 0 : -1) || e >= s->config.n_logical) fail("slot %" PRId64 " holds expert %d", p, e);
     }
     drop("lplb_planner_phy2log");
 }
@@ -192,8 +192,14 @@ static void set_placement(subject *s) {
         case 0: phy2log = NULL, expected = FAILS; break;
         case 1: size = wrong(n), expected = FAILS; break;
         case 2: phy2log[below(n)] = (int32_t)s->config.n_logical, expected = FAILS; break;
-        case 3: phy2log[below(n)] = chance(2) ? -1 : INT32_MIN, expected = FAILS; break;
+        case 3: phy2log[below(n)] = chance(2) ? -2 : INT32_MIN, expected = FAILS; break;
         case 4: phy2log[below(n)] = (int32_t)below(s->config.n_logical), expected = ANY; break; /* may drop an expert, or cross groups */
+        case 5: /* empty slots, in the place of copies */
+            for (int64_t p = 0; p < n; p++)
+                for (int64_t before = 0; before < p && phy2log[p] >= 0; before++)
+                    if (phy2log[before] == phy2log[p] && chance(2)) phy2log[p] = -1;
+            break;
+        case 6: phy2log[below(n)] = -1, expected = ANY; break; /* may drop an expert */
         default: break;
     }
     lplb_status status = lplb_planner_set_placement(s->handle, phy2log, size, NULL);
@@ -428,6 +434,7 @@ static void read_plan(subject *s) {
 
 #include "fuzz_layout.h"
 #include "fuzz_free.h"
+#include "fuzz_place.h"
 
 int main(int argc, char **argv) {
     const uint64_t iterations = argc > 1 ? strtoull(argv[1], NULL, 10) : 20000;
@@ -442,6 +449,7 @@ int main(int argc, char **argv) {
         if (s->handle == NULL) create(s);
         else if (chance(40)) destroy(s);
         else if (chance(8)) one_off();
+        else if (chance(20)) placements();
         else if (chance(20)) exchange_config();
         else if (chance(20)) connect_config();
         else if (chance(20)) replicas_config();

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -208,6 +210,57 @@ def test_sources_of_moves():
     assert moved.moves() == [(0, 0, 0, 3), (0, 3, 3, 7)]
 
 
+def test_forced_moves_count_against_the_budget():
+    """What a dead rank held must move; the rest of the budget is what is left of it."""
+    rng = np.random.default_rng(8)
+    history = rng.lognormal(0, 1, (4, 32))
+    before = np.tile(np.arange(48, dtype=np.int32) % 32, (4, 1))  # ranks 0 and 4, 1 and 5 hold the same; only ranks 2 and 3 can lose some
+    forced = place(history, ep_size=6, slots=[8] * 6, policy="repair", previous=before, dead=[2], max_moves=0).n_moves.sum()
+    assert forced == 4 * 8
+    for policy in ("repair", "balanced", "flow"):
+        for budget in (forced, forced + 3):
+            placed = place(history, ep_size=6, slots=[8] * 6, policy=policy, previous=before, dead=[2], max_moves=int(budget))
+            check(placed, history, [8, 8, 0, 8, 8, 8], before)
+            assert placed.n_moves.sum() <= budget
+
+
+@pytest.mark.parametrize("dead", [[], [5]])
+def test_groups_stay_on_their_node_within_a_budget(dead):
+    rng = np.random.default_rng(9)
+    history = rng.lognormal(0, 1, (6, 64))
+    first = place(history, ep_size=8, slots=[10] * 8, policy="balanced", nodes=4, groups=8).phy2log
+    arriving = history * rng.lognormal(0, 0.5, history.shape)
+    given = dict(ep_size=8, slots=[10] * 8, previous=first, nodes=4, groups=8, dead=dead)
+    if dead:
+        given["slots"] = [10] * 4 + [16] * 2 + [10] * 2
+        given["previous"] = np.full((6, 8, 16), -1, dtype=np.int32)
+        given["previous"][:, :, :10] = first.reshape(6, 8, 10)
+        given["previous"] = given["previous"].reshape(6, -1)
+    kept = place(arriving, policy="balanced", max_moves=0, **given)
+    placed = place(arriving, policy="balanced", max_moves=120, **given)
+    assert placed.n_moves.sum() <= 120
+    if not dead:  # a host with one rank left has nowhere to go
+        assert placed.even_balance.mean() > kept.even_balance.mean()
+    width = len(placed.phy2log[0]) // 8
+    for slots in placed.phy2log:
+        for group in range(8):
+            assert len(set(np.flatnonzero(slots // 8 == group) // (2 * width))) == 1
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("policy, ranks, experts, slots", [
+    ("flow", 1024, 8, 2048), ("balanced", 512, 8, 8192), ("balanced", 1024, 2, 8192), ("repair", 512, 2048, 4096),
+    ("flow", 1024, 4096, 5120)])
+def test_large_sizes_take_seconds(policy, ranks, experts, slots):
+    rng = np.random.default_rng(10)
+    history = rng.lognormal(0, 1, (1, experts))
+    before = place(history, ep_size=ranks, slots=slots, policy="balanced").phy2log if policy == "repair" else None
+    began = time.monotonic()
+    placed = place(history[:, ::-1].copy(), ep_size=ranks, slots=slots, policy=policy, previous=before)
+    assert time.monotonic() - began < 6
+    assert set(placed.phy2log[0].tolist()) - {-1} == set(range(experts))
+
+
 @pytest.mark.parametrize("change, words", [
     ({"history": [[1.0, float("nan")]]}, r"history\[0\]\[0\]\[1\]: must be finite and not negative, got nan"),
     ({"history": [[1.0, -1.0]]}, r"history\[0\]\[0\]\[1\]: must be finite and not negative, got -1"),
@@ -223,9 +276,16 @@ def test_sources_of_moves():
     ({"max_moves": -1}, "max_moves: must be at least 0"),
     ({"previous": [[0, 1, 0, 2]]}, r"previous\[0\]\[3\]: must be a logical expert, 0 .. 1, or -1 for none, got 2"),
     ({"previous": [[0, 1]]}, r"previous: must be \[1 layers, 2 \* 2 slots\], got shape \[1, 2\]"),
+    ({"policy": "deepseek", "previous": [[0, 1, 0, 1]], "max_moves": 1}, "max_moves: must be 0 or -1 with policy deepseek"),
     ({"policy": "deepseek", "slots": [3, 1]}, "policy: deepseek needs equally many slots on every rank"),
     ({"nodes": 3}, "n_nodes: must lie in 1 .. 2, got 3"),
     ({"tolerance": 2}, "tolerance: must lie in 0 .. 1"),
+    ({"tolerance": "x"}, "tolerance: must be a number, got 'x'"),
+    ({"tolerance": None}, "tolerance: must be a number, got None"),
+    ({"dead": 1}, "dead: must be a list of ranks, got 1"),
+    ({"dead": None}, "dead: must be a list of ranks, got None"),
+    ({"slots": [2**62, 2**62]}, "slots: must be at most 8192 for each rank, got 4611686018427387904"),
+    ({"history": np.ones((0, 1, 2))}, r"history: must have at least one snapshot, got shape \[0, 1, 2\]"),
     ({"ep_size": 0}, "ep_size: must be at least 1"),
 ])
 def test_words(change, words):

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from . import _c
 from ._ops.arguments import integer, one_of
 from ._ops.host import A, Array, Int32s, Int64s, address_of, as_given, enough_memory, host_integers, host_numbers, to_host
-from .errors import Unsupported, broken_rule
+from .errors import Unsupported, broken_rule, shown
 
 REPORT = np.dtype([("even_balance", np.float64), ("exact_balance", np.float64), ("duplicates", np.int64), ("moves", np.int64)])
 
@@ -92,7 +92,7 @@ def place(history: A, *, ep_size: int, slots: Union[int, Sequence[int], Array], 
       "repair"    few changes to previous, made where the solver's witness shows that it is tight; 1% of the slots without max_moves.
     previous: the placement in force, integers [layers, ep_size * most slots of a rank], -1 for none. Experts that stay on a rank stay in
     their slot. max_moves: how many experts may come new to a rank, over all layers; it is spent where it helps most. Experts that only
-    dead ranks held get a slot in any case.
+    dead ranks held get a slot in any case, and count. Not with "deepseek", which places anew.
     nodes, groups: hosts, and groups of experts that are selected together. Where nodes divides groups, "balanced" and "deepseek" keep a
     group's experts on one host. moves() prefers sources on the same host.
     """
@@ -101,6 +101,8 @@ def place(history: A, *, ep_size: int, slots: Union[int, Sequence[int], Array], 
     if loads.ndim not in (2, 3):
         raise broken_rule("history", "must be [layers, experts] or [snapshots, layers, experts]", f"shape {list(loads.shape)}")
     snapshots, layers, experts = loads.shape if loads.ndim == 3 else (1, *loads.shape)
+    if not snapshots:
+        raise broken_rule("history", "must have at least one snapshot", f"shape {list(loads.shape)}")
     ranks = integer("ep_size", ep_size, 1, _c.MAX_RANKS)
     of_rank = _slots_of_ranks(slots, ranks, dead)
     width = int(of_rank.max())
@@ -109,6 +111,8 @@ def place(history: A, *, ep_size: int, slots: Union[int, Sequence[int], Array], 
         raise broken_rule("previous", f"must be [{layers} layers, {ranks} * {width} slots]", f"shape {list(before.shape)}")
     if max_moves is not None:
         max_moves = integer("max_moves", max_moves, 0) or _c.PLACE_KEEP
+    if not isinstance(tolerance, (int, float, np.number)):
+        raise broken_rule("tolerance", "must be a number", shown(tolerance))
     tolerance = float(tolerance)
     if not 0 <= tolerance <= 1:
         raise broken_rule("tolerance", "must lie in 0 .. 1", tolerance)
@@ -126,7 +130,11 @@ def place(history: A, *, ep_size: int, slots: Union[int, Sequence[int], Array], 
 
 
 def _slots_of_ranks(slots: Any, ranks: int, dead: Sequence[int]) -> Int64s:
-    gone = sorted({integer("dead", rank, 0, ranks - 1) for rank in dead})
+    try:
+        named = list(dead)
+    except Exception:  # of the value's own methods
+        raise broken_rule("dead", "must be a list of ranks", shown(dead)) from None
+    gone = sorted({integer("dead", rank, 0, ranks - 1) for rank in named})
     live = [rank for rank in range(ranks) if rank not in gone]
     if not live:
         raise broken_rule("dead", "must leave a rank alive", f"all {ranks}")
@@ -144,6 +152,8 @@ def _slots_of_ranks(slots: Any, ranks: int, dead: Sequence[int]) -> Int64s:
         raise broken_rule("slots", f"must be a number in all, or one for each of the {ranks} ranks", f"{of_rank.size} numbers")
     if (of_rank < 0).any() or not of_rank.any():
         raise broken_rule("slots", "must be at least 0 for every rank, and not 0 for all", of_rank.tolist())
+    if int(of_rank.max()) > _c.MAX_PHYSICAL:
+        raise Unsupported(f"slots: must be at most {_c.MAX_PHYSICAL} for each rank, got {int(of_rank.max())}")
     of_rank[gone] = 0
     if not of_rank.any():
         raise broken_rule("dead", "must leave a rank with slots", gone)
