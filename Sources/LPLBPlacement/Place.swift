@@ -208,9 +208,6 @@ extension PlaceRequest {
     }
 
     func check(_ history: UnsafeBufferPointer<Double>) throws(RuleViolation) {
-        if let maxMoves, policy == .deepseek {
-            throw RuleViolation("max_moves", "must not be given with policy deepseek, which places anew", value: maxMoves)
-        }
         if let previous {
             if previous.count != nLayers * slotsPerLayer {
                 throw RuleViolation("previous", "must have n_layers * n_ranks * n_slots entries", value: previous.count)

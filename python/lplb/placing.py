@@ -109,6 +109,8 @@ def place(history: A, *, ep_size: int, slots: Union[int, Sequence[int], Array], 
     before = None if previous is None else host_integers("previous", previous, 2, np.int32)
     if before is not None and before.shape != (layers, ranks * width):
         raise broken_rule("previous", f"must be [{layers} layers, {ranks} * {width} slots]", f"shape {list(before.shape)}")
+    if max_moves is not None and policy == "deepseek":
+        raise broken_rule("max_moves", "must not be given with policy deepseek, which places anew", max_moves)
     if max_moves is not None:
         max_moves = integer("max_moves", max_moves, 0) or _c.PLACE_KEEP
     if not isinstance(tolerance, (int, float, np.number)):
