@@ -276,7 +276,7 @@ def test_large_sizes_take_seconds(policy, ranks, experts, slots):
     ({"max_moves": -1}, "max_moves: must be at least 0"),
     ({"previous": [[0, 1, 0, 2]]}, r"previous\[0\]\[3\]: must be a logical expert, 0 .. 1, or -1 for none, got 2"),
     ({"previous": [[0, 1]]}, r"previous: must be \[1 layers, 2 \* 2 slots\], got shape \[1, 2\]"),
-    ({"policy": "deepseek", "previous": [[0, 1, 0, 1]], "max_moves": 1}, "max_moves: must be 0 or -1 with policy deepseek"),
+    ({"policy": "deepseek", "previous": [[0, 1, 0, 1]], "max_moves": 1}, "max_moves: must not be given with policy deepseek"),
     ({"policy": "deepseek", "slots": [3, 1]}, "policy: deepseek needs equally many slots on every rank"),
     ({"nodes": 3}, "n_nodes: must lie in 1 .. 2, got 3"),
     ({"tolerance": 2}, "tolerance: must lie in 0 .. 1"),
