@@ -48,6 +48,20 @@ def turned_slots(size):
     return np.concatenate([own[:, ::-1], np.roll(own[:, 1:], 1, axis=0)], axis=1).reshape(-1)
 
 
+def empty_slots(seed, size, n_local=7, dead=None):
+    """Random slots, about half of the copies' ones empty; on a rank that is dead all are, and the others are as many as the experts need."""
+    rng = np.random.default_rng([seed, size, 1])
+    experts = n_experts(size)
+    live = [rank for rank in range(size) if rank != dead]
+    width = max(n_local, -(-experts // len(live)) + 1)
+    held = np.full(len(live) * width, -1)
+    held[:experts] = np.arange(experts)
+    held[experts:] = np.where(rng.random(held.size - experts) < 0.5, rng.integers(0, experts, held.size - experts), -1)
+    slots = np.full((size, width), -1)
+    slots[live] = rng.permutation(held).reshape(len(live), width)
+    return slots.reshape(-1).astype(np.int32)
+
+
 def uneven_slots(size):
     """Seven experts that stand on the first rank alone; the last rank holds one expert."""
     return np.minimum(np.arange(7 * size), n_experts(size) - 1)

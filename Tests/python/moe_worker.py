@@ -24,8 +24,8 @@ from lplb import Planner
 from lplb.moe import MoELayer, save_plans
 from moe_models import language_model, with_ddp
 from moe_reference import (
-    HIDDEN, WIDTH, Dense, batch, by_topology, far, merge, n_experts, natural, raises, random_slots, ring_slots, step, turned_slots,
-    uneven_slots)
+    HIDDEN, WIDTH, Dense, batch, by_topology, empty_slots, far, merge, n_experts, natural, raises, random_slots, ring_slots, step,
+    turned_slots, uneven_slots)
 
 torch.set_num_threads(1)
 
@@ -75,6 +75,38 @@ def update_inside(group):
         dist.all_gather_object(moved, homes[0] != homes[1], group=group)
         assert any(moved), "no home moved"
     return merge(*found)
+
+
+def with_empty_slots(group):
+    """Slots without an expert, a rank that holds none and gets some again, and parameters in other hands."""
+    size, rank = group.size(), dist.get_rank(group)
+    width = n_experts(size)
+    slots = [random_slots(8, size, width + 1), empty_slots(9, size, width + 1), empty_slots(10, size, width + 1, dead=1),
+             random_slots(11, size, width + 1)]
+    found = []
+    for order in ((0, 1, 3), (1, 2, 1), (2, 3, 2)):
+        planner = Planner.from_placement(slots[order[0]], n_logical=n_experts(size), group=group)
+        layer = MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64, slack=n_experts(size))
+
+        def between(index):
+            if index:
+                planner.update_placement(slots[order[index]])
+                layer.replicas.update()
+
+        found.append(step(layer, size, rank, between))
+    for one in slots[1:3]:
+        planner = Planner.from_placement(one, n_logical=n_experts(size), group=group)
+        found.append(step(MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64), size, rank))
+        sharded, dense = MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64, sharded=True), Dense(size)
+        for peer in range(size):
+            mine = batch(7, peer, size)
+            (dense(*mine[:3]) * mine[3]).sum().backward()
+            if peer == rank:
+                (sharded(*mine[:3]) * mine[3]).sum().backward()
+        own = sharded.replicas.own
+        found.append({name: far(getattr(sharded, name).grad[own >= 0], getattr(dense, name).grad[own[own >= 0]])
+                      for name in ("gate_up", "down")})
+    return merge(*[{key: one.get(key, 0.0) for key in found[0]} for one in found])
 
 
 def main_gradients(group):

@@ -52,7 +52,8 @@ def witness_bound(loads: Array, phy2log: Array, ep_size: int, witness: Iterable[
     inside = np.zeros(ranks, dtype=bool)
     inside[_ranks(witness, ranks)] = True
     leaves = np.zeros(tokens_of.size, dtype=bool)
-    leaves[slots[~np.repeat(inside, slots.size // ranks) & (slots >= 0)]] = True
+    outside = slots[~np.repeat(inside, slots.size // ranks)]
+    leaves[outside[outside >= 0]] = True
     return -(-int(tokens_of[~leaves].sum()) // int(inside.sum()))
 
 
@@ -65,7 +66,7 @@ def _check_instance(loads: Int64s, slots: Int64s, ranks: int) -> None:
     for index in np.flatnonzero((loads < 0) | (loads > _c.MAX_LOAD))[:1]:
         raise broken_rule(f"loads[{index}]", f"must lie in 0 ... {_c.MAX_LOAD}", loads[index])
     for index in np.flatnonzero((slots < -1) | (slots >= loads.size))[:1]:
-        raise broken_rule(f"phy2log[{index}]", f"must lie in 0 ... {loads.size - 1}, or be -1 for an empty slot", slots[index])
+        raise broken_rule(f"phy2log[{index}]", f"must be a logical expert, 0 .. {loads.size - 1}, or -1 for none", slots[index])
     for expert in np.flatnonzero(np.bincount(slots[slots >= 0], minlength=loads.size) == 0)[:1]:
         raise broken_rule("phy2log", "must hold every logical expert", f"no slot for {expert}")
 

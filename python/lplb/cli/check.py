@@ -17,7 +17,7 @@ Int64Array = NDArray[np.int64]
 
 
 def hosts(phy2log: ArrayLike, n_logical: int, ep_size: int) -> NDArray[np.bool_]:
-    """[n_logical, ep_size]: True where the rank holds a replica of the expert. phy2log: [n_physical], in rank order."""
+    """[n_logical, ep_size]: True where the rank holds a replica of the expert. phy2log: [n_physical], in rank order, -1 for empty slots."""
     experts, ranks = integer("n_logical", n_logical, 1, _c.MAX_LOGICAL), integer("ep_size", ep_size, 1)
     slots = _slots(phy2log, experts)
     if slots.size == 0 or slots.size % ranks:
@@ -66,22 +66,22 @@ def rank_loads(tokens_per_slot: ArrayLike, ep_size: int) -> Int64Array:
 def conserve(taken: ArrayLike, counts: ArrayLike, phy2log: ArrayLike) -> None:
     """
     InternalError unless every token of every source reaches a slot of its own expert: taken [n_sources, n_physical], summed over the slots
-    of each expert, is counts [n_sources, n_logical], and nothing is negative.
+    of each expert, is counts [n_sources, n_logical], nothing is negative, and empty slots (-1 in phy2log) get nothing.
     """
     sent, wanted = _rows("taken", taken), _rows("counts", counts)
     slots = _slots(phy2log, wanted.shape[1])
     if sent.shape != (len(wanted), slots.size):
         raise broken_rule("taken", f"must be [n_sources, n_physical] = [{len(wanted)}, {slots.size}]", f"shape {list(sent.shape)}")
-    sums = np.zeros((wanted.shape[1] + 1, len(wanted)), dtype=np.int64)  # the last one of empty slots, -1
-    np.add.at(sums, slots, sent.T)
-    if (sent < 0).any() or (sums[:-1].T != wanted).any() or sums[-1].any():
+    sums = np.zeros_like(wanted.T)
+    np.add.at(sums, slots[slots >= 0], sent.T[slots >= 0])
+    if (sent < 0).any() or sent[:, slots < 0].any() or (sums.T != wanted).any():
         raise InternalError("a plan lost or invented tokens: please report the loads and the placement")
 
 
 def _slots(phy2log: ArrayLike, n_logical: int) -> Int64Array:
     slots: Int64s = host_integers("phy2log", phy2log, 1, np.int64, _c.MAX_EPLB_PHYSICAL)
     for slot in np.flatnonzero((slots < -1) | (slots >= n_logical))[:1]:
-        raise broken_rule(f"phy2log[{slot}]", f"must lie in 0 ... {n_logical - 1}, or be -1 for an empty slot", slots[slot])
+        raise broken_rule(f"phy2log[{slot}]", f"must be a logical expert, 0 .. {n_logical - 1}, or -1 for none", slots[slot])
     return slots
 
 

@@ -44,7 +44,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.previous:
         files["the previous placement"] = arguments.previous
     check_results(arguments, files)
-    check_writable(arguments.out, "--out", {what: path for what, path in files.items() if what != "the previous placement"})
+    results = {} if arguments.json is None else {"the file of --json": arguments.json}
+    check_writable(arguments.out, "--out", {**{what: path for what, path in files.items() if what != "the previous placement"}, **results})
     if arguments.out and not arguments.out.endswith(".npy"):
         raise UsageError(f"--out: the file must end in .npy, got {shown(arguments.out)}")
     history = _history(arguments)
@@ -112,7 +113,7 @@ def _dead(text: str | None) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and len(part) < 6 for part in parts):
         raise UsageError(f"--dead: must be a list of ranks such as 3,7, got {shown(text)!r}")
-    return [int(part) for part in parts]
+    return sorted({int(part) for part in parts})
 
 
 def _moves(text: str | None, slots: int) -> int | None:
