@@ -97,7 +97,7 @@ def test_simulate_plays_what_place_writes(here, capsys, placement):
     (["--groups", "17"], "n_groups: must lie in 1 .. 16, got 17"),
     (["--policy", "repair"], "previous: must be given with policy repair"),
     (["--policy", "deepseek", "--slots", "25"], "policy: deepseek needs equally many slots on every rank"),
-    (["--policy", "deepseek", "--previous", "first.npy", "--max-moves", "3"], "max_moves: must be 0 or -1 with policy deepseek"),
+    (["--policy", "deepseek", "--previous", "first.npy", "--max-moves", "3"], "max_moves: must not be given with policy deepseek"),
     (["--max-moves", "3"], "max_moves: needs previous"),
     (["--previous", "first.npy", "--max-moves", "nan"], "--max-moves: must be a number of moves or a share such as 5%, got 'nan'"),
     (["--previous", "first.npy", "--max-moves", "1.5"], "--max-moves: must be a number of moves or a share such as 5%, got '1.5'"),
