@@ -109,6 +109,25 @@ def with_empty_slots(group):
     return merge(*[{key: one.get(key, 0.0) for key in found[0]} for one in found])
 
 
+def old_ids(group):
+    """Ids of an older placement, on one rank alone or while others have no tokens: every rank raises, and none waits for the others."""
+    size, rank = group.size(), dist.get_rank(group)
+    planner = Planner.from_placement(random_slots(1, size), n_logical=n_experts(size), group=group)
+    layer = MoELayer(planner, HIDDEN, WIDTH, dtype=torch.float64, slack=n_experts(size))
+    for tokens in (0, 20):
+        mine = batch(1, rank, size, tokens=tokens if rank else 20)
+        planner.update_placement(random_slots(1, size))
+        layer.replicas.update()
+        old = layer.plan(mine[1])
+        planner.update_placement(random_slots(2, size))
+        layer.replicas.update()
+        new = layer.plan(mine[1])
+        words = "received: must return numbers of rows" if rank else "physical: must be slots that hold the given experts"
+        raises(lplb.InvalidArgument, words, lambda: layer(*mine[:3], physical=new if rank else old))
+        assert layer(*mine[:3], physical=new).shape == mine[0].shape
+    return {"raised": 0.0}
+
+
 def main_gradients(group):
     """Gradients in another type than the weights, which move with the homes."""
     size, rank = group.size(), dist.get_rank(group)
@@ -377,8 +396,8 @@ def refusals(group):
     return {}
 
 
-SCENARIOS = [gradients, update_inside, main_gradients, bfloat16, few_experts, optimizer_steps, same_bits, recomputation, checkpoints,
-             with_ddp, language_model, refusals]
+SCENARIOS = [gradients, with_empty_slots, old_ids, update_inside, main_gradients, bfloat16, few_experts, optimizer_steps, same_bits,
+             recomputation, checkpoints, with_ddp, language_model, refusals]
 
 
 def main():

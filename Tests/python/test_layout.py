@@ -250,6 +250,19 @@ def test_saved_layouts_of_batches_in_flight():
     assert all(torch.equal(one, other) for one, other in zip(*seen))
 
 
+def test_what_received_gets_and_returns():
+    """-1 everywhere where the ids are wrong, so that all ranks raise; what is no array is refused in words."""
+    planner = Planner.from_placement(np.array([0, 1, 2, -1]), n_logical=3, ep_size=2, device="cpu")
+    seen = []
+    physical = planner.run(np.array([[0, 2], [1, -1]]), None)
+    assert planner.layout(physical, received=lambda rows: (seen.append(rows), rows)[1]).wait().sent == [2, 1]
+    with pytest.raises(lplb.InvalidArgument, match="physical: must be -1 .. 3, slots of the planner's placement, got 1 ids that are not"):
+        planner.layout(np.array([[0, 9]]), received=lambda rows: (seen.append(rows), rows)[1])
+    assert seen[0].tolist() == [[1, 1], [1, 0]] and seen[1].tolist() == [[-1, -1], [-1, -1]] and seen[1].dtype == np.int32
+    with pytest.raises(lplb.InvalidArgument, match=r"received: must return \[2, 2\], got NoneType"):
+        planner.layout(physical, received=lambda rows: None)
+
+
 def test_ranks_agree(tmp_path):
     """On three processes with gloo: what rank a says that it sends to b is what b says that it receives from a, and it arrives."""
     here, ranks = Path(__file__).parent, 3

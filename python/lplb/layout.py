@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 from . import _c
 from ._ops.arguments import integer
 from ._ops.calls import Calls, layout_sections
-from ._ops.host import A, loaded_torch
+from ._ops.host import A, loaded_torch, shape_of
 from .errors import LplbError, WrongOrder, broken_rule
 
 if TYPE_CHECKING:
@@ -52,9 +52,12 @@ class Layout(Generic[A]):
         self.order, words = calls.layout(physical, experts, row_of_slot, planner._token(), *self._of, received is None)
         begin = layout_sections(n_ranks, n_rows)
         if received is not None:
-            theirs = received(words[begin.sent : begin.sent + n_ranks * n_rows].reshape(n_ranks, n_rows))
-            if tuple(theirs.shape) != (n_ranks, n_rows):
-                raise broken_rule("received", f"must return [{n_ranks}, {n_rows}]", f"shape {list(theirs.shape)}")
+            mine: Any = words[begin.sent : begin.sent + n_ranks * n_rows].reshape(n_ranks, n_rows)
+            # -1 to everybody where the ids are wrong, so that no rank goes on to wait for the rows of one that raises.
+            theirs = received(mine - (mine + 1) * (words[:1] != 0))
+            if shape_of(theirs) != [n_ranks, n_rows]:
+                got = f"shape {shape_of(theirs)}" if hasattr(theirs, "shape") else type(theirs).__name__
+                raise broken_rule("received", f"must return [{n_ranks}, {n_rows}]", got)
             words = calls.layout_received(words, theirs, *self._of)
         self._words: A = words
         self._splits: Splits | None = None
@@ -120,7 +123,8 @@ class Layout(Generic[A]):
             found = WrongOrder("layout: physical must be the ids of the planner's latest plan, from which follows what other ranks send; "
                                "for ids of an earlier one keep their layout, or give received=")
         elif problems & _c.LAYOUT_BAD_RECEIVED:
-            found = broken_rule("received", "must return numbers of rows, at least 0 each and below 2^31 together", "others")
+            found = broken_rule("received", "must return numbers of rows, at least 0 each and below 2^31 together (-1 comes from a rank "
+                                "whose ids are wrong: its words say how)", "others")
         elif problems & _c.LAYOUT_BY_ROW_SHORT or (self._max_received is not None and numbers[_c.LAYOUT_N_RECEIVED] > self._max_received):
             found = broken_rule("max_received", "must be at least the number of rows that are received", f"{self._max_received}, and "
                                 f"{numbers[_c.LAYOUT_N_RECEIVED]} rows")
