@@ -128,3 +128,13 @@ def test_policy_keeps_slots_of_a_real_change():
     kept = EplbPolicy.rebalance_experts(weight, 96, 8, 2, 8, old)
     assert (np.sort(kept.reshape(4, 8, 12)) == np.sort(fresh.reshape(4, 8, 12))).all()
     assert (kept == old).sum() >= (fresh == old).sum()
+
+
+def test_empty_slots_stay_on_their_rank():
+    """-1, as lplb.place() writes it."""
+    assert keep_slots(np.array([[0, -1, 1, -1]]), np.array([[-1, -1, -1, 1]]), 2).tolist() == [[-1, 0, -1, 1]]
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        new, old = rng.integers(-1, 6, (2, 3, 12))
+        kept = keep_slots(new, old, 3)
+        assert np.array_equal(np.sort(kept.reshape(3, 3, 4)), np.sort(new.reshape(3, 3, 4)))
