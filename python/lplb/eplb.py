@@ -125,12 +125,13 @@ def keep_slots(phy2log: Int64s, old: Int64s, num_ranks: int) -> Int64s:
     row = np.arange(len(rows))
     waiting = np.ones(rows.shape, dtype=bool)  # experts of the new placement without a slot yet
     result = np.full(rows.shape, -1, dtype=np.int64)
+    free = np.ones(rows.shape, dtype=bool)  # slots of the result that nothing has been put into
     for slot in range(rows.shape[1]):
         stays = (rows == before[:, slot, None]) & waiting
         found = stays.any(axis=1)
         first = stays.argmax(axis=1)
         result[found, slot] = before[found, slot]
-        waiting[row[found], first[found]] = False
+        waiting[row[found], first[found]] = free[found, slot] = False
     # Row by row both masks have equally many elements, so row-major order pairs each newcomer with its free slot.
-    result[result < 0] = rows[waiting]
+    result[free] = rows[waiting]
     return result.reshape(phy2log.shape)
