@@ -146,6 +146,8 @@ def test_other_policies_in_the_same_form(policy):
     assert 0 < new <= 4
     with pytest.raises(lplb.LplbError, match="max_moves: must not be given with policy deepseek, which places anew, got 4"):
         lplb.eplb.EplbPolicy.rebalance_experts(weight, 80, 1, 1, 8, phy2log, policy="deepseek", max_moves=4)
+
+
 def test_empty_slots_stay_on_their_rank():
     """-1, as lplb.place() writes it."""
     assert keep_slots(np.array([[0, -1, 1, -1]]), np.array([[-1, -1, -1, 1]]), 2).tolist() == [[-1, 0, -1, 1]]
