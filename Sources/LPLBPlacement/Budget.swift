@@ -116,13 +116,8 @@ final class BudgetSearch {
 
     /// Moves that a change adds; below zero where it brings experts back.
     private func cost(_ change: Change, _ former: Former) -> Int {
-        let one = cost(change.rank, change.slot, change.expert, former)
-        return change.other < 0 ? one : one + cost(change.other, change.otherSlot, change.otherExpert, former)
-    }
-
-    private func cost(_ rank: Int, _ slot: Int, _ e: Int32, _ former: Former) -> Int {
-        let old = Int(board.expert[rank * board.width + slot])
-        return (former.held(rank, Int(e)) ? 0 : 1) - (former.held(rank, old) ? 0 : 1)
+        let one = former.cost(board, change.rank, change.slot, change.expert)
+        return change.other < 0 ? one : one + former.cost(board, change.other, change.otherSlot, change.otherExpert)
     }
 
     private func apply(_ change: Change, _ weight: [Double]) {

@@ -36,7 +36,7 @@ func placeHubs(_ board: Board, _ drift: Drift, edges: Int, extraHubs: Int, turn:
     let risk = Risk(drift, nRanks: board.nRanks)
     let leafOf = placeEdges(board, drift, risk, edgeExperts, leaves)
     for e in byLoad[nEdges..<(nLogical - fillers)] {
-        guard let leaf = safest(leaves, board, risk, e) else { return false }
+        guard let leaf = risk.safest(leaves, board, e) else { return false }
         board.put(e, on: leaf)
         risk.add(e, part: 1, on: leaf)
     }
@@ -76,15 +76,6 @@ private func placeEdges(_ board: Board, _ drift: Drift, _ risk: Risk, _ experts:
         leafOf.append(leaf)
     }
     return leafOf
-}
-
-private func safest(_ ranks: [Int], _ board: Board, _ risk: Risk, _ e: Int) -> Int? {
-    var best = -1, least = Double.infinity
-    for rank in ranks where board.hasRoom(rank) {
-        let level = risk.level(rank, with: e)
-        if level < least { (best, least) = (rank, level) }
-    }
-    return best < 0 ? nil : best
 }
 
 /// The edges' copies, heaviest first, each to the hub with the least inflow, away from hubs that this expert's leaf or its other hubs

@@ -36,12 +36,7 @@ func placeRing(_ board: Board, _ drift: Drift, steps: [Int], turn: Int) -> Bool 
         }
     }
     for e in byLoad[redundant...] {
-        var best = -1, least = Double.infinity
-        for rank in ranks where board.hasRoom(rank) {
-            let level = risk.level(rank, with: e)
-            if level < least { (best, least) = (rank, level) }
-        }
-        if best < 0 { return false }
+        guard let best = risk.safest(ranks, board, e) else { return false }
         board.put(e, on: best)
         risk.add(e, part: 1, on: best)
     }

@@ -51,4 +51,14 @@ final class Risk {
         }
         return mean[rank] + load + Risk.deviations * variance.squareRoot()
     }
+
+    /// The rank with room that has least to bear with all of expert e as well; nil where none has room.
+    func safest(_ ranks: [Int], _ board: Board, _ e: Int) -> Int? {
+        var best: Int?, least = Double.infinity
+        for rank in ranks where board.hasRoom(rank) {
+            let level = level(rank, with: e)
+            if level < least { (best, least) = (rank, level) }
+        }
+        return best
+    }
 }

@@ -74,6 +74,12 @@ struct Former {
     @inline(__always)
     func held(_ rank: Int, _ e: Int) -> Bool { holds[rank * nLogical + e] }
 
+    /// Moves that it takes to put an expert into a slot in use; -1 where that undoes one.
+    func cost(_ board: Board, _ rank: Int, _ slot: Int, _ e: Int32) -> Int {
+        let old = Int(board.expert[rank * board.width + slot])
+        return (held(rank, Int(e)) ? 0 : 1) - (held(rank, old) ? 0 : 1)
+    }
+
     /// Experts on ranks that did not hold them.
     func moves(_ board: Board) -> Int {
         var moves = 0
