@@ -18,6 +18,7 @@ from .errors import (
     Busy, CudaError, Disagreement, InternalError, InvalidArgument, LibraryError, LplbError, NoCuda, OutOfMemory, PeerLost, PeerTimeout,
     Unsupported, WrongOrder)
 from .info import GroupInfo, Info, Locality
+from .judging import PlacementReport, placement_report
 from .layout import Layout, Splits
 from .placement import homes
 from .placing import Placed, SlotMove, place
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 __version__ = ".".join(map(str, VERSION))
 
 __all__ = [
-    "Planner", "Info", "GroupInfo", "Locality", "Layout", "Splits", "Replicas", "homes", "place", "Placed", "SlotMove", "solve", "Solution",
-    "witness_bound", "eplb", "topology", "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory",
+    "Planner", "Info", "GroupInfo", "Locality", "Layout", "Splits", "Replicas", "homes", "place", "Placed", "SlotMove",
+    "PlacementReport", "placement_report", "solve", "Solution", "witness_bound", "eplb", "topology", "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory",
     "NoCuda", "CudaError",
     "PeerTimeout", "PeerLost", "Disagreement", "InternalError", "__version__",
 ]
