@@ -40,7 +40,7 @@ func makeHomesEven(
     if let rank = board.live.first(where: { owned[$0] > share.most || owned[$0] < share.least }) {
         let numbers = share.least == share.most ? "\(share.most)" : "\(share.least) or \(share.most)"
         throw RuleViolation(
-            "even_homes", "must be 0 unless every rank can own \(numbers) of the \(board.nLogical) experts",
+            "even_homes", "must be 0 where no placement was found in which every rank can own \(numbers) of the \(board.nLogical) experts",
             value: "rank \(rank) with \(owned[rank]) in layer \(layer)\(mayChange ? "" : ", where policy or max_moves leave no choice")")
     }
 }
@@ -59,8 +59,10 @@ private struct HomeMender {
         let slot: Int, other: Int, gap: Double
     }
 
-    // Swaps that are tried in a step, those of them that are weighed, and partners of each slot.
-    private static let tried = 64, weighed = 6, partners = 6
+    /// Partners of each slot, first few and then all.
+    private static let partners = [24, Int.max]
+    /// Slots that are looked at for all swaps of a step together.
+    private static let work = 1 << 23
 
     init(_ board: Board, _ shape: ExpertShape, _ share: EvenShare, perNode: Int?) throws(RuleViolation) {
         (phy2log, self.shape, self.share, live, self.perNode) = (board.phy2log, shape, share, board.live, perNode ?? board.nRanks)
@@ -71,24 +73,28 @@ private struct HomeMender {
 
     /// Swaps slots until the homes are even or no swap that is tried brings them nearer.
     mutating func mend(_ weight: [Double], cost: (Placement) throws(RuleViolation) -> Double) throws(RuleViolation) {
+        let most = max(1, min(6, (1 << 14) / shape.nPhysical))  // swaps that bring the homes nearer, of which the cheapest is taken
         while excess > 0 {
             ranks = [[Int]](repeating: [], count: shape.nLogical)
             for (slot, e) in phy2log.enumerated() where e >= 0 && ranks[Int(e)].last != slot / shape.nLocal {
                 ranks[Int(e)].append(slot / shape.nLocal)
             }
+            let inside = crowded()
             var best: (excess: Int, cost: Double, phy2log: [Int32], homes: HomeSearch)?
-            var weighed = 0
-            for swap in swaps(weight) where weighed < HomeMender.weighed {
-                var slots = phy2log
-                slots.swapAt(swap.slot, swap.other)
-                let placement = try Placement(shape: shape, phy2log: slots)
-                var search = HomeSearch(placement, former: nil)
-                search.even()
-                let left = share.excess(search.count, on: live)
-                guard left < excess else { continue }
-                weighed += 1
-                let price = try cost(placement)
-                if best == nil || (left, price) < (best!.excess, best!.cost) { best = (left, price, slots, search) }
+            for partners in HomeMender.partners where best == nil {
+                var weighed = 0
+                for swap in swaps(weight, inside, partners) where weighed < most {
+                    var slots = phy2log
+                    slots.swapAt(swap.slot, swap.other)
+                    let placement = try Placement(shape: shape, phy2log: slots)
+                    var search = HomeSearch(placement, former: homes.home)
+                    search.even()
+                    let left = share.excess(search.count, on: live)
+                    guard left < excess else { continue }
+                    weighed += 1
+                    let price = try cost(placement)
+                    if best == nil || (left, price) < (best!.excess, best!.cost) { best = (left, price, slots, search) }
+                }
             }
             guard let best else { return }
             (excess, phy2log, homes) = (best.excess, best.phy2log, best.homes)
@@ -101,14 +107,30 @@ private struct HomeMender {
         if let rank = live.max(by: { (homes.count[$0], $1) < (homes.count[$1], $0) }), homes.count[rank] > share.most {
             for other in homes.search(from: rank).reached { inside[other] = true }
         } else if let rank = live.min(by: { (homes.count[$0], $0) < (homes.count[$1], $1) }) {
-            for other in live { inside[other] = !homes.search(from: other).reached.contains(rank) }
+            for other in live { inside[other] = true }
+            for other in reaching(rank) { inside[other] = false }
         }
         return inside
     }
 
+    /// The ranks from which homes can be shifted to a rank, itself included.
+    private func reaching(_ rank: Int) -> [Int] {
+        var found = [rank], isFound = [Bool](repeating: false, count: shape.epSize), next = 0
+        isFound[rank] = true
+        while next < found.count {
+            let here = found[next]
+            next += 1
+            for e in phy2log[here * shape.nLocal..<(here + 1) * shape.nLocal] where e >= 0 {
+                let owner = Int(homes.home[Int(e)]) / shape.nLocal
+                if !isFound[owner] { found.append(owner) }
+                isFound[owner] = true
+            }
+        }
+        return found
+    }
+
     /// Swaps of an expert that stands in crowded ranks alone with one that stands on several others, nearest shares of the load first.
-    private func swaps(_ weight: [Double]) -> [Swap] {
-        let inside = crowded()
+    private func swaps(_ weight: [Double], _ inside: [Bool], _ partnersOfSlot: Int) -> [Swap] {
         func load(_ slot: Int) -> Double { weight[Int(phy2log[slot])] / Double(ranks[Int(phy2log[slot])].count) }
         let used = phy2log.indices.filter { phy2log[$0] >= 0 }
         let out = used.filter { ranks[Int(phy2log[$0])].allSatisfy { inside[$0] } }
@@ -119,7 +141,7 @@ private struct HomeMender {
         var found: [Swap] = []
         for slot in out {
             var above = levels.partitioningIndex { $0 >= load(slot) }, below = above - 1, taken = 0
-            while taken < HomeMender.partners && (above < partners.count || below >= 0) {
+            while taken < partnersOfSlot && (above < partners.count || below >= 0) {
                 let up = above < partners.count ? levels[above] - load(slot) : .infinity
                 let down = below >= 0 ? load(slot) - levels[below] : .infinity
                 let other = up <= down ? partners[above] : partners[below]
@@ -129,7 +151,7 @@ private struct HomeMender {
                 taken += 1
             }
         }
-        return Array(found.sorted { ($0.gap, $0.slot, $0.other) < ($1.gap, $1.slot, $1.other) }.prefix(HomeMender.tried))
+        return Array(found.sorted { ($0.gap, $0.slot, $0.other) < ($1.gap, $1.slot, $1.other) }.prefix(HomeMender.work / shape.nPhysical))
     }
 
     /// Neither rank holds the other's expert, and both are on one host where that is asked for.
