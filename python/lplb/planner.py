@@ -22,7 +22,7 @@ from ._ops.host import A, Array, Int32s, Int64s, address_of, host_integers, host
 from ._ops.ranks import Ranks
 from .errors import broken_rule
 from .info import Info, Locality, group_info
-from .saving import kept_arguments, make_again, parts
+from .saving import copied, kept_arguments, make_again, parts
 from .topology import named
 
 if TYPE_CHECKING:
@@ -414,11 +414,7 @@ class Planner:
 
     def __deepcopy__(self, memo: Any = None) -> Self:
         """Another planner with the same settings, group and placement, without a plan. With a group collective."""
-        exchange = self.exchange
-        kind, arguments, *rest = parts(self)
-        if exchange is not None and not exchange.owned:  # the caller's, who shares it among planners
-            arguments["exchange"] = exchange
-        return make_again(kind, arguments, *rest, group=self.ep_group)  # type: ignore[return-value]
+        return copied(self)
 
     __copy__ = __deepcopy__
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from .errors import WrongOrder, shown
 
 if TYPE_CHECKING:
     from .planner import Planner
+
+P = TypeVar("P", bound="Planner")
 
 # What differs from process to process, and so is found anew: the rest of Planner's arguments is kept.
 NOT_KEPT = ("self", "group", "device", "exchange", "redundant_to_original")
@@ -50,7 +52,7 @@ def kept_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
             "exchange": exchange if isinstance(exchange, str) else "auto"}
 
 
-def parts(planner: Planner) -> tuple[Any, ...]:
+def parts(planner: P) -> tuple[type[P], dict[str, Any], Array, npt.NDArray[np.float64] | None, int | None]:
     """What make_again needs, all of which can be pickled. The placement is a tensor on the planner's device, so that the map_location of
     torch.load says where the planner will be."""
     planner._handle.opened()
@@ -61,12 +63,21 @@ def parts(planner: Planner) -> tuple[Any, ...]:
     shape = arguments["_shape"]
     if shape is None:
         return type(planner), arguments, planner.r2o, planner._placed_by, grouped
-    arguments["_shape"] = partial(shape_by_placement, None, *shape.args[1:])
+    arguments["_shape"] = shape.args[1:]
     return type(planner), arguments, planner.phy2log, None, grouped
 
 
-def make_again(kind: type[Planner], arguments: dict[str, Any], placement: Array, history: npt.NDArray[np.float64] | None,
-               grouped: int | None, group: Any = None) -> Planner:
+def copied(planner: P) -> P:
+    """Another planner with the same settings, group and placement."""
+    kind, arguments, placement, history, grouped = parts(planner)
+    exchange = planner.exchange
+    if exchange is not None and not exchange.owned:  # the caller's, who shares it among planners
+        arguments["exchange"] = exchange
+    return make_again(kind, arguments, placement, history, grouped, planner.ep_group)
+
+
+def make_again(kind: type[P], arguments: dict[str, Any], placement: Array, history: npt.NDArray[np.float64] | None,
+               grouped: int | None, group: Any = None) -> P:
     """placement: r2o of a topology, or phy2log. grouped: the ranks of the group that the planner had. group: None looks for one."""
     from .planner import Planner
 
@@ -74,7 +85,7 @@ def make_again(kind: type[Planner], arguments: dict[str, Any], placement: Array,
         group = _found_group(grouped)
     if arguments["_shape"] is not None:
         slots: Int32s = host_integers("phy2log", placement, 1, np.int32, _c.MAX_PHYSICAL)
-        arguments = {**arguments, "_shape": partial(shape_by_placement, slots, *arguments["_shape"].args[1:])}
+        arguments = {**arguments, "_shape": partial(shape_by_placement, slots, *arguments["_shape"])}
     planner = kind.__new__(kind)
     Planner.__init__(planner, placement, group=group, device=placement.device if is_tensor(placement) else "cpu", **arguments)
     if history is not None:
