@@ -325,6 +325,10 @@ setup(
     package_dir={"": "python"},
     packages=find_packages("python"),
     package_data={"lplb": ["py.typed"], "lplb.cli": ["data/*"]},
+    entry_points={  # each does nothing before its environment variable asks for it
+        "vllm.general_plugins": ["lplb = lplb.integrations.vllm:register"],
+        "sglang.srt.plugins": ["lplb = lplb.integrations.sglang:register"],
+    },
     cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel, "develop": Develop},
     distclass=BinaryDistribution,
     zip_safe=False,
