@@ -87,7 +87,7 @@ class Planner:
         ranks = self._ranks = Ranks(ep_size, group, rank, tokens)
         self.ep_size, self.rank, self.tokens = ranks.size, ranks.own, ranks.tokens
         with ranks.telling():
-            if isinstance(redundant_to_original, str):
+            if isinstance(redundant_to_original, str) and _shape is None:
                 redundant_to_original = named(redundant_to_original)
             by_topology = partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts)
             shape = (_shape or by_topology)(self.ep_size)

@@ -201,9 +201,11 @@ class Layer:
             self.make()
         planner = self.planners[self.layers.micro_batch()]
         if self.sends or n_tokens is None:
-            return planner.run(ids.contiguous(), None)
+            all_planned: torch.Tensor = planner.run(ids.contiguous(), None)
+            return all_planned
         # Rows behind the batch's tokens hold whatever an earlier batch has left there, on each rank something else perhaps, and a plan that
         # counts them would not be the same everywhere. They take each expert's first replica.
         real: torch.Tensor = torch.arange(len(ids), device=ids.device)[:, None] < n_tokens
-        planned = planner.run(ids.masked_fill(~real, -1), None)
-        return torch.where(real, planned, log2phy[:, 0][ids.clamp(0, self.layers.n_logical - 1).long()].to(ids.dtype))
+        planned: torch.Tensor = planner.run(ids.masked_fill(~real, -1), None)
+        first = log2phy[:, 0][ids.clamp(0, self.layers.n_logical - 1).long()].to(ids.dtype)
+        return torch.where(real, planned, first)
