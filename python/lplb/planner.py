@@ -87,10 +87,11 @@ class Planner:
         ranks = self._ranks = Ranks(ep_size, group, rank, tokens)
         self.ep_size, self.rank, self.tokens = ranks.size, ranks.own, ranks.tokens
         with ranks.telling():
-            if isinstance(redundant_to_original, str) and _shape is None:
-                redundant_to_original = named(redundant_to_original)
-            by_topology = partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts)
-            shape = (_shape or by_topology)(self.ep_size)
+            if _shape is None:
+                if isinstance(redundant_to_original, str):
+                    redundant_to_original = named(redundant_to_original)
+                _shape = partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts)
+            shape = _shape(self.ep_size)
             exchange = check_exchange(exchange)
             self._configure(shape, redundant_to_original, device, n_nodes, solver, exchange, unit_number(unit), truth("debug", debug))
         self._create(exchange, shape.phy2log)
