@@ -73,7 +73,7 @@ extension lplb_config: SizedStruct {
     static var fields: [PartialKeyPath<Self>] {
         [
             \.device, \.solver, \.ep_size, \.rank, \.n_nodes, \.n_logical, \.n_physical, \.group_size, \.n_redundant, \.r2o,
-            \.number, \.policy, \.unused,
+            \.number, \.policy, \.unit,
         ]
     }
 }
@@ -103,6 +103,15 @@ extension lplb_layout: SizedStruct {
         [
             \.ids, \.experts, \.row_of_slot, \.n_ids, \.n_rows, \.ids_dtype, \.row_dtype, \.parts, \.exchanged, \.order, \.sent,
             \.received, \.ends, \.numbers, \.by_row, \.n_by_row,
+        ]
+    }
+}
+
+extension lplb_solve_config: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] {
+        [
+            \.loads, \.phy2log, \.n_logical, \.n_physical, \.ep_size, \.unit, \.unused, \.speed, \.fixed, \.tokens, \.info, \.level,
         ]
     }
 }

@@ -16,6 +16,9 @@ SOLVERS = {"flow": 0, "ipm": 1}
 POLICIES = {"trap": 0, "report": 1}  # LPLB_EXCHANGE_TRAP, LPLB_EXCHANGE_REPORT
 PLACE_POLICIES = {"flow": 0, "balanced": 1, "deepseek": 2, "repair": 3}  # LPLB_PLACE_FLOW, and so on
 PLACE_KEEP = -2
+UNIT_EXPERTS = -1
+SPEED_NORMAL, MAX_SPEED, MAX_FIXED = 1024, 65536, 16777216
+MAX_TOTAL = 2**42  # of lplb_solve_config, where the ranks differ
 MAX_RANKS = 1024  # LPLB_MAX_RANKS, and so on: limits of the header
 MAX_EP_SIZE = 8192
 MAX_LOGICAL = 4096
@@ -50,7 +53,7 @@ class Config(Sized):
     _fields_ = [
         ("struct_size", c_int64), ("device", c_int32), ("solver", c_int32), ("ep_size", c_int64), ("rank", c_int64), ("n_nodes", c_int64),
         ("n_logical", c_int64), ("n_physical", c_int64), ("group_size", c_int64), ("n_redundant", c_int64), ("r2o", c_void_p),
-        ("number", c_int64), ("policy", c_int32), ("unused", c_int32)]
+        ("number", c_int64), ("policy", c_int32), ("unit", c_int32)]
 
 
 # int32_t (*lplb_gather)(void *context, const void *mine, void *all, int64_t bytes);
@@ -98,6 +101,21 @@ class GroupInfoStruct(ctypes.Structure):
     _fields_ = [
         ("max_load", c_int64), ("bound", c_int64), ("total", c_int64), ("moved", c_int64), ("rounds", c_int64), ("certified", c_int32),
         ("witness_size", c_int32), ("witness", c_uint32 * (MAX_RANKS // 32))]
+
+
+class LevelStruct(ctypes.Structure):
+    """lplb_level"""
+
+    _fields_ = [("reached", c_int64), ("bound", c_int64), ("mean", c_int64)]
+
+
+class SolveConfig(Sized):
+    """lplb_solve_config"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("loads", c_void_p), ("phy2log", c_void_p), ("n_logical", c_int64), ("n_physical", c_int64),
+        ("ep_size", c_int64), ("unit", c_int32), ("unused", c_int32), ("speed", c_void_p), ("fixed", c_void_p), ("tokens", c_void_p),
+        ("info", POINTER(GroupInfoStruct)), ("level", POINTER(LevelStruct))]
 
 
 class PlanInfoStruct(Sized):

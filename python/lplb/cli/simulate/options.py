@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...topology import _COLUMNS
+from ...topology import _COLUMNS, NAMES
 from ..common import Parser, check_results, whole
 from ..files import DEFAULT_LIMIT, read_npy
 from ..terminal import UsageError, shown
@@ -24,7 +24,6 @@ MAX_RANKS = 1024  # every rank's plan is made and kept in this one process
 MAX_SLOTS = 8192  # LPLB_MAX_PHYSICAL
 MIB = 1 << 20
 PLACEMENTS = {"flow": "flow", "balanced": "balanced", "eplb": "deepseek"}  # and the policy of lplb.place
-NAMED = {"cube": "CUBE_8P2E", "ring": "RING_8P", "hypercube": "HYPERCUBE_16P2E", "square": "SQUARE_4P2E"}
 
 
 @dataclass(frozen=True)
@@ -221,8 +220,8 @@ def _topology_slots(asked: int | None, n_logical: int, ranks: int, columns: int,
 
 def topology(name: str, limit: int = DEFAULT_LIMIT) -> NDArray[np.int32]:
     """r2o [group_size, n_redundant] of a name, torus:MxN or FILE.npy. Raises UsageError."""
-    if name in NAMED:
-        return np.array(_COLUMNS[NAMED[name]], dtype=np.int32).T.copy()  # the public constants would import torch
+    if name in NAMES:
+        return np.array(_COLUMNS[NAMES[name]], dtype=np.int32).T.copy()  # the public constants would import torch
     torus = re.fullmatch(r"torus:([0-9]+)x([0-9]+)", name)
     if torus:
         m, n = (int(side) if len(side) < 10 else MAX_RANKS + 1 for side in torus.groups())
@@ -231,7 +230,7 @@ def topology(name: str, limit: int = DEFAULT_LIMIT) -> NDArray[np.int32]:
         i, j = np.divmod(np.arange(m * n), n)
         return np.stack([(i + 1) % m * n + j, i * n + (j + 1) % n], axis=1).astype(np.int32)
     if not name.endswith(".npy"):
-        raise UsageError(f"--topology: must be {', '.join(NAMED)}, torus:MxN or a .npy file, got {shown(name)}")
+        raise UsageError(f"--topology: must be {', '.join(NAMES)}, torus:MxN or a .npy file, got {shown(name)}")
     r2o = read_npy(name, limit)
     if r2o.ndim != 2 or 0 in r2o.shape or r2o.dtype.kind not in "iu":
         raise UsageError(f"--topology {name}: must hold integers of shape [group_size, n_redundant]")
