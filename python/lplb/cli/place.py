@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--groups", type=positive, default=1, help="groups of experts that stay on one host (default 1)")
     parser.add_argument("--experts", type=positive, metavar="N", help="logical experts, where the file does not say")
     parser.add_argument("--out", metavar="FILE.npy", help="write the placement, int32 [layers, slots]")
-    parser.add_argument("--json", metavar="FILE", help="write the report and the moves")
+    parser.add_argument("--json", metavar="FILE", help="write the report and the moves; -: to stdout")
     parser.set_defaults(plot=None)
 
 
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.previous:
         files["the previous placement"] = arguments.previous
     check_results(arguments, files)
-    results = {} if arguments.json is None else {"the file of --json": arguments.json}
+    results = {} if arguments.json in (None, "-") else {"the file of --json": arguments.json}
     check_writable(arguments.out, "--out", {**{what: path for what, path in files.items() if what != "the previous placement"}, **results})
     if arguments.out and not arguments.out.endswith(".npy"):
         raise UsageError(f"--out: the file must end in .npy, got {shown(arguments.out)}")
@@ -86,7 +86,6 @@ def _write(arguments: argparse.Namespace, placed: Placed[Any], rows: list[dict[s
     if arguments.json is not None:
         write_json(arguments.json, {"rows": rows, "exact_balance": placed.exact_balance.tolist(),
                                     "even_balance": placed.even_balance.tolist(), "moves": [list(move) for move in placed.moves()]})
-        say(f"wrote {arguments.json}")
 
 
 def _history(arguments: argparse.Namespace) -> NDArray[np.float64]:
