@@ -446,7 +446,8 @@ enum {
 typedef struct lplb_place_config {
     int64_t struct_size;
     int32_t policy;      /* LPLB_PLACE_... */
-    int32_t unused;
+    int32_t even_homes;  /* 1: for training, where every rank shall own equally many experts, or as many +-1 where they do not divide. flow
+                            and balanced swap a few slots where that is needed; a placement that does not allow it is refused; 0: no */
     int64_t n_snapshots; /* 0: one */
     int64_t n_layers;
     int64_t n_logical;
@@ -475,13 +476,45 @@ typedef struct lplb_place_report {
  * [n_layers][n_ranks * n_slots], written: the expert of each slot, -1 where a rank has no such slot or nothing to put there. reports:
  * NULL, which saves the solver's time for them, or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch: with an even split they can be worse
  * than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot; those that no rank holds any more get
- * a slot whatever max_moves is, and count. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given.
+ * a slot whatever max_moves is, and count. Without it, ranks with equally many slots change places from layer to layer, so that over all
+ * layers no rank has more copies to send or to get than others (not with deepseek). LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given.
  * LPLB_PLACE_FLOW with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
  * error nothing is written.
  * Host, synchronous, allocates, thread-safe.
  */
 lplb_status lplb_place(const lplb_place_config *config, const double *history, int32_t *phy2log, lplb_place_report *reports,
                        char *message, int64_t message_size);
+
+/*
+ * What a placement of all layers is worth, whoever made it, and what to know of it. The arguments come first; then the results, host,
+ * written, each NULL where it is not wanted. Begin with LPLB_PLACEMENT_REPORT_INIT.
+ */
+typedef struct lplb_placement_report {
+    int64_t struct_size;
+    int64_t n_snapshots;    /* 0: one */
+    int64_t n_layers;
+    int64_t n_logical;
+    int64_t n_ranks;
+    int64_t n_slots;        /* slots that a rank has in phy2log */
+    int64_t n_nodes;        /* hosts, whose ranks are consecutive; 0: one */
+    const int32_t *phy2log; /* [n_layers][n_ranks * n_slots], every expert at least once in each layer, -1 for an empty slot */
+    const double *history;  /* [n_snapshots][n_layers][n_logical] tokens per expert; NULL: no balance and nothing about tokens is wanted */
+    double *even_balance;   /* [n_layers]: mean / max load of the ranks that hold experts, with an even split over replicas */
+    double *exact_balance;  /* [n_layers]: the same with the exact split */
+    int64_t *duplicates;    /* [n_layers]: slots that hold an expert which their rank also holds in another slot */
+    int32_t *homes;         /* [n_layers][n_logical]: the slot of each expert's home, as by lplb_placement_homes */
+    int64_t *pulls;         /* [n_layers][n_ranks]: copies of other ranks' experts on the rank: weights that arrive in a pull, gradients that
+                               leave in a push */
+    int64_t *pushes;        /* [n_layers][n_ranks]: copies of the rank's experts on other ranks: gradients that arrive in a push, weights
+                               that leave in a pull */
+    double *leaves_rank;    /* [n_layers]: share of the tokens that leave their rank with the exact split, where every rank that holds experts */
+    double *leaves_node;    /*   brings the same number of tokens of each expert; and of those that leave their host */
+    double *inbound;        /* [n_layers][n_ranks]: the tokens that then reach the rank from others, over the mean load */
+} lplb_placement_report;
+#define LPLB_PLACEMENT_REPORT_INIT { (int64_t)sizeof(lplb_placement_report), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/* Writes the results that report names. After an error nothing is written. Host, synchronous, allocates, thread-safe. */
+lplb_status lplb_placement_judge(const lplb_placement_report *report, char *message, int64_t message_size);
 
 /* ---- 6. One-off solve ------------------------------------------------------------------------------------------------------- */
 

@@ -167,8 +167,18 @@ extension lplb_place_config: SizedStruct {
     static var defaults: Self { Self() }
     static var fields: [PartialKeyPath<Self>] {
         [
-            \.policy, \.unused, \.n_snapshots, \.n_layers, \.n_logical, \.n_ranks, \.n_slots, \.slots, \.n_nodes, \.n_groups, \.previous,
+            \.policy, \.even_homes, \.n_snapshots, \.n_layers, \.n_logical, \.n_ranks, \.n_slots, \.slots, \.n_nodes, \.n_groups, \.previous,
             \.max_moves, \.tolerance,
+        ]
+    }
+}
+
+extension lplb_placement_report: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] {
+        [
+            \.n_snapshots, \.n_layers, \.n_logical, \.n_ranks, \.n_slots, \.n_nodes, \.phy2log, \.history, \.even_balance, \.exact_balance,
+            \.duplicates, \.homes, \.pulls, \.pushes, \.leaves_rank, \.leaves_node, \.inbound,
         ]
     }
 }

@@ -459,6 +459,7 @@ int main(int argc, char **argv) {
         else if (chance(8)) one_off();
         else if (chance(16)) solve_with();
         else if (chance(20)) placements();
+        else if (chance(20)) judgement();
         else if (chance(20)) exchange_config();
         else if (chance(20)) connect_config();
         else if (chance(20)) replicas_config();

@@ -23,6 +23,8 @@ from ._ops.host import A, Array, Int32s, Int64s, address_of, host_integers, host
 from ._ops.ranks import Ranks
 from .errors import broken_rule
 from .info import Info, Locality, group_info
+from .saving import copied, kept_arguments, make_again, parts
+from .topology import named
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +42,9 @@ _MAX_BLOCKS = _c.MAX_BLOCKS
 class Planner:
     """Plans one MoE layer's tokens over the ranks of an expert-parallel group.
 
-    redundant_to_original: integers [group_size, num_redundants], on any device: slot d of rank r replicates slot d of rank
-        redundant_to_original[r, d] of the same group. Each column is a permutation of 0 .. group_size-1.
+    redundant_to_original: "cube", "ring", "hypercube", "square" or "torus:MxN" (see lplb.topology), or integers [group_size,
+        num_redundants], on any device: slot d of rank r replicates slot d of rank redundant_to_original[r, d] of the same group. Each
+        column is a permutation of 0 .. group_size-1.
     n_routed_experts, n_logical_routed_experts: physical experts with the redundant ones, and logical experts.
     ep_size, group: ranks, or the torch.distributed group they form; one of the two is needed. With a group every rank has tokens of its
         own and every plan is made from the counts of all of them (see tokens); without, from the given ids or counts alone.
@@ -74,16 +77,21 @@ class Planner:
     r2o: Array  #: [group_size, num_redundants] int32
     o2r: Array  #: its inverse: rank o2r[r, d] holds the copy of slot d of rank r
     phy2log: Array  #: [n_routed_experts] int32, the logical expert of every slot
+    _placed_by: npt.NDArray[np.float64] | None  # the history, for copies and pickles
 
-    def __init__(self, redundant_to_original: Array, n_routed_experts: int, n_logical_routed_experts: int, ep_size: int | None = None,
+    def __init__(self, redundant_to_original: Array | str, n_routed_experts: int, n_logical_routed_experts: int, ep_size: int | None = None,
                  group: torch.distributed.ProcessGroup | None = None, *, device: Device = None, n_nodes: int | None = None,
                  rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto", tokens: str = "own",
                  unit: Unit = 1, debug: bool = False, _shape: Callable[[int], Shape] | None = None) -> None:
+        self._kept_arguments, self._placed_by = kept_arguments(locals()), None
         ranks = self._ranks = Ranks(ep_size, group, rank, tokens)
         self.ep_size, self.rank, self.tokens = ranks.size, ranks.own, ranks.tokens
         with ranks.telling():
-            by_topology = partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts)
-            shape = (_shape or by_topology)(self.ep_size)
+            if _shape is None:
+                if isinstance(redundant_to_original, str):
+                    redundant_to_original = named(redundant_to_original)
+                _shape = partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts)
+            shape = _shape(self.ep_size)
             exchange = check_exchange(exchange)
             self._configure(shape, redundant_to_original, device, n_nodes, solver, exchange, unit_number(unit), truth("debug", debug))
         self._create(exchange, shape.phy2log)
@@ -177,7 +185,9 @@ class Planner:
                 raise broken_rule("workload", f"must have n_logical_routed_experts = {handle.n_logical} elements", history.size)
         pointer = None if history is None else address_of(history)
         self._ranks.compare_placement(self._config, history=pointer)
-        return self._placed(handle.library.planner_place(handle.opened(), pointer, self._stream()))
+        mapping = self._placed(handle.library.planner_place(handle.opened(), pointer, self._stream()))
+        self._placed_by = history
+        return mapping
 
     def update_placement(self, phy2log: Array) -> tuple[Array, Array, Array]:
         """Sets another placement of the same sizes on a planner made by from_placement. Returns mapping(). Waits for the device."""
@@ -448,7 +458,13 @@ class Planner:
         self.close()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a Planner owns native memory and cannot be copied or pickled; make another one")
+        return make_again, parts(self)
+
+    def __deepcopy__(self, memo: Any = None) -> Self:
+        """Another planner with the same settings, group and placement, without a plan. With a group collective."""
+        return copied(self)
+
+    __copy__ = __deepcopy__
 
     def __repr__(self) -> str:
         what = "closed" if self._handle.native is None else str(self.device)

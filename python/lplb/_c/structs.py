@@ -80,9 +80,19 @@ class PlaceConfig(Sized):
     """lplb_place_config"""
 
     _fields_ = [
-        ("struct_size", c_int64), ("policy", c_int32), ("unused", c_int32), ("n_snapshots", c_int64), ("n_layers", c_int64),
+        ("struct_size", c_int64), ("policy", c_int32), ("even_homes", c_int32), ("n_snapshots", c_int64), ("n_layers", c_int64),
         ("n_logical", c_int64), ("n_ranks", c_int64), ("n_slots", c_int64), ("slots", c_void_p), ("n_nodes", c_int64),
         ("n_groups", c_int64), ("previous", c_void_p), ("max_moves", c_int64), ("tolerance", c_double)]
+
+
+class PlacementReportStruct(Sized):
+    """lplb_placement_report"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("n_snapshots", c_int64), ("n_layers", c_int64), ("n_logical", c_int64), ("n_ranks", c_int64),
+        ("n_slots", c_int64), ("n_nodes", c_int64), ("phy2log", c_void_p), ("history", c_void_p), ("even_balance", c_void_p),
+        ("exact_balance", c_void_p), ("duplicates", c_void_p), ("homes", c_void_p), ("pulls", c_void_p), ("pushes", c_void_p),
+        ("leaves_rank", c_void_p), ("leaves_node", c_void_p), ("inbound", c_void_p)]
 
 
 class GroupInfoStruct(ctypes.Structure):
