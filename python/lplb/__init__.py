@@ -50,6 +50,7 @@ from .placement import homes as homes
 from .placing import Placed as Placed, SlotMove as SlotMove, place as place
 from .planner import Planner as Planner
 from .saving import loading_group as loading_group
+from .simulating import Simulation as Simulation, simulate as simulate
 from .solve import Solution as Solution, solve as solve, witness_bound as witness_bound
 
 if TYPE_CHECKING:

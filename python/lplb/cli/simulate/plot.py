@@ -14,9 +14,10 @@ from .report import imbalance
 COLOURS = {"no replicas": "#9aa0a6", "even split": "#e8a33d", "random replica": "#c9784a", "fixed replica": "#a8628c",
            "proportional": "#5f7fbf", "lplb": "#14866d", EPLB_EVEN: "#b0563f", EPLB_EXACT: "#3f7d95"}
 INK = "#30343a"
+MOST_LABELS = 24  # of ranks below the bars: more would touch each other
 
 
-def draw(played: Played, path: str) -> None:
+def draw(played: Played, path: str, tell: bool = True) -> None:
     """Writes the figure to path. Raises UsageError without matplotlib or where path cannot be written."""
     plt = use_pyplot()
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#b8bcc2", "axes.labelcolor": INK,
@@ -36,7 +37,7 @@ def draw(played: Played, path: str) -> None:
                  "experts")
         figure.suptitle(harmless(title), x=0.008, ha="left", fontsize=10, color="#6b7178", parse_math=False)
         try:
-            write_picture(figure, path)
+            write_picture(figure, path, tell)
         finally:
             plt.close(figure)
 
@@ -62,8 +63,8 @@ def _typical(axes: Any, played: Played) -> None:
         axes.axhline(loads.max(), color=COLOURS[series.policy], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     mean = before.loads[index].mean()
     axes.axhline(mean, color=INK, linewidth=1, zorder=3, label=f"mean {mean:,.0f}")
-    if order.size <= 32:
-        axes.set_xticks(ranks, [str(rank) for rank in order])
+    every = -(-order.size // MOST_LABELS)
+    axes.set_xticks(ranks[::every], [str(rank) for rank in order[::every]])
     axes.set_xlabel(f"rank, busiest first {before.policy.replace('no replicas', 'without replicas')}")
     axes.set_ylabel("tokens in this micro-batch")
     axes.set_ylim(0, max(before.loads[index].max(), after.loads[index].max()) * 1.28)
