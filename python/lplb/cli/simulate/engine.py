@@ -108,8 +108,7 @@ def placed(history: Int64Array, n_physical: int, ranks: int, name: str = "eplb",
     """A policy's placement of one layer: phy2log [n_physical]. Without history all experts count the same."""
     known = history[None] if snapshots is None else snapshots
     weight = (known if history.any() else np.ones_like(known))[:, None].astype(np.float64)
-    slots: NDArray[np.int32] = place(weight, ep_size=ranks, slots=n_physical, policy=PLACEMENTS[name],
-                                       nodes=nodes).phy2log[0]
+    slots: NDArray[np.int32] = place(weight, ep_size=ranks, slots=n_physical, policy=PLACEMENTS[name], nodes=nodes).phy2log[0]
     return slots
 
 
