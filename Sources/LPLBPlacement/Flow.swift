@@ -7,23 +7,32 @@ import LPLBTopology
 final class FlowPolicy {
     private let shape: ExpertShape
     private let trial: Board
-    private static let scenarios = 64
+    private let scenarios: Scenarios
     /// How many scenarios the candidates of each round are scored on; the better half goes on to the next round.
     private static let rounds = [8, 24, 64]
 
+    /// Leaves suffer from what stands on them alone, so that less than half of an edge is best counted there; more where the drift is small.
+    private static let forms = (1...4).flatMap { edges in
+        [
+            HubForm(edges: edges, part: 0.2), HubForm(edges: edges, part: 0.5), HubForm(edges: edges, extraHubs: 1, part: 0.2),
+            HubForm(edges: edges, more: 2, part: 0.2),
+        ]
+    }
+
     /// - Parameter shape: of boards as `Board.phy2log` gives them.
-    init(shape: ExpertShape, capacity: [Int], width: Int) {
+    init(shape: ExpertShape, capacity: [Int], width: Int, groupSize: Int, nSnapshots: Int) {
         self.shape = shape
         trial = Board(nLogical: shape.nLogical, capacity: capacity, width: width)
+        scenarios = Scenarios(64, nLogical: shape.nLogical, groupSize: groupSize, nSnapshots: nSnapshots)
     }
 
     /// Leaves the best candidate on `board`.
     func place(_ board: Board, _ drift: Drift, turn: Int) throws(RuleViolation) {
         var candidates = try makeCandidates(drift, turn: turn)
-        let loads = drift.scenarios(FlowPolicy.scenarios)
+        scenarios.draw(drift)
         var from = 0
         for to in FlowPolicy.rounds where candidates.count > 1 {
-            for index in candidates.indices { candidates[index].add(loads[from..<to]) }
+            for index in candidates.indices { candidates[index].add(scenarios, from..<to) }
             from = to
             candidates.sort { ($0.cost, $0.number) < ($1.cost, $1.number) }
             candidates.removeLast(candidates.count / 2)
@@ -40,16 +49,13 @@ final class FlowPolicy {
                 made.append(trial.phy2log)
             }
         }
-        for extra in 0...1 {
-            for edges in 1...4 where placeHubs(trial, drift, edges: edges, extraHubs: extra, turn: turn) { made.append(trial.phy2log) }
-        }
+        for form in FlowPolicy.forms where placeHubs(trial, drift, form, turn: turn) { made.append(trial.phy2log) }
         for steps in [[1, 2], [1, 3]] where placeRing(trial, drift, steps: steps, turn: turn) { made.append(trial.phy2log) }
         var candidates: [Candidate] = []
         for phy2log in made { candidates.append(try Candidate(shape, phy2log, number: candidates.count)) }
         return candidates
     }
 }
-
 /// A placement and what its exact split came to so far.
 private struct Candidate {
     let phy2log: [Int32]
@@ -65,13 +71,10 @@ private struct Candidate {
 
     var cost: Double { sum }
 
-    mutating func add(_ scenarios: ArraySlice<[Int64]>) {
-        for loads in scenarios {
-            loads.withUnsafeBufferPointer { loads in
-                guard let first = loads.baseAddress else { return }
-                solver.solve(loads: first)
-                sum += Double(solver.results[0].maxLoad) / Double(max(1, solver.results[0].total))
-            }
+    mutating func add(_ scenarios: Scenarios, _ numbers: Range<Int>) {
+        for number in numbers {
+            solver.solve(loads: UnsafePointer(scenarios.loads + number * solver.network.shape.nLogical))
+            sum += Double(solver.results[0].maxLoad) / Double(max(1, solver.results[0].total))
         }
     }
 }
