@@ -23,7 +23,10 @@ final class Repair {
     }
 
     /// The placements that repair passes through, at most `most` moves from `previous`.
-    func trajectory(_ previous: ArraySlice<Int32>, weight: [Double], most: Int) throws(RuleViolation) -> Trajectory {
+    /// - Parameter until: the balance that is good enough.
+    func trajectory(
+        _ previous: ArraySlice<Int32>, weight: [Double], most: Int, until enough: Double = 0.9995
+    ) throws(RuleViolation) -> Trajectory {
         board.take(previous, completedBy: weight)
         let former = Former(previous, nRanks: board.nRanks, nLogical: board.nLogical)
         let loads = scaledLoads(weight)
@@ -32,7 +35,7 @@ final class Repair {
         _ = pool.add(solved.witness)
         var trajectory = Trajectory(.init(moves: moves, balance: solved.balance, phy2log: board.phy2log))
         var stalled = 0
-        while stalled < 3, solved.balance < 0.9995 {
+        while stalled < 3, solved.balance < enough {
             guard let (next, found) = try bestChange(solved, loads, former, moves, most) else { break }
             stalled = found.balance - solved.balance < 1e-5 ? stalled + 1 : 0
             apply(next)
