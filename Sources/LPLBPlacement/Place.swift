@@ -84,25 +84,21 @@ private struct Placer {
 
     init(_ request: PlaceRequest, _ shape: ExpertShape, _ history: UnsafeBufferPointer<Double>) throws(RuleViolation) {
         (self.request, self.history) = (request, history)
-        flow = request.policy == .flow ? FlowPolicy(shape: shape, capacity: request.slots, width: request.width) : nil
+        flow = request.policy == .flow ? FlowPolicy(
+            shape: shape, capacity: request.slots, width: request.width, groupSize: request.driftGroup, nSnapshots: request.nSnapshots) : nil
         guard let budget = request.budget else { return }
-        var layers: [Trajectory] = []
         let repair = Repair(shape: shape, capacity: request.slots, width: request.width)
         let search = BudgetSearch(
             nLogical: request.nLogical, capacity: request.slots, width: request.width,
             ranksPerNode: request.isHierarchical ? request.slots.count / request.nNodes : request.slots.count,
             groupSize: request.isHierarchical ? request.nLogical / request.nGroups : request.nLogical)
-        let slots = request.nLayers * request.slots.reduce(0, +)
-        let most = min(budget, max(8, 5 * budget / request.nLayers))  // no layer gets more than a few times its share
-        for layer in 0..<request.nLayers {
-            guard let previous = request.previous(of: layer) else { continue }
-            let weight = request.weight(of: layer, history)
-            layers.append(
-                request.policy == .balanced
-                    ? search.trajectory(previous, weight: weight, most: most, threshold: budget * 14 > slots ? 1.005 : 1.01)
-                    : try repair.trajectory(previous, weight: weight, most: most))
+        let threshold = budget * 14 > request.nLayers * request.slots.reduce(0, +) ? 1.005 : 1.01
+        points = try Trajectory.spend(budget, over: request.nLayers) { (layer, most) throws(RuleViolation) in
+            let previous = request.previous(of: layer) ?? [], weight = request.weight(of: layer, history)
+            return request.policy == .balanced
+                ? search.trajectory(previous, weight: weight, most: most, threshold: threshold)
+                : try repair.trajectory(previous, weight: weight, most: most)
         }
-        points = Trajectory.spend(budget, over: layers)
     }
 
     mutating func place(_ layer: Int, on board: Board) throws(RuleViolation) {
