@@ -77,7 +77,7 @@ cudaError_t run_fused(const lplbk_planner &planner, const Call &call, const int3
                       const ExchangeView<kGathered> &view, cudaStream_t stream) {
     const FusedSize size = fused_size(planner, call.n_ids, call.max_blocks);
     const int n_sources = kGathered ? planner.shape.ep_size : 1;
-    const RunIds ids{call.n_ids, size.per_block, call.ids64, planner.counters + LPLBK_COUNTER_INVALID};
+    const RunIds ids{call.n_ids, size.per_block, call.ids64, InvalidIds::of(planner)};
     const CountMatrix<false> given{rows, n_sources, planner.shape.n_logical, planner.shape.n_logical + 1, 0};
     PlanOut out = PlanOut::of(planner, nullptr, nullptr, call.counter, call.counter64);
     if (compare) out.compare(planner);

@@ -293,6 +293,7 @@ struct ClusterRun {
             const int64_t total = gathered.total<true>(expert);
             const int all = fitted(total), c = code[expert];
             large |= total > kSurelyFits;
+            if (writes) out.record.add_tokens(expert, total);
             if (c < 0) {
                 add_bundled(-1 - c, all);
             } else {
@@ -366,6 +367,8 @@ struct ClusterRun {
         for (int i = threadIdx.x - 32 * n_solvers; i < counter_words(t.shape.n_logical); i += kRunThreads - 32 * n_solvers) {
             const int2 both =
                 n_blocks > 1 ? totals_of(i) : make_int2(counts[2 * i], 2 * i + 1 < t.shape.n_logical ? counts[2 * i + 1] : 0);
+            out.record.add_tokens(2 * i, both.x);
+            if (2 * i + 1 < t.shape.n_logical) out.record.add_tokens(2 * i + 1, both.y);
             if (code[2 * i] >= 0) write(code[2 * i], rank_of[2 * i], both.x, both.x);
             if (2 * i + 1 < t.shape.n_logical && code[2 * i + 1] >= 0) write(code[2 * i + 1], rank_of[2 * i + 1], both.y, both.y);
         }
@@ -503,10 +506,6 @@ struct ClusterRun {
             return space.image.slot(there);
         }
     }
-    __device__ __forceinline__ void count_bad() const {
-        const int sum = warp_sum(bad);
-        if (lane_id() == 0 && sum != 0) atomicAdd(reinterpret_cast<unsigned long long *>(in.invalid), (unsigned long long)sum);
-    }
 };
 
 template <Solver kSolver, bool kGathered>
@@ -571,8 +570,11 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     run.write_sums(Run::kLanes ? run.split_pairs() : run.split_arcs());
     __syncthreads();
     MARK(18);
+    if (run.writes && run.warp == 0) {  // this warp has no ids
+        out.record.end_plan(1, [&](int word) { return run.space.sums.late_word(word, Run::kLanes, out.rank); });
+    }
     with_ids(rewritten, in.wide, [&](auto *rewritten) { run.rewrite_queued(rewritten); });
-    run.count_bad();
+    in.invalid.add(run.bad);
     MARK(19);
     cluster_wait();
     MARK(20);

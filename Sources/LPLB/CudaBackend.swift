@@ -16,6 +16,8 @@ final class CudaBackend: PlannerBackend {
     private let state: UnsafeMutablePointer<lplbk_planner>
     /// What kernels found wrong, shared with the device; nil where no rows are ever compared.
     private var report: UnsafeMutablePointer<lplbk_report>?
+    /// The metrics, shared with the device; nil where none are kept.
+    private let page: UnsafeMutableRawPointer?
 
     init(_ settings: PlannerSettings) throws(Failure) {
         let shape = settings.shape, device = Int32(settings.device)
@@ -42,6 +44,14 @@ final class CudaBackend: PlannerBackend {
         planner.shape = CudaBackend.shape(shape, settings.topology, rank: settings.rank)
         planner.has_replicas = shape.hasReplicas ? 1 : 0
         planner.traps = settings.policy == Int32(LPLB_EXCHANGE_TRAP) ? 1 : 0
+        planner.keeps_history = settings.recording.contains(.history) ? 1 : 0
+        var page: UnsafeMutableRawPointer?
+        if settings.recording.contains(.metrics) {
+            try check(
+                cuda.alloc_mapped(device, Int64(MemoryLayout<lplbk_metrics_page>.size), &page, &planner.page),
+                "allocating host memory for device \(device)")
+        }
+        self.page = page
         self.shape = shape
         self.device = device
         state = .allocate(capacity: 1)
@@ -51,6 +61,7 @@ final class CudaBackend: PlannerBackend {
     deinit {
         cuda.close(state)
         _ = cuda.free_mapped(device, report)
+        _ = cuda.free_mapped(device, page)
         state.deallocate()
     }
 
@@ -254,6 +265,20 @@ final class CudaBackend: PlannerBackend {
             if let groups { groups[group] = lplb_group_info(device: info) }
         }
         return totals
+    }
+
+    var metrics: UnsafePointer<lplbk_metrics_page>? { page.map { UnsafePointer($0.assumingMemoryBound(to: lplbk_metrics_page.self)) } }
+
+    /// Before the first placement there is no memory on the device, and nothing was planned.
+    func readHistory(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        guard state.pointee.plan != nil else { return tokens.update(repeating: 0, count: shape.nLogical + 1) }
+        try check(cuda.read_history(state, tokens, stream), "reading the history from device \(device)")
+    }
+
+    func reset(_ recording: Recording, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        guard state.pointee.plan != nil else { return }
+        let history: Int32 = recording.contains(.history) ? 1 : 0, metrics: Int32 = recording.contains(.metrics) ? 1 : 0
+        try check(cuda.reset(state, history, metrics, stream), "reset")
     }
 
     func readSplit(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {

@@ -18,6 +18,8 @@ final class Planner {
     let solver: Int
     /// The caller's, part of the digest.
     let number: Int64
+    /// What is kept beside the plans.
+    let recording: Recording
     /// Gathers everybody's counts inside `run`.
     var exchange: Exchange?
     /// How many planners were attached to `exchange` with this one; 0 without an exchange.
@@ -40,6 +42,7 @@ final class Planner {
         device = settings.device
         solver = settings.solver
         number = settings.number
+        recording = settings.recording
         backend = try settings.backend()
         words = .allocate(capacity: Planner.wordsSize)
         // All of it: whoever reads the words of a planner that another thread is inside finds an end.

@@ -12,7 +12,9 @@ import Testing
             lplb_replicas_config.self, lplb_replicas_tensor.self, lplb_layout.self, lplb_place_config.self,
         ]
     }
-    static var written: [any SizedStruct.Type] { [lplb_agreement.self, lplb_plan_info.self, lplb_exchange_report.self] }
+    static var written: [any SizedStruct.Type] {
+        [lplb_agreement.self, lplb_plan_info.self, lplb_exchange_report.self, lplb_metrics.self]
+    }
 
     /// Every struct of the header that has a struct_size is one of these.
     @Test func allFieldsAreNamed() {

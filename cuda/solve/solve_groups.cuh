@@ -73,6 +73,7 @@ struct GroupSolve {
             large |= total > kSurelyFits;
             highest = max(highest, tokens);
             space.tokens[i] = tokens;
+            out.record.add_tokens(expert.id(), total);
             if (expert.bundled()) {
                 atomicAdd(&space.sums.sum[expert.bundle() - group * t.shape.max_bundles], tokens);
                 return;
@@ -231,6 +232,9 @@ __global__ void __launch_bounds__(512, 1)
     }
     if (!kPlain && out.ratios != nullptr) work.write_ratios();
     if (!(kPlain && Work::kLanes)) work.write_sums(moved);
+    if (threadIdx.x < 32) {  // this warp has added the group
+        out.record.end_plan(gridDim.x, [&](int word) { return kPlain && Work::kLanes ? 0 : space.sums.late_word(word, Work::kLanes, out.rank); });
+    }
     MARK(7);
 }
 

@@ -22,6 +22,7 @@ from .layout import Layout, Splits
 from .placement import homes
 from .placing import Placed, SlotMove, place
 from .planner import Planner
+from .records import Metrics, history
 from .solve import Solution, solve, witness_bound
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __version__ = ".".join(map(str, VERSION))
 
 __all__ = [
-    "Planner", "Info", "GroupInfo", "Locality", "Layout", "Splits", "Replicas", "homes", "place", "Placed", "SlotMove", "solve", "Solution",
+    "Planner", "Info", "GroupInfo", "Locality", "Layout", "Splits", "Replicas", "homes", "place", "history", "Metrics", "Placed", "SlotMove", "solve", "Solution",
     "witness_bound", "eplb", "topology", "LplbError", "LibraryError", "InvalidArgument", "Unsupported", "WrongOrder", "Busy", "OutOfMemory",
     "NoCuda", "CudaError",
     "PeerTimeout", "PeerLost", "Disagreement", "InternalError", "__version__",
