@@ -90,7 +90,7 @@ public func lplb_planner_get_metrics(_ handle: OpaquePointer?, _ metrics: Unsafe
 }
 
 @_cdecl("lplb_planner_reset") @implementation
-public func lplb_planner_reset(_ handle: OpaquePointer?, _ record: Int32, _ stream: UnsafeMutableRawPointer?) -> lplb_status {
+public func lplb_planner_reset(_ handle: OpaquePointer?, _ record: Int64, _ stream: UnsafeMutableRawPointer?) -> lplb_status {
     withPlanner(handle) { (planner) throws(Failure) in
         try planner.backend.reset(try Recording(record, "record").intersection(planner.recording), stream: stream)
     }

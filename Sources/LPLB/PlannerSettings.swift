@@ -1,6 +1,7 @@
 // A checked lplb_config: what a planner is made from.
 
 import CLPLB
+import LPLBSolver
 import LPLBTopology
 
 struct PlannerSettings {
@@ -11,6 +12,7 @@ struct PlannerSettings {
     /// A CUDA ordinal, or LPLB_DEVICE_CPU.
     let device: Int
     let solver: Int
+    let unit: Unit
     let number: Int64
     /// LPLB_EXCHANGE_TRAP or _REPORT.
     let policy: Int32
@@ -42,6 +44,14 @@ struct PlannerSettings {
                 "record", "must be without LPLB_RECORD_HISTORY (1) where n_physical is n_logical, since such a planner counts nothing",
                 value: config.record)
         }
+        unit = try Check.unit(config.unit)
+        if recording.contains(.metrics) && unit != .token {
+            throw Failure(
+                LPLB_ERROR_UNSUPPORTED, "unit: must be 0 or 1 with LPLB_RECORD_METRICS, which knows tokens only, got \(config.unit)")
+        }
+        if solver == Int(LPLB_SOLVER_IPM) && unit != .token {
+            throw Failure(LPLB_ERROR_UNSUPPORTED, "unit: must be 0 or 1 with LPLB_SOLVER_IPM, which knows tokens only, got \(config.unit)")
+        }
     }
 
     private static func topology(of config: lplb_config, shape: ExpertShape) throws(Failure) -> RedundancyTopology? {
@@ -62,6 +72,6 @@ struct PlannerSettings {
         guard solver == Int(LPLB_SOLVER_FLOW) else {
             throw Failure(LPLB_ERROR_UNSUPPORTED, "solver: LPLB_SOLVER_IPM runs on CUDA only, got a CPU planner (device \(device))")
         }
-        return CpuBackend(shape: shape, rank: rank, recording: recording)
+        return CpuBackend(shape: shape, rank: rank, unit: unit, recording: recording)
     }
 }

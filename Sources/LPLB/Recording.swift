@@ -13,8 +13,8 @@ struct Recording: OptionSet {
 
     init(rawValue: Int32) { self.rawValue = rawValue }
 
-    init(_ value: Int32, _ argument: String) throws(Failure) {
-        rawValue = Int32(try Check.range(Int64(value), argument, 0...Int64(LPLB_RECORD_HISTORY | LPLB_RECORD_METRICS)))
+    init(_ value: Int64, _ argument: String) throws(Failure) {
+        rawValue = Int32(try Check.range(value, argument, 0...Int64(LPLB_RECORD_HISTORY | LPLB_RECORD_METRICS)))
     }
 }
 

@@ -73,7 +73,7 @@ static void create(subject *s) {
     right.n_physical = right.n_logical + ep_size * (s->has_topology ? m * redundant : below(4));
     right.group_size = group_size;
     right.n_redundant = s->has_topology ? redundant : 0;
-    right.record = (int32_t)below(4);
+    right.record = below(4);
     if (right.n_physical == right.n_logical) right.record &= LPLB_RECORD_METRICS;
 
     lplb_config *config = make(1, sizeof *config);
@@ -90,7 +90,7 @@ static void create(subject *s) {
         case 8: config->n_physical = wrong(right.n_physical), expected = ANY; break;
         case 9: config->group_size = wrong(right.group_size), expected = ANY; break;
         case 10: config->n_redundant = wrong(right.n_redundant), expected = ANY; break;
-        case 17: config->record = chance(2) ? 4 + (int32_t)below(1000) : -1, expected = FAILS; break;
+        case 17: config->record = chance(2) ? 4 + below(1000) : -1, expected = FAILS; break;
         case 11: config->n_logical = config->n_physical = ep_size << 40, expected = FAILS; break;
         default: break;
     }

@@ -25,9 +25,9 @@ static void records(subject *s) {
     status = lplb_planner_get_metrics(s->handle, found);
     if ((status == LPLB_OK) != (bad != 4)) fail("lplb_planner_get_metrics returned %d", status);
     drop("lplb_planner_get_metrics");
-    int32_t record = chance(4) ? (int32_t)wrong(3) : (int32_t)below(4);
+    const int64_t record = chance(4) ? wrong(3) : below(4);
     status = lplb_planner_reset(s->handle, record, NULL);
-    if (status == LPLB_OK && record & LPLB_RECORD_METRICS) s->metrics = metrics_of(s);
+    if (status == LPLB_OK && (record & LPLB_RECORD_METRICS) != 0) s->metrics = metrics_of(s);
     if (status == LPLB_OK && record != 0) s->began_together = s->config.record == 3 && record == 3;
     after(s, "lplb_planner_reset", status, record >= 0 && record <= 3 ? OK : FAILS);
 }

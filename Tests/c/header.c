@@ -7,7 +7,7 @@
 
 CHECK(version, LPLB_VERSION == 10000 * LPLB_VERSION_MAJOR + 100 * LPLB_VERSION_MINOR + LPLB_VERSION_PATCH);
 CHECK(status_size, sizeof(lplb_status) == 4 && sizeof(lplb_dtype) == 4);
-CHECK(config_size, sizeof(lplb_config) == 96);
+CHECK(config_size, sizeof(lplb_config) == 104);
 CHECK(config_ep_size, offsetof(lplb_config, ep_size) == 16);
 CHECK(config_r2o, offsetof(lplb_config, r2o) == 72);
 CHECK(config_policy, offsetof(lplb_config, policy) == 88);

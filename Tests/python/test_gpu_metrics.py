@@ -33,6 +33,8 @@ def planners():
         "4 cubes": lambda device, rank: Planner(CUBE_8P2E, 320, 256, 32, device=device, rank=rank, n_nodes=4, **RECORDS),
         "64 cubes": lambda device, rank: Planner(CUBE_8P2E, 2048, 1024, 512, device=device, rank=rank, **RECORDS),
         "torus 8x8": lambda device, rank: Planner(torus_2d(8, 8), 256 + 128, 256, 64, device=device, rank=rank, **RECORDS),
+        "pairs": lambda device, rank: Planner.from_placement(
+            Planner(CUBE_8P2E, 272, 256, 8, device="cpu").phy2log, ep_size=8, device=device, rank=rank, **RECORDS),
         "general 32": lambda device, rank: general(32, 9, 6, device, rank),
         "general 100": lambda device, rank: general(100, 4, 5, device, rank),
     }

@@ -3,7 +3,6 @@
 
 #include "counts.cuh"
 #include "../exchange.cuh"
-#include "../metrics.cuh"
 #include "space.cuh"
 
 namespace lplb {
@@ -24,7 +23,6 @@ struct PlanOut {
     const int32_t *digest;
     lplbk_report *report;
     int32_t traps;
-    Recording record;
 
     static PlanOut of(const lplbk_planner &planner, float *ratios, float *scaled, void *counter, int32_t counter64) {
         const lplbk_shape &shape = planner.shape;
@@ -45,8 +43,7 @@ struct PlanOut {
                 shape.n_physical / shape.ep_size,
                 nullptr,
                 reinterpret_cast<lplbk_report *>(planner.report),
-                planner.traps,
-                Recording::of(planner)};
+                planner.traps};
     }
     void compare(const lplbk_planner &planner) { digest = report != nullptr ? planner.tables + planner.layout.digest : nullptr; }
 
@@ -148,7 +145,6 @@ __device__ __forceinline__ int info_word(int word, int max_load, const FlowEnd &
 __device__ __forceinline__ void write_overflow(const PlanOut &out, int group) {
     out.info(group)[lane_id()] = 0;
     if (lane_id() == 0) out.count_overflow();
-    out.record.add_group(lane_id() == LPLBK_METRIC_OVERFLOW);
 }
 
 }  // namespace lplb

@@ -89,7 +89,6 @@ __device__ __forceinline__ void write_lane_info(const PlanOut &out, int group, c
     const int value = word == LPLBK_INFO_WITNESS ? (int)flow.witness : info_word(word, max_load, end, flow.total, moved);
     if (out.writes_word(word)) out.info(group)[word] = value;
     if (lane_id() == 0) out.count_solved();
-    out.record.add_group(value);
 }
 
 // ---- The others: a block a group
@@ -122,16 +121,13 @@ __device__ __forceinline__ void solve_by_masks(const Tables &t, const SolveSpace
         if (word == LPLBK_INFO_WITNESS + w) value = flow.witness.word[w];
     }
     if (out.writes_word(word)) out.info(group)[word] = value;
-    out.record.add_group(value);
 }
 
 // Of ScanFlow or InteriorPoint, by the whole block.
 template <class Flow>
 __device__ __forceinline__ void write_block_info(const PlanOut &out, int group, const Flow &flow, int max_load) {
     const int word = threadIdx.x;
-    const int value = info_word(word, max_load, flow.end, flow.total, 0);
-    if (word < LPLBK_INFO_WITNESS && out.writes_word(word)) out.info(group)[word] = value;
-    if (word < 32) out.record.add_group(value);
+    if (word < LPLBK_INFO_WITNESS && out.writes_word(word)) out.info(group)[word] = info_word(word, max_load, flow.end, flow.total, 0);
     write_witness(out.info(group), flow.in_witness);
 }
 

@@ -22,7 +22,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -65,7 +64,7 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
             return
         device = torch.device("cuda", torch.cuda.current_device()) if ep_mesh.device_type == "cuda" else torch.device("cpu")
         placement = natural_placement(self.num_experts, ep_mesh.size(), self.slots)
-        self.copies = Copies(Planner.from_placement(placement, group=ep_mesh.get_group(), device=device, history=self.replace_every > 0))
+        self.copies = Copies(Planner.from_placement(placement, group=ep_mesh.get_group(), device=device, history=self.slots > 0 and self.replace_every > 0))
 
     def dispatch(self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor, num_local_tokens_per_expert_E: Tensor) -> Any:
         if self.copies is None:
@@ -92,11 +91,11 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
     @torch.no_grad()
     def follow(self) -> None:
         """Chooses the copies anew from what the tokens of all ranks chose. Before a forward pass, on all ranks."""
-        if self.copies is None:
+        if self.copies is None or not self.slots:
             return
         planner = self.copies.planner
         with _disable_current_modes():  # torchtitan's SelectiveAC keeps results of copies to the host by their order, which is another when
-            history = planner.history(reset=True)  # activations are recomputed, where none of this happens
+            history = torch.as_tensor(planner.history(reset=True))  # activations are recomputed, where none of this happens
             planner.update_placement(natural_placement(self.num_experts, planner.ep_size, self.slots, history))
             self.copies.update()
 
