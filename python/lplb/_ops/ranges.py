@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+_nvtx: Any = torch.cuda.nvtx  # untyped in PyTorch
+
 
 def _asked() -> bool:
     if os.environ.get("LPLB_NVTX") != "1":
         return False
     try:
-        torch.cuda.nvtx.range_push("lplb")
-        torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call, unused-ignore]
+        _nvtx.range_push("lplb")
+        _nvtx.range_pop()
     except RuntimeError as error:
         warnings.warn(f"LPLB_NVTX=1: this build of torch marks no ranges: {error}", stacklevel=2)
         return False
@@ -34,13 +36,13 @@ def ranged(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     if not ASKED:
         return call
     place = list(inspect.signature(call).parameters).index("planner")
-    push, pop = torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop
+    push, pop = _nvtx.range_push, _nvtx.range_pop
 
     def within(*arguments: Any, **options: Any) -> Any:
         push(f"lplb.{name} {arguments[place] if place < len(arguments) else options['planner']}")
         try:
             return call(*arguments, **options)
         finally:
-            pop()  # type: ignore[no-untyped-call, unused-ignore]
+            pop()
 
     return within
