@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .. import _c
 from ..placing import Placed, place
-from .common import Parser, check_results, table, whole, write_json
+from .common import Parser, check_results, table, whole, write_json, wrote
 from .files import DEFAULT_LIMIT, check_writable, read_npy, write_file
 from .simulate.trace import load, load_sample, total_counts
 from .terminal import UsageError, say, shown
@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--even-homes", action="store_true", help="for training: every rank shall own equally many experts")
     parser.add_argument("--experts", type=positive, metavar="N", help="logical experts, where the file does not say")
     parser.add_argument("--out", metavar="FILE.npy", help="write the placement, int32 [layers, slots]")
-    parser.add_argument("--json", metavar="FILE", help="write the report and the moves")
+    parser.add_argument("--json", metavar="FILE", help="write the report and the moves; -: to stdout")
     parser.set_defaults(plot=None)
 
 
@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.previous:
         files["the previous placement"] = arguments.previous
     check_results(arguments, files)
-    results = {} if arguments.json is None else {"the file of --json": arguments.json}
+    results = {} if arguments.json in (None, "-") else {"the file of --json": arguments.json}
     check_writable(arguments.out, "--out", {**{what: path for what, path in files.items() if what != "the previous placement"}, **results})
     if arguments.out and not arguments.out.endswith(".npy"):
         raise UsageError(f"--out: the file must end in .npy, got {shown(arguments.out)}")
@@ -108,13 +108,12 @@ def _write(arguments: argparse.Namespace, placed: Placed[Any], rows: list[dict[s
         content = io.BytesIO()
         np.save(content, placed.phy2log)
         write_file(arguments.out, content.getvalue())
-        say(f"wrote {arguments.out}")
+        wrote(arguments.out)
     if arguments.json is not None:
         report = placed.report
         by_layer = {name: getattr(report, name).tolist() for name in ("exact_balance", "even_balance", "leaves_rank", "leaves_node", "homes",
                                                                       "pulls", "pushes", "inbound")}
         write_json(arguments.json, {"rows": rows, "eplb": eplb, **by_layer, "moves": [list(move) for move in placed.moves()]})
-        say(f"wrote {arguments.json}")
 
 
 def _history(arguments: argparse.Namespace) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from ...topology import _COLUMNS, NAMES
 from ..common import Parser, check_results, whole
 from ..files import DEFAULT_LIMIT, read_npy
 from ..terminal import UsageError, shown
-from .trace import Cut, Trace, cut, load, load_sample
+from .trace import TRACES, Cut, Trace, cut, load, load_sample
 
 DEFAULT_RANKS = 8
 DEFAULT_TOKENS_PER_RANK = 128
@@ -87,8 +87,8 @@ class Options:
 def add_arguments(parser: Parser) -> None:
     positive = whole(1, 10**12)
     parser.add_argument("trace", nargs="?", metavar="TRACE",
-                        help=".npz with topk_ids [tokens, layers, k], .npy counts [steps, layers, experts], or .json with logical_count "
-                             "[layers][experts]; none: the sample in the package")
+                        help=".npz with topk_ids [tokens, layers, k], .npy counts [steps, layers, experts], .json with logical_count "
+                             "[layers][experts], or .pt with either (SGLang's and vLLM's records); none: the sample in the package")
     parser.add_argument("--ranks", type=positive, help="GPUs of the expert-parallel group (default: those of the topology, else 8)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--topology", metavar="NAME", help="cube (default), ring, hypercube, square, torus:MxN, or FILE.npy with r2o")
@@ -109,6 +109,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--max-moves", type=positive, metavar="M",
                         help="experts that may come new to a rank in a change of a layer (default: 1%% of the slots in a repair, any number "
                              "in a new placement)")
+    parser.add_argument("--compare", action="store_true",
+                        help="play topologies and placements with as many slots, and recommend one of them")
     parser.add_argument("--layers", metavar="LIST", help="e.g. 0,3,5-7 (default: all)")
     parser.add_argument("--experts", type=positive, metavar="N",
                         help="logical experts (default: n_experts of the file, else the largest id + 1)")
@@ -117,17 +119,20 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--unpack-limit", type=whole(1, 2**20), default=DEFAULT_LIMIT // MIB, metavar="MIB",
                         help="refuse a file that unpacks to more than so many MiB, before it takes the memory "
                              f"(default {DEFAULT_LIMIT // MIB}; a .json may have a sixteenth of it)")
-    parser.add_argument("--json", metavar="FILE", help="write configuration and rows")
+    parser.add_argument("--json", metavar="FILE", help="write configuration and rows; -: to stdout, and all words to stderr")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the loads before and after")
 
 
-def check(arguments: argparse.Namespace) -> Options:
-    """Raises UsageError for whatever cannot be simulated."""
+def check(arguments: argparse.Namespace, given: Trace | None = None) -> Options:
+    """Raises UsageError for whatever cannot be simulated. given: the trace, where it is in no file."""
     read = {"the trace": arguments.trace, "the history": arguments.history, "the topology": arguments.topology,
             "the placement": arguments.placement}
     check_results(arguments, {what: path for what, path in read.items() if path is not None and os.path.isfile(path)})
     limit = arguments.unpack_limit * MIB
-    trace = load_sample(arguments.experts) if arguments.trace is None else load(arguments.trace, arguments.experts, limit)
+    if given is not None:
+        trace = given
+    else:
+        trace = load_sample(arguments.experts) if arguments.trace is None else load(arguments.trace, arguments.experts, limit)
     layout = _layout(arguments, trace.n_experts, trace.n_layers)
     history = _history(arguments.history, trace.n_experts, limit)
     _check_changes(arguments)
@@ -149,7 +154,7 @@ def _check_changes(arguments: argparse.Namespace) -> None:
 
 
 def _history(text: str, n_experts: int, limit: int) -> float | list[Trace]:
-    if text.lower().endswith((".npz", ".npy", ".json")):
+    if text.lower().endswith(TRACES):
         return [load(path, n_experts, limit) for path in ([text] if os.path.isfile(text) else text.split(","))]
     try:
         fraction = float(text)

@@ -14,9 +14,10 @@ from .report import imbalance
 COLOURS = {"no replicas": "#9aa0a6", "even split": "#e8a33d", "random replica": "#c9784a", "fixed replica": "#a8628c",
            "proportional": "#5f7fbf", "lplb": "#14866d", EPLB_EVEN: "#b0563f", EPLB_EXACT: "#3f7d95"}
 INK = "#30343a"
+MOST_LABELS = 24  # of ranks below the bars: more would touch each other
 
 
-def draw(played: Played, path: str) -> None:
+def draw(played: Played, path: str, tell: bool = True) -> None:
     """Writes the figure to path. Raises UsageError without matplotlib or where path cannot be written."""
     plt = use_pyplot()
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#b8bcc2", "axes.labelcolor": INK,
@@ -36,7 +37,7 @@ def draw(played: Played, path: str) -> None:
                  "experts")
         figure.suptitle(harmless(title), x=0.008, ha="left", fontsize=10, color="#6b7178", parse_math=False)
         try:
-            write_picture(figure, path)
+            write_picture(figure, path, tell)
         finally:
             plt.close(figure)
 
@@ -62,8 +63,8 @@ def _typical(axes: Any, played: Played) -> None:
         axes.axhline(loads.max(), color=COLOURS[series.policy], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     mean = before.loads[index].mean()
     axes.axhline(mean, color=INK, linewidth=1, zorder=3, label=f"mean {mean:,.0f}")
-    if order.size <= 32:
-        axes.set_xticks(ranks, [str(rank) for rank in order])
+    every = -(-order.size // MOST_LABELS)
+    axes.set_xticks(ranks[::every], [str(rank) for rank in order[::every]])
     axes.set_xlabel(f"rank, busiest first {before.policy.replace('no replicas', 'without replicas')}")
     axes.set_ylabel("tokens in this micro-batch")
     axes.set_ylim(0, max(before.loads[index].max(), after.loads[index].max()) * 1.28)
@@ -112,12 +113,15 @@ def _course(axes: Any, played: Played) -> None:
     bars.yaxis.get_major_locator().set_params(integer=True)
     axes.set_zorder(bars.get_zorder() + 1)
     axes.patch.set_visible(False)
+    top = 1.0
     for policy in (NO_REPLICAS, EPLB_EXACT, EVEN, LPLB):
         series = played.of(policy)
         if series is not None:
             ratio = imbalance(series)
-            axes.plot(numbers, [ratio[batches == batch].mean() for batch in numbers], color=COLOURS[policy], linewidth=2, label=policy)
-    axes.set_ylim(bottom=1)
+            means = [ratio[batches == batch].mean() for batch in numbers]
+            axes.plot(numbers, means, color=COLOURS[policy], linewidth=2, label=policy)
+            top = max(top, *means)
+    axes.set_ylim(1, 1 + 1.35 * max(top - 1, 1e-3))  # room for the legend
     axes.set_xlabel("micro-batch")
     axes.set_ylabel("busiest rank / mean rank")
     axes.legend(frameon=False, loc="upper right", ncols=4)

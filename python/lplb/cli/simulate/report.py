@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import table
+from ..common import table, wrapped
 from ..terminal import harmless, shown
 from .play import EPLB_EVEN, EPLB_EXACT, EVEN, LPLB, NO_REPLICAS, OTHER_PLACEMENTS, PROPORTIONAL, Played, Series
 
@@ -70,7 +70,7 @@ def as_json(played: Played) -> dict[str, Any]:
 
 
 def as_text(played: Played) -> str:
-    return "\n".join([*_heading(played), "", as_table(played), "", *_footnotes(played), "", sentence(played)])
+    return "\n".join([*_heading(played), "", as_table(played), "", *map(wrapped, _footnotes(played)), "", wrapped(sentence(played))])
 
 
 def as_table(played: Played) -> str:
@@ -132,7 +132,12 @@ def _heading(played: Played) -> list[str]:
 
 def _footnotes(played: Played) -> list[str]:
     trace, layout = played.options.trace, played.options.layout
-    lines = ["solver gap: busiest rank over the proven optimum of its placement; placement gap: that optimum over the mean load (mean).",
+    lines = ["max/mean: load of the busiest rank over the mean of the ranks, averaged over the micro-batches, its percentiles and its maximum. "
+             "solver gap: busiest rank over the proven optimum of its placement, minus 1 (largest); placement gap: that optimum over the mean "
+             "load, minus 1 (mean). at optimum: micro-batches whose busiest rank equals the proven optimum."
+             + (" own rank, own node: tokens that stay on their GPU, or on its host." if played.options.cut.has_sources and layout.nodes > 1
+                else " own rank: tokens that stay on their GPU." if played.options.cut.has_sources else "")
+             + " plan us: time of one rank's plan, microseconds (median).",
              f"'{NO_REPLICAS}' has the same EPLB reordering by the same history, without copies." if played.of(NO_REPLICAS) else
              f"'{NO_REPLICAS}' is left out: {layout.n_logical} experts cannot be dealt out evenly to {layout.ranks} ranks.",
              f"'{PROPORTIONAL}' is lplb's split dispatched as LPLB does: every source rank sends the same share to each replica, rounded."]
@@ -167,5 +172,5 @@ def sentence(played: Played) -> str:
               for other, words in ((NO_REPLICAS, "without replicas"), (EVEN, "with the even split")) if played.of(other)]
     left = "all that is left is the placement's" if proven == len(exact.at_optimum) else "NOT all of what is left is the placement's"
     return (f"Of the time of the expert layers the average GPU waits for the busiest one {', '.join(waits)}: they run "
-            f"{' and '.join(versus)} (time taken as proportional to tokens, communication not counted). "
+            f"{' and '.join(versus)} (time taken as proportional to tokens, communication not counted).\n"
             f"{proven} of {len(exact.at_optimum)} plans are proven optimal; {left}.")
