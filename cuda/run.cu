@@ -75,8 +75,9 @@ template <bool kGathered>
 cudaError_t run_fused(const lplbk_planner &planner, const Call &call, const int32_t *rows, bool compare,
                       const ExchangeView<kGathered> &view, cudaStream_t stream) {
     const Solver solver = solver_of(planner);
-    return records(planner) ? run_fused_by(run_kernel<kGathered, true>(solver), planner, call, rows, compare, view, stream)
-                            : run_fused_by(run_kernel<kGathered, false>(solver), planner, call, rows, compare, view, stream);
+    return records(planner)
+               ? run_fused_by<kGathered, true>(run_kernel<kGathered, true>(solver), planner, call, rows, compare, view, stream)
+               : run_fused_by<kGathered, false>(run_kernel<kGathered, false>(solver), planner, call, rows, compare, view, stream);
 }
 
 template <bool kGathered, bool kRecords>

@@ -1,6 +1,7 @@
 // The solve kernel: a block a group. It adds up the loads, solves, and writes the tokens of every slot.
 #pragma once
 
+#include "../metrics.cuh"
 #include "solvers.cuh"
 #include "split.cuh"
 
