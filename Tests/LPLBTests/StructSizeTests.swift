@@ -10,6 +10,7 @@ import Testing
         [
             lplb_config.self, lplb_agree_config.self, lplb_exchange_config.self, lplb_connect_config.self, lplb_rail_ops.self,
             lplb_replicas_config.self, lplb_replicas_tensor.self, lplb_layout.self, lplb_place_config.self,
+            lplb_placement_report.self,
         ]
     }
     static var written: [any SizedStruct.Type] { [lplb_agreement.self, lplb_plan_info.self, lplb_exchange_report.self] }

@@ -44,6 +44,7 @@ from .errors import (
     LibraryError as LibraryError, LplbError as LplbError, NoCuda as NoCuda, OutOfMemory as OutOfMemory, PeerLost as PeerLost,
     PeerTimeout as PeerTimeout, Unsupported as Unsupported, WrongOrder as WrongOrder)
 from .info import GroupInfo as GroupInfo, Info as Info, Locality as Locality
+from .judging import PlacementReport as PlacementReport, placement_report as placement_report
 from .layout import Layout as Layout, Splits as Splits
 from .placement import homes as homes
 from .placing import Placed as Placed, SlotMove as SlotMove, place as place

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,24 @@ class Options:
     layers: list[int]
     history: float | list[Trace]
     repair: int | None  # micro-batches between two repairs
-    max_moves: int | None  # of each repair of a layer
+    replace: int | None  # micro-batches between two placements by the policy
+    max_moves: int | None  # of each repair or new placement of a layer
     seed: int
     json: str | None
     plot: str | None
+
+    @property
+    def every(self) -> int | None:
+        """Micro-batches of a layer between two changes of its placement."""
+        return self.repair or self.replace
+
+    @property
+    def eplb(self) -> Layout | None:
+        """EPLB's placement in as many slots, to be played beside one by another policy or from a file that fills all of them."""
+        layout = self.layout
+        if layout.r2o is not None or layout.name == "eplb" or (layout.slots is not None and (layout.slots < 0).any()):
+            return None
+        return replace(layout, name="eplb", slots=None)
 
     def config(self) -> dict[str, Any]:
         """The "config" of the JSON file."""
@@ -65,7 +79,7 @@ class Options:
             "n_logical": self.layout.n_logical, "n_physical": self.layout.n_physical,
             "tokens_per_rank": self.cut.tokens_per_rank, "history_length": self.cut.n_history,
             "history": self.history if isinstance(self.history, float) else ",".join(trace.name for trace in self.history),
-            "repair": self.repair, "max_moves": self.max_moves,
+            "repair": self.repair, "replace": self.replace, "max_moves": self.max_moves,
             "micro_batches": self.cut.n_batches, "layers": self.layers, "seed": self.seed,
         }
 
@@ -87,10 +101,14 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--history", default=str(DEFAULT_HISTORY), metavar="FRACTION",
                         help=f"first part of the trace, known when the experts are placed (default {DEFAULT_HISTORY}), or other traces, "
                              "A.npz or A.npz,B.npz, each one a snapshot: placed for one workload, another arrives")
-    parser.add_argument("--repair", type=positive, metavar="N",
+    change = parser.add_mutually_exclusive_group()
+    change.add_argument("--repair", type=positive, metavar="N",
                         help="with --placement: after every N micro-batches of a layer, change the placement a little, by their loads")
+    change.add_argument("--replace", type=positive, metavar="N",
+                        help="with --placement NAME: after every N micro-batches of a layer, place it anew by this policy and their loads")
     parser.add_argument("--max-moves", type=positive, metavar="M",
-                        help="experts that may come new to a rank in a repair of a layer (default: 1%% of the slots)")
+                        help="experts that may come new to a rank in a change of a layer (default: 1%% of the slots in a repair, any number "
+                             "in a new placement)")
     parser.add_argument("--compare", action="store_true",
                         help="play topologies and placements with as many slots, and recommend one of them")
     parser.add_argument("--layers", metavar="LIST", help="e.g. 0,3,5-7 (default: all)")
@@ -117,14 +135,22 @@ def check(arguments: argparse.Namespace, given: Trace | None = None) -> Options:
         trace = load_sample(arguments.experts) if arguments.trace is None else load(arguments.trace, arguments.experts, limit)
     layout = _layout(arguments, trace.n_experts, trace.n_layers)
     history = _history(arguments.history, trace.n_experts, limit)
-    if arguments.repair is not None and arguments.placement is None:
-        raise UsageError("--repair: needs --placement, since a topology says where copies stand")
-    if arguments.max_moves is not None and arguments.repair is None:
-        raise UsageError("--max-moves: needs --repair")
+    _check_changes(arguments)
     return Options(
         trace=trace, layout=layout, layers=_layers(arguments.layers, trace.n_layers), history=history, seed=arguments.seed,
-        repair=arguments.repair, max_moves=arguments.max_moves,
+        repair=arguments.repair, replace=arguments.replace, max_moves=arguments.max_moves,
         cut=cut(trace, layout.ranks, arguments.tokens_per_rank, history, arguments.seed), json=arguments.json, plot=arguments.plot)
+
+
+def _check_changes(arguments: argparse.Namespace) -> None:
+    if arguments.repair is not None and arguments.placement is None:
+        raise UsageError("--repair: needs --placement, since a topology says where copies stand")
+    if arguments.replace is not None and arguments.placement not in PLACEMENTS:
+        raise UsageError(f"--replace: needs --placement {', '.join(PLACEMENTS)}, which is the policy that places anew")
+    if arguments.max_moves is not None and arguments.repair is None and arguments.replace is None:
+        raise UsageError("--max-moves: needs --repair or --replace")
+    if arguments.max_moves is not None and arguments.replace is not None and arguments.placement == "eplb":
+        raise UsageError("--max-moves: cannot be kept by --placement eplb, which places anew; flow and balanced can")
 
 
 def _history(text: str, n_experts: int, limit: int) -> float | list[Trace]:
