@@ -62,12 +62,14 @@ public func place(
     var result: [[Int32]] = []
     result.reserveCapacity(request.nLayers)
     var placer = try Placer(request, shape, history)
+    let classes = request.interchangeable
     for layer in 0..<request.nLayers {
         try placer.place(layer, on: board)
         if request.evenHomes { try makeHomesEven(board, request, shape, history, layer: layer) }
+        if let previous = request.previous(of: layer), let classes, request.budget == nil { keepExperts(board, previous, classes: classes) }
         result.append(settled(board, request.previous(of: layer)))
     }
-    if let classes = request.interchangeable { try rotate(&result, classes: classes, shape: shape) }
+    if let classes, request.previous == nil { try rotate(&result, classes: classes, shape: shape) }
     let reports = isJudged ? try request.reports(on: result, board, shape, history) : []
     for (layer, slots) in result.enumerated() { (phy2log + layer * request.slotsPerLayer).update(from: slots, count: slots.count) }
     return reports
@@ -252,9 +254,9 @@ extension PlaceRequest {
     }
 
     /// Ranks that may take each other's part of a placement: those with equally many slots, on one host where groups of experts stay on
-    /// hosts. nil where a rank's name matters: beside a placement before, and for DeepSeek's program, whose result is known.
+    /// hosts. nil for DeepSeek's program, whose result is known.
     fileprivate var interchangeable: [[Int]]? {
-        guard previous == nil && policy != .deepseek else { return nil }
+        guard policy != .deepseek else { return nil }
         let perNode = isHierarchical ? slots.count / nNodes : slots.count
         return Dictionary(grouping: slots.indices) { rank in [rank / perNode, slots[rank]] }.values.sorted { $0[0] < $1[0] }
     }

@@ -45,7 +45,7 @@ struct Group {
     var receivers: UnsafeMutablePointer<Int32> { memory.receivers }
 
     @inline(__always)
-    init(_ memory: SolverMemory, _ index: Int, ranked: Bool) {
+    init(_ memory: SolverMemory, _ index: Int, ranked: Bool = false) {
         let network = memory.network, bundles = network.bundles(of: index)
         self.memory = memory
         size = network.shape.groupSize

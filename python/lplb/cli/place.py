@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .. import _c
 from ..placing import Placed, place
-from .common import Parser, check_results, table, whole, write_json
+from .common import Parser, check_results, table, whole, write_json, wrote
 from .files import DEFAULT_LIMIT, check_writable, read_npy, write_file
 from .simulate.trace import load, load_sample, total_counts
 from .terminal import UsageError, say, shown
@@ -108,7 +108,7 @@ def _write(arguments: argparse.Namespace, placed: Placed[Any], rows: list[dict[s
         content = io.BytesIO()
         np.save(content, placed.phy2log)
         write_file(arguments.out, content.getvalue())
-        say(f"wrote {arguments.out}")
+        wrote(arguments.out)
     if arguments.json is not None:
         report = placed.report
         by_layer = {name: getattr(report, name).tolist() for name in ("exact_balance", "even_balance", "leaves_rank", "leaves_node", "homes",

@@ -113,12 +113,15 @@ def _course(axes: Any, played: Played) -> None:
     bars.yaxis.get_major_locator().set_params(integer=True)
     axes.set_zorder(bars.get_zorder() + 1)
     axes.patch.set_visible(False)
+    top = 1.0
     for policy in (NO_REPLICAS, EPLB_EXACT, EVEN, LPLB):
         series = played.of(policy)
         if series is not None:
             ratio = imbalance(series)
-            axes.plot(numbers, [ratio[batches == batch].mean() for batch in numbers], color=COLOURS[policy], linewidth=2, label=policy)
-    axes.set_ylim(bottom=1)
+            means = [ratio[batches == batch].mean() for batch in numbers]
+            axes.plot(numbers, means, color=COLOURS[policy], linewidth=2, label=policy)
+            top = max(top, *means)
+    axes.set_ylim(1, 1 + 1.35 * max(top - 1, 1e-3))  # room for the legend
     axes.set_xlabel("micro-batch")
     axes.set_ylabel("busiest rank / mean rank")
     axes.legend(frameon=False, loc="upper right", ncols=4)
