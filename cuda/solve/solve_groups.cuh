@@ -12,7 +12,7 @@ __device__ __forceinline__ void write_scaled(const PlanOut &out, int expert, int
 
 // One block's work, step by step. kPlain: one source, a planner without a rank, nothing but the plan to write; bundles are of one expert,
 // or LaneFlow solves.
-template <Solver kSolver, bool kPlain>
+template <Solver kSolver, bool kPlain, bool kRecords>
 struct GroupSolve {
     static constexpr bool kLanes = by_lanes(kSolver);
     static constexpr int kApart = kLanes ? 32 : 0;  // threads of LaneFlow's warp, which holds no experts
@@ -20,6 +20,7 @@ struct GroupSolve {
     const Tables &t;
     const CountMatrix<true> &loads;
     const PlanOut &out;
+    const RecordingOf<kRecords> &record;
     const int group;
     const GroupExperts experts;
     const SolveSpace space;
@@ -32,10 +33,12 @@ struct GroupSolve {
     OwnTokens own;
     bool overflow = false;
 
-    __device__ GroupSolve(int4 *memory, const Tables &t, const CountMatrix<true> &loads, const PlanOut &out)
+    __device__ GroupSolve(int4 *memory, const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
+                          const RecordingOf<kRecords> &record)
         : t(t),
           loads(loads),
           out(out),
+          record(record),
           group(blockIdx.x),
           experts(t, group, kLanes),
           space(reinterpret_cast<int *>(memory), t, kLanes, 1, experts.n),
@@ -76,6 +79,7 @@ struct GroupSolve {
             highest = max(highest, tokens);
             space.tokens[i] = tokens;
             const int units = t.units(tokens);
+            record.add_tokens(expert.id(), total);
             if (expert.bundled()) {
                 atomicAdd(&space.sums.sum[expert.bundle() - group * t.shape.max_bundles], units);
                 return;
@@ -166,13 +170,14 @@ struct GroupSolve {
     }
 };
 
-template <Solver kSolver, bool kPlain>
+template <Solver kSolver, bool kPlain, bool kRecords>
 __global__ void __launch_bounds__(512, 1)
-    solve_groups(const __grid_constant__ Tables t, const __grid_constant__ CountMatrix<true> loads, const __grid_constant__ PlanOut out) {
-    using Work = GroupSolve<kSolver, kPlain>;
+    solve_groups(const __grid_constant__ Tables t, const __grid_constant__ CountMatrix<true> loads, const __grid_constant__ PlanOut out,
+                 const __grid_constant__ RecordingOf<kRecords> record) {
+    using Work = GroupSolve<kSolver, kPlain, kRecords>;
     extern __shared__ int4 memory[];
     MARK(0);
-    Work work(memory, t, loads, out);
+    Work work(memory, t, loads, out, record);
     const SolveSpace &space = work.space;
     const int group = work.group;
     const bool solves = Work::kLanes && uniform_warp_id() == 0;
@@ -186,6 +191,7 @@ __global__ void __launch_bounds__(512, 1)
         space.sums.clear(t.shape, 1, work.first, work.stride);
     }
     if constexpr (!Work::kLanes) space.open_group(t, group);
+    record.open();
     wait_for_stream();
     let_next_start();
     if (!kPlain && blockIdx.x == 0) compare_digests(loads, out);
@@ -244,13 +250,52 @@ __global__ void __launch_bounds__(512, 1)
         }
     }
     if (!kPlain && out.ratios != nullptr) work.write_ratios();
+    const bool recording = kRecords && threadIdx.x < 32;  // the warp that writes the group's information
+    const unsigned long long before = recording && gridDim.x == 1 ? record.before() : 0;
+    if (recording) record.add_group(out.info(group), Work::kLanes, work.overflow);
     if (!(kPlain && Work::kLanes)) work.write_sums(moved);
+    if (recording) {
+        const int more = space.sums.late_word(lane_id(), Work::kLanes, out.rank);
+        if (gridDim.x == 1) {
+            record.end_plan(before, more);
+        } else {
+            record.end_plan_of_blocks(more);
+        }
+    }
     MARK(7);
 }
 
-using SolveKernel = void (*)(Tables, CountMatrix<true>, PlanOut);
+template <bool kRecords>
+using SolveKernel = void (*)(Tables, CountMatrix<true>, PlanOut, RecordingOf<kRecords>);
 
 // InteriorPoint's, compiled in a file of its own.
-SolveKernel interior_kernel();
+template <bool kRecords>
+SolveKernel<kRecords> interior_kernel();
+extern template SolveKernel<false> interior_kernel<false>();
+extern template SolveKernel<true> interior_kernel<true>();
+
+// The one table of solvers.
+template <bool kPlain, bool kRecords>
+SolveKernel<kRecords> solve_kernel(Solver solver) {
+    switch (solver) {
+    case kTwoColours:
+        return solve_groups<kTwoColours, kPlain, kRecords>;
+    case kFourColours:
+        return solve_groups<kFourColours, kPlain, kRecords>;
+    case kEightColours:
+        return solve_groups<kEightColours, kPlain, kRecords>;
+    case kOneWord:
+        return solve_groups<kOneWord, kPlain, kRecords>;
+    case kTwoWords:
+        return solve_groups<kTwoWords, kPlain, kRecords>;
+    case kInterior:
+        return interior_kernel<kRecords>();
+    default:
+        return solve_groups<kScan, kPlain, kRecords>;
+    }
+}
+
+// Compiled in a file of its own.
+extern template SolveKernel<true> solve_kernel<false, true>(Solver);
 
 }  // namespace lplb
