@@ -1,5 +1,19 @@
 /*
- * lplb: exact, certified load balancing for Mixture-of-Experts training.
+ * lplb: exact, certified load balancing for Mixture-of-Experts models. One batch is planned so:
+ *
+ *     const int32_t phy2log[6] = {0, 1, 2, 3, 0, 1};  // 4 experts on 2 ranks with 3 slots each: 0 and 1 have copies on rank 1
+ *     int64_t ids[8] = {0, 0, 0, 0, 0, 1, 2, 3};      // the experts that a router chose
+ *     lplb_config config = LPLB_CONFIG_INIT;
+ *     config.ep_size = 2, config.n_logical = 4, config.n_physical = 6;
+ *     char why[256]; lplb_planner *planner; lplb_group_info plan;
+ *     if (lplb_planner_create(&config, &planner, why, sizeof why) != LPLB_OK) return puts(why), 1;
+ *     lplb_planner_set_placement(planner, phy2log, 6, NULL);
+ *     lplb_planner_run(planner, ids, LPLB_INT64, 8, NULL, ids, NULL, LPLB_INT64, 0, NULL);  // the ids are slots now, 4 on each rank
+ *     lplb_planner_info(planner, NULL, &plan, 1, NULL);                                     // plan.max_load == plan.bound == 4: proven
+ *     lplb_planner_destroy(planner);
+ *
+ * Whole programs: Tests/c/example.c (a batch on a cube), planner.hpp (a C++ class that owns a planner and throws), consumer.cpp (placement
+ * by history, and the proof of a plan), connect.cpp (processes that join their GPUs).
  *
  * Every micro-batch routes a different number of tokens to each expert. Where an expert has replicas on several GPUs (ranks), lplb
  * decides which replica each token goes to, so that the busiest rank of each group has as little as is mathematically possible, and it
@@ -28,7 +42,8 @@
  *     middle of a call of section 3, LPLB_ERROR_CUDA, leaves a plan that nobody should use; the next solve or run makes a whole one.)
  *   - `stream` is a cudaStream_t (NULL: the default stream) and is ignored by CPU planners. On a CUDA planner all data pointers of sections 3
  *     and 8 are device pointers and the call returns before the work is done; on a CPU planner they are host pointers and the work is done
- *     when the call returns. The pointers of the sections 2, 4, 5 and 6 are always host pointers and these calls are synchronous.
+ *     when the call returns. The planner's device need not be the current one: a call makes it current while it works, and then the one
+ *     that was. The stream must be of that device. The pointers of the sections 2, 4, 5 and 6 are always host pointers and these calls are synchronous.
  *   - Section 3 allocates nothing, waits for nothing and can be captured in a CUDA graph; so does section 8.
  *   - Threads: different planners may be used from different threads at the same time. Two calls on one planner at the same time are
  *     refused with LPLB_ERROR_BUSY, never corrupted. On CUDA a planner's work belongs to one stream order: calls on several streams
@@ -164,20 +179,22 @@ void lplb_planner_destroy(lplb_planner *planner);
 const char *lplb_planner_error(const lplb_planner *planner);
 
 /*
- * Places the experts by the topology. history NULL: logical experts in order. history [n_logical] (tokens per logical expert over some
- * past, finite, >= 0): EPLB reorders the experts over the ranks without replication (n_group groups, n_nodes nodes), then every rank
- * sorts its experts by history, heaviest first. The first m*n_redundant experts of each rank are replicated: local slot j*n_redundant+d
- * of rank r2o[q][d] is copied to rank q of the same group and stands there behind q's own experts at offset j*n_redundant + d.
- * Needs r2o. May allocate. On CUDA waits for the stream, then updates the tables in place, so captured graphs stay valid.
+ * Places the experts by the topology. It needs r2o.
+ * Without a history (NULL) the logical experts stand in order. With one, history [n_logical] (tokens of each expert over some past, finite,
+ * >= 0), EPLB reorders them over the ranks, without replication, by n_group groups and n_nodes nodes; then every rank sorts its experts,
+ * heaviest first. The first m*n_redundant experts of each rank have a copy: the expert in local slot j*n_redundant + d of rank r2o[q][d]
+ * is copied to rank q of the same group, where it stands behind q's own experts at offset j*n_redundant + d.
+ * The call may allocate. On CUDA it waits for the stream and then changes the tables in place, so captured graphs stay valid.
  */
 lplb_status lplb_planner_place(lplb_planner *planner, const double *history, void *stream);
 
 /*
- * Sets a general placement: phy2log [n_physical], the logical expert that each slot holds, -1 for an empty slot, to which no token goes
- * (a rank that is gone has only these); so in sections 5 and 6 too. Every logical expert at least once, all
- * replicas of an expert within one group. Several replicas of an expert on one rank are accepted: the first of them takes that rank's
- * share, since splitting it further would only cut that rank's work into smaller pieces. Replicas are ordered by slot, the first is the
- * original. Planners created without r2o only. May allocate at the first call; later ones update the tables in place.
+ * Sets a general placement, on planners that were created without r2o: phy2log [n_physical], the logical expert that each slot holds.
+ * It is int32, as lplb_place writes it; lplb_eplb_rebalance writes int64, as DeepSeek's EPLB does, whose values fit.
+ * A slot with -1 is empty: no token goes there, and a rank that is gone has only such slots; so in sections 5 and 6 too. Every logical
+ * expert stands at least once, and all replicas of an expert stand within one group. Several replicas of an expert on one rank are
+ * accepted. The first of them takes that rank's share, since splitting it further would only cut that rank's work into smaller pieces.
+ * Replicas are ordered by slot; the first is the original. The first call may allocate, later ones change the tables in place.
  */
 lplb_status lplb_planner_set_placement(lplb_planner *planner, const int32_t *phy2log, int64_t n_physical, void *stream);
 
@@ -433,9 +450,11 @@ lplb_status lplb_planner_reset(lplb_planner *planner, int64_t record, void *stre
 
 /*
  * EPLB for several layers at once: which expert each of n_physical slots on n_ranks ranks holds. weight: [n_layers][n_logical] float32,
- * finite, >= 0. If n_groups % n_nodes == 0 hierarchical (expert groups to nodes, replicas inside the node, slots to ranks), else global.
- * Ties go to the lowest index. phy2log [n_layers][n_physical], replica [n_layers][n_physical] (which replica of its expert a slot is,
- * from 0) and logcnt [n_layers][n_logical]; each may be NULL. log2phy follows: log2phy[layer][phy2log[p]][replica[p]] = p.
+ * finite, >= 0. Where n_nodes divides n_groups it is hierarchical (groups of experts to nodes, replicas inside the node, slots to ranks),
+ * otherwise global. Ties go to the lowest index.
+ * It writes phy2log [n_layers][n_physical], replica [n_layers][n_physical] (which replica of its expert a slot is, from 0) and logcnt
+ * [n_layers][n_logical]; each may be NULL. log2phy follows: log2phy[layer][phy2log[p]][replica[p]] = p. All are int64, as in DeepSeek's
+ * EPLB. lplb_place with LPLB_PLACE_DEEPSEEK writes the same placement as int32, which lplb_planner_set_placement takes.
  * n_logical <= n_physical <= 2^20; n_ranks divides n_physical; if hierarchical, n_nodes divides n_ranks and n_groups divides n_logical.
  * Host, synchronous, thread-safe.
  */
