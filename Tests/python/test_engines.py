@@ -63,6 +63,7 @@ def test_vllm(tmp_path, note):
     assert seen["synchronous"]["changed"] and seen["asynchronous"], "a rebalance moved experts"
     assert seen["overlapped"] == ["TorchExchange", "own"] and seen["replicated"] == seen["gathered"] == "same"
     assert "does not support elastic EP, which changes the number of slots" in seen["elastic"]
+    assert "does not know how layers of SimpleNamespace send their tokens" in seen["unknown"]
     for case in seen["placements"]:
         note(f"vLLM, placement of {case['experts']} experts in {case['slots']} slots of {case['ranks']} ranks: even load of the heaviest "
              f"rank, vLLM {case['vllm']:.4f}, lplb " + ", ".join(f"{policy} {load:.4f}" for policy, load in case["even"].items()))

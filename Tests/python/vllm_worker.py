@@ -22,6 +22,8 @@ import torch.distributed as dist  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 import lplb  # noqa: E402
+from lplb.integrations import vllm as adapter  # noqa: E402
+from lplb.integrations._engine import Settings  # noqa: E402
 
 LAYERS, EXPERTS, SPARE, TOP_K, TOKENS = 2, 16, 8, 2, 40
 ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router"
@@ -339,6 +341,11 @@ def mega_moe(ranks, rank):
     slots = of_model.physical_to_logical_map[0]
     assert slots[seen["ids"].long()].equal(ids.long()) and seen["ids"].dtype == torch.int32
     assert busiest(everyone(seen["ids"]), ranks) == exact(slots, everyone(ids).flatten(0, 1), ranks)
+    assert adapter._sends(object.__new__(deep_gemm_mega_moe.DeepGemmMegaMoEExperts))
+    try:
+        adapter._sends(SimpleNamespace(router=None))
+    except lplb.Unsupported as error:
+        return str(error)
 
 
 def refused(ranks, rank):
@@ -350,8 +357,6 @@ def refused(ranks, rank):
 
 def placements():
     """The policy against vLLM's own: the same placements where the policy is the same, and what the others are for."""
-    from lplb.integrations import vllm as adapter
-    from lplb.integrations._engine import Settings
     from vllm.distributed.eplb.policy import AbstractEplbPolicy, DefaultEplbPolicy
 
     generator, found = torch.Generator().manual_seed(0), []
@@ -407,8 +412,7 @@ def main():
     load_general_plugins()
     seen = {"synchronous": synchronous(ranks, rank), "asynchronous": asynchronous(ranks, rank), "overlapped": overlapped(ranks, rank),
             "replicated": replicated(ranks, rank, gathered=False), "gathered": replicated(ranks, rank, gathered=True),
-            "elastic": refused(ranks, rank), "placements": placements() if not rank else None}
-    mega_moe(ranks, rank)
+            "elastic": refused(ranks, rank), "unknown": mega_moe(ranks, rank), "placements": placements() if not rank else None}
     if rank == 0:
         with open(output, "w") as file:
             json.dump(seen, file)

@@ -74,7 +74,7 @@ def fits(engine: str, tried: str, variable: str, wanted: dict[str, tuple[str, ..
                       engine, version, missing)
             return False
     if version != tried and not again:
-        log.warning("lplb was tried with %s %s, and this is %s %s. All that it needs is there.", engine, tried, engine, version)
+        log.warning("lplb was tried with %s %s, and this is %s %s, where what it takes hold of looks the same", engine, tried, engine, version)
     return True
 
 

@@ -17,6 +17,7 @@ another SGLang that this module does not fit, nothing is touched; in the second 
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
@@ -49,7 +50,7 @@ DISPATCH = {
     "sglang.srt.eplb.lplb_solver:get_global_lplb_solver": ("layer_id",),
     "sglang.srt.eplb.lplb_solver:set_global_lplb_solver": ("layer_id", "solver"),
     "sglang.srt.layers.moe.topk:_mask_topk_ids_padded_region": (),
-    "sglang.srt.model_executor.forward_context:get_forward_context": (),
+    "sglang.srt.model_executor.forward_context:ForwardContext.moe_num_token_non_padded": (),
     "sglang.srt.runtime_context:get_exec": (),
     "sglang.srt.runtime_context:get_parallel": (),
 }
@@ -110,6 +111,8 @@ def _checked(server_args: Any, previous: Any) -> None:
                                   ("--enable-pdmux", asked.enable_pdmux, "which plans on two streams at once")):
             if used:
                 raise Unsupported(f"{VARIABLE}: lplb does not support {option}, {why}. Leave it out, or take dispatch out of {VARIABLE}")
+    else:
+        logging.getLogger("sglang.lplb").warning("%s: lplb does not dispatch without --ep-dispatch-algorithm lp", VARIABLE)
     try:
         previous(server_args)
     except ValueError as error:

@@ -19,7 +19,9 @@ not fit, nothing is touched; in the second case the log says so.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
@@ -33,8 +35,7 @@ if TYPE_CHECKING:
 
 TRIED = "0.33.0"
 VARIABLE = "LPLB_VLLM"
-ROUTERS = ("vllm.model_executor.layers.fused_moe.router.base_router", "vllm.model_executor.layers.fused_moe.deep_gemm_mega_moe")
-MAP = "eplb_map_to_physical_and_record"
+ROUTER, MAP = "vllm.model_executor.layers.fused_moe.router.base_router", "eplb_map_to_physical_and_record"
 POLICY = {
     "vllm.distributed.eplb.policy:EPLB_POLICIES": (),
     "vllm.distributed.eplb.policy:AbstractEplbPolicy.rebalance_experts":
@@ -47,9 +48,12 @@ DISPATCH = {
     "vllm.distributed.parallel_state:get_ep_group": (),
     "vllm.v1.worker.ubatching:dbo_current_ubatch_id": (),
 }
-MAPPING = ("topk_ids", "expert_load_view", "logical_to_physical_map", "logical_replica_count", "record_enabled", "num_unpadded_tokens")
-CALLS = {**{f"{module}:{MAP}": MAPPING for module in ROUTERS},
-         "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner.do_naive_dispatch_combine": ()}
+CALLS = {  # seen when the first model is there, since these modules are slow to import
+    f"{ROUTER}:{MAP}":
+        ("topk_ids", "expert_load_view", "logical_to_physical_map", "logical_replica_count", "record_enabled", "num_unpadded_tokens"),
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner.do_naive_dispatch_combine": (),
+    "vllm.model_executor.layers.fused_moe.config:FusedMoEParallelConfig.use_all2all_kernels": (),
+}
 
 
 def register() -> None:
@@ -103,13 +107,15 @@ def _add_model(original: Any, chosen: Settings) -> Any:
 
 
 def _take_calls() -> None:
-    """Where routers map their ids, lplb does it in layers that it knows."""
-    import importlib
-
-    for module in map(importlib.import_module, ROUTERS):
-        original = getattr(module, MAP)
-        if not hasattr(original, "by_lplb"):
-            setattr(module, MAP, _mapping(original))
+    """Where vLLM maps logical ids, lplb does it in layers that it knows: in the routers, and where modules have the function by name
+    (DeepGEMM's MegaMoE)."""
+    original = getattr(importlib.import_module(ROUTER), MAP)
+    if hasattr(original, "by_lplb"):
+        return
+    ours = _mapping(original)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and getattr(module, "__dict__", {}).get(MAP) is original:
+            setattr(module, MAP, ours)
 
 
 def _mapping(original: Any) -> Any:
@@ -174,19 +180,27 @@ class Layers:
                     planner.update_placement(row)
 
 
+def _sends(runner: Any) -> bool:
+    """Whether ranks send tokens to each other in this layer; else all have the same ones, and must choose the same replica for each."""
+    if hasattr(runner, "moe_config"):
+        return bool(runner.moe_config.moe_parallel_config.use_all2all_kernels)
+    if any(base.__name__.endswith("MegaMoEExperts") for base in type(runner).__mro__):  # their kernel sends
+        return True
+    raise Unsupported(f"{VARIABLE}: lplb does not know how layers of {type(runner).__qualname__} send their tokens. Take dispatch out of "
+                      f"{VARIABLE}")
+
+
 class Layer:
     def __init__(self, layers: Layers, index: int, runner: Any) -> None:
         self.layers, self.index, self.runner = layers, index, runner
         self.planners: list[Planner] = []  # one for each micro-batch, made by the first batch
-        # Whether ranks send tokens to each other, or all have the same ones. DeepGEMM's MegaMoE, which always sends, has no such settings.
-        parallel = getattr(getattr(runner, "moe_config", None), "moe_parallel_config", None)
-        self.sends: bool = parallel is None or parallel.use_all2all_kernels
+        self.sends = _sends(runner)
         runner.eplb_state.logical_to_physical_map.lplb_layer = self
 
     def make(self) -> None:
         """Collective. By the first batch, since it is not known before whether all tokens are gathered before they are routed."""
         layers = self.layers
-        same = not self.sends or getattr(self.runner, "do_naive_dispatch_combine", False)
+        same = not self.sends or getattr(self.runner, "do_naive_dispatch_combine", False)  # which CALLS has found in MoERunner
         exchanges: list[Exchange | None] = [None] * layers.n_micro_batches if same else [*layers.exchanges]
         self.planners = [planner_of(layers.slots[self.index], layers.n_logical, layers.group, layers.device, exchange)
                          for exchange in exchanges]
@@ -201,9 +215,11 @@ class Layer:
             self.make()
         planner = self.planners[self.layers.micro_batch()]
         if self.sends or n_tokens is None:
-            return planner.run(ids.contiguous(), None)
+            physical: torch.Tensor = planner.run(ids.contiguous(), None)
+            return physical
         # Rows behind the batch's tokens hold whatever an earlier batch has left there, on each rank something else perhaps, and a plan that
         # counts them would not be the same everywhere. They take each expert's first replica.
         real: torch.Tensor = torch.arange(len(ids), device=ids.device)[:, None] < n_tokens
         planned = planner.run(ids.masked_fill(~real, -1), None)
-        return torch.where(real, planned, log2phy[:, 0][ids.clamp(0, self.layers.n_logical - 1).long()].to(ids.dtype))
+        first = log2phy[:, 0][ids.clamp(0, self.layers.n_logical - 1).long()].to(ids.dtype)
+        return torch.where(real, planned, first)
