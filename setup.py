@@ -307,7 +307,7 @@ class BinaryDistribution(Distribution):
 
 
 CLI = ["matplotlib>=3.5", "tqdm>=4.60"]
-TEST = [*CLI, "torch>=2.4", "scipy>=1.8", "pytest>=7", "pytest-timeout>=2.3", "mypy>=1.10", "setuptools>=64"]
+TEST = [*CLI, "torch>=2.4", "scipy>=1.8", "pytest>=7", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "mypy>=1.10", "setuptools>=64"]
 TEST += ["cmake>=3.20", "ninja", "pkgconf"]  # for the tests of the installed CMake and pkg-config files
 
 needs_wheels = cuda_mode() != "0" and cuda_sources() and not installed_nvcc()

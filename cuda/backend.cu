@@ -24,6 +24,7 @@ extern "C" const lplbk_backend *lplbk_cuda_backend(void) {
         lplbk_open,
         lplbk_close,
         lplbk_place,
+        lplbk_set_capacity,
         lplbk_set_digest,
         lplbk_read,
         lplbk_count,

@@ -23,6 +23,7 @@ LPLBK_FUNCTION(free_mapped, free_mapped);
 LPLBK_FUNCTION(open, open);
 LPLBK_FUNCTION(close, close);
 LPLBK_FUNCTION(place, place);
+LPLBK_FUNCTION(set_capacity, set_capacity);
 LPLBK_FUNCTION(set_digest, set_digest);
 LPLBK_FUNCTION(read, read);
 // count.cu, solve.cu, rewrite.cu, run.cu, layout.cu

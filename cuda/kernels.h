@@ -108,6 +108,9 @@ typedef struct lplbk_backend {
     /* Another placement: tables [layout.words] in host memory, which all groups take over at once; quota, take and group_info become 0.
        Waits for the stream. A failure leaves the placement and the plan as they were. No capture. */
     int32_t (*LPLBK_SET place)(const lplbk_planner *planner, const int32_t *tables, void *stream);
+    /* What the ranks may hold: numbers [2][ep_size] in host memory, speeds and what is fixed; ranked 0: they are alike. And the digest that
+       goes with it. The plan stays. Waits for the stream. No capture. */
+    int32_t (*LPLBK_SET set_capacity)(const lplbk_planner *planner, int32_t ranked, const int32_t *numbers, int32_t digest, void *stream);
     /* Waits for the device to be idle, then writes the digest. */
     int32_t (*LPLBK_SET set_digest)(const lplbk_planner *planner, int32_t digest);
     /* The plan [lplbk_plan_words()] as the stream leaves it. Waits. */

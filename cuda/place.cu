@@ -18,6 +18,17 @@ __global__ void __launch_bounds__(kThreads) adopt(const __grid_constant__ lplbk_
     for (int i = lplbk_plan_info() + first; i < words; i += stride) planner.plan[i] = 0;
 }
 
+// Takes over staged capacities and the digest that goes with them.
+__global__ void __launch_bounds__(kThreads) adopt_capacity(const __grid_constant__ lplbk_planner planner) {
+    wait_for_stream();
+    const lplbk_layout &at = planner.layout;
+    if (threadIdx.x == 0) planner.tables[at.digest] = planner.staged[at.digest], planner.tables[at.ranked] = planner.staged[at.ranked];
+    for (int r = threadIdx.x; r < planner.shape.ep_size; r += kThreads) {
+        planner.tables[at.speed + r] = planner.staged[at.speed + r];
+        planner.tables[at.fixed + r] = planner.staged[at.fixed + r];
+    }
+}
+
 int32_t prepare(lplbk_planner &planner) {
     OnDevice on(planner.device);
     if (on.error() != cudaSuccess) return taken(on.error());
@@ -77,6 +88,25 @@ int32_t lplbk_place(const lplbk_planner *planner, const int32_t *tables, void *s
     if (error != cudaSuccess) return taken(error);
     const int blocks = max(1, min(ceil_div(planner->layout.words, kThreads), planner->info.n_sms));
     error = launch(planner->info, adopt, blocks, kThreads, 0, 0, queue, *planner);
+    return taken(error != cudaSuccess ? error : cudaStreamSynchronize(queue));
+}
+
+int32_t lplbk_set_capacity(const lplbk_planner *planner, int32_t ranked, const int32_t *numbers, int32_t digest, void *stream) {
+    using namespace lplb;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    const auto queue = static_cast<cudaStream_t>(stream);
+    const lplbk_layout &at = planner->layout;
+    cudaError_t error = cudaSuccess;
+    const auto stage = [&](int32_t section, const int32_t *words, int32_t n) {
+        if (error != cudaSuccess) return;
+        error = cudaMemcpyAsync(planner->staged + section, words, 4 * (size_t)n, cudaMemcpyHostToDevice, queue);
+    };
+    stage(at.digest, &digest, 1);
+    stage(at.ranked, &ranked, 1);
+    stage(at.speed, numbers, planner->shape.ep_size);
+    stage(at.fixed, numbers + planner->shape.ep_size, planner->shape.ep_size);
+    if (error == cudaSuccess) error = launch(planner->info, adopt_capacity, 1, kThreads, 0, 0, queue, *planner);
     return taken(error != cudaSuccess ? error : cudaStreamSynchronize(queue));
 }
 

@@ -35,6 +35,7 @@ struct ClusterRun {
     const int n_blocks, block, warp;
     const bool writes;  // this block writes the plan
     const int n_ranks, n_bundled;
+    const bool ranked;  // the ranks differ
     const int n_solvers, max_replicated;
     const RunSpace at;
     const SolveSpace space;
@@ -69,6 +70,7 @@ struct ClusterRun {
           writes(block == 0),
           n_ranks(t.shape.ep_size),
           n_bundled(t.n_bundled()),
+          ranked(t.ranked()),
           n_solvers(kLanes ? min(t.shape.n_groups, kMaxSolvers) : kMaskWarps),
           max_replicated(t.max_replicated()),
           at(t.shape, t.at, kLanes, n_blocks, in.per_block, exchanges ? given.n_sources : 0),
@@ -94,6 +96,8 @@ struct ClusterRun {
     __device__ int rows_of_warp() const { return ceil_div(rows(), kRunWarps - n_solvers); }
     __device__ int4 *cuts() const { return reinterpret_cast<int4 *>(words + at.cut); }
     __device__ int *arc_take() const { return words + at.cut; }
+    // Every block needs every expert's tokens on this rank: to exchange them, or to count their units.
+    __device__ bool needs_totals() const { return exchanges || (!kGathered && !t.in_tokens()); }
     __device__ int bundle_of(int i) const { return kLanes ? words[at.bundle + i] : i; }
     __device__ int load_words() const { return round_up(n_ranks + max_replicated, 4); }
     __device__ bool overflows(int group) const { return overflow != 0 && (overflow >> group & 1) != 0; }
@@ -196,7 +200,7 @@ struct ClusterRun {
                 atomicAdd(&block_loads[rank], mine);
             }
         }
-        if (n_blocks == 1 && !exchanges) return;
+        if (n_blocks == 1 && !needs_totals()) return;
 #pragma unroll 1
         for (int i = threadIdx.x; i < counter_words(t.shape.n_logical); i += kRunThreads) {
             packed[i] = counts[2 * i] | (2 * i + 1 < t.shape.n_logical ? counts[2 * i + 1] << 16 : 0);
@@ -213,7 +217,7 @@ struct ClusterRun {
                 all_loads[b * (load_words() / 4) + i] = cluster_load(reinterpret_cast<const int4 *>(block_loads) + i, b);
             }
         }
-        if (!exchanges) return;
+        if (!needs_totals()) return;
         for (int i = threadIdx.x; i < counter_words(t.shape.n_logical); i += kRunThreads) {
             const int2 both = totals_of(i);
             words[at.totals + 2 * i] = both.x;
@@ -266,7 +270,7 @@ struct ClusterRun {
             if constexpr (!kGathered) {
                 if (i >= n_ranks) {
                     add_bundled(i - n_ranks, sum);
-                } else if (sum != 0) {
+                } else if (sum != 0 && t.in_tokens()) {
                     atomicAdd(&space.sums.base[i], sum);
                 }
             }
@@ -274,15 +278,23 @@ struct ClusterRun {
         if constexpr (kGathered) {
             add_up_gathered();
         } else {
+            if (!t.in_tokens()) add_units_of_singles();
             __syncthreads();
+        }
+    }
+    __device__ __forceinline__ void add_units_of_singles() const {
+#pragma unroll 1
+        for (int expert = threadIdx.x; expert < t.shape.n_logical; expert += kRunThreads) {
+            const int units = code[expert] < 0 ? 0 : t.units(words[at.totals + expert]);
+            if (units != 0) atomicAdd(&space.sums.base[rank_of[expert]], units);
         }
     }
     __device__ __forceinline__ void add_bundled(int i, int mine) const {
         space.tokens[i] = mine;
         if constexpr (kLanes) {
-            atomicAdd(&space.sums.sum[bundle_of(i)], mine);
+            atomicAdd(&space.sums.sum[bundle_of(i)], t.units(mine));
         } else {
-            space.sums.sum[i] = mine;
+            space.sums.sum[i] = t.units(mine);
         }
     }
     __device__ __forceinline__ void add_up_gathered() {
@@ -296,7 +308,7 @@ struct ClusterRun {
             if (c < 0) {
                 add_bundled(-1 - c, all);
             } else {
-                atomicAdd(&space.sums.base[rank_of[expert]], all);
+                atomicAdd(&space.sums.base[rank_of[expert]], t.units(all));
                 if (writes) write(c, rank_of[expert], all, gathered.of(out.rank, expert));
             }
         }
@@ -320,6 +332,13 @@ struct ClusterRun {
 #pragma unroll 1
             for (int group = warp; warp < n_solvers && group < shape.n_groups; group += n_solvers) {
                 if (overflows(group)) continue;
+                if (ranked) {
+                    solve_ranked_lanes<kColours>(
+                        Image(t.image(group), t.at), t.speed(group), t.fixed(group), shape.group_size,
+                        space.sums.base + group * shape.group_size, space.sums.sum + group * shape.max_bundles,
+                        space.sums.x + group * shape.max_arcs, out, group, writes);
+                    continue;
+                }
                 if (group != warp) {
                     Image(t.image(group), t.at).load_lanes(column);
                     flow.open(column, shape.group_size);
@@ -329,7 +348,7 @@ struct ClusterRun {
                 if (writes && shape.n_groups > n_solvers) write_lane_info(out, group, flow);
             }
         } else {
-            if (overflow == 0) solve_group<kSolver>(t, space, 0, out, writes);
+            if (overflow == 0) solve_group<kSolver>(t, space, 0, out, ranked, writes);
         }
         if (overflow == 0 || !writes) return;
 #pragma unroll 1
@@ -409,7 +428,7 @@ struct ClusterRun {
             const int slots[2] = {cuts()[i].z, cuts()[i].w};
             const int ranks[2] = {slots[0] / out.n_local, slots[1] / out.n_local};
             const int *const arcs = space.sums.x + group * shape.max_arcs + 2 * (bundle - group * shape.max_bundles);
-            const Split quota = Split::of(t, space.sums, bundle, arcs, space.tokens, i, overflows(group));
+            const Split quota = Split::of(t, space.sums, bundle, arcs, space.tokens, i, true, overflows(group));
             const int quotas[2] = {quota(0), quota(1)};
             int take[2] = {quotas[0], quotas[1]};
             if constexpr (kGathered) {
@@ -564,8 +583,14 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     MARK(17);
     if (reads_later) cluster_arrive();
     if constexpr (Run::kLanes) {
-        const bool solved = run.warp < run.n_solvers && !run.overflows(run.warp);
+        const bool solved = run.warp < run.n_solvers && !run.overflows(run.warp) && !run.ranked;
         if (solved && run.writes && t.shape.n_groups <= run.n_solvers) write_lane_info(out, run.warp, flow);
+    }
+    if constexpr (!Run::kLanes) {
+        if (!t.in_tokens() && run.overflow == 0) {
+            arcs_to_tokens(t, run.space.image, run.space.flow.x, run.space.tokens);
+            __syncthreads();
+        }
     }
     run.number_warps();
     run.write_sums(Run::kLanes ? run.split_pairs() : run.split_arcs());

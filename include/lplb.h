@@ -104,6 +104,21 @@ enum { LPLB_WHOLE_BATCH = -1 };       /* lplb_config.rank: the ids are those of 
 enum { LPLB_SOLVER_FLOW = 0,          /* exact, integral, certified */
        LPLB_SOLVER_IPM = 1 };         /* interior point method, CUDA only: near-optimal, for comparison and cross-checks */
 
+/*
+ * What a rank's work costs. Without more said, its tokens, and all ranks are alike. Two things can differ, and the plan stays exact:
+ *   unit        tokens that cost as one, such as the 64 or 128 rows to which a grouped product pads every expert. An expert with L tokens
+ *               has ceil(L / unit) units (L: of all sources together). It is split in whole units; the last of its replicas that gets any
+ *               takes the unit that is not full. LPLB_UNIT_EXPERTS: an expert that has tokens is one unit, and goes to one replica whole:
+ *               the active experts of a decode step
+ *   capacities  lplb_planner_set_capacity: ranks of different speed, or with other work of their own
+ * A level T is a time, in 1/1024 of what a rank of normal speed takes for a unit. A rank may hold floor((T / 1024 - fixed) * speed / 1024)
+ * units within T, which is at least the largest fixed of its group. The plan's level is as low as any split into units allows.
+ */
+enum { LPLB_UNIT_EXPERTS = -1 };      /* lplb_config.unit */
+enum { LPLB_SPEED_NORMAL = 1024 };    /* of a rank; speeds lie in 1 .. LPLB_MAX_SPEED */
+#define LPLB_MAX_SPEED 65536
+#define LPLB_MAX_FIXED 16777216       /* units; the largest fixed cost of a rank */
+
 typedef struct lplb_config {
     int64_t struct_size;   /* sizeof(lplb_config); LPLB_CONFIG_INIT sets it */
     int32_t device;        /* LPLB_DEVICE_CPU or a CUDA ordinal */
@@ -122,7 +137,7 @@ typedef struct lplb_config {
     int64_t number;        /* any number that tells planners of equal settings apart, such as the layer's; equal on all ranks */
     int32_t policy;        /* CUDA: LPLB_EXCHANGE_TRAP or _REPORT, what a kernel does that finds ranks disagreeing in rows that the
                               caller gathered. With an exchange attached, that one's policy counts */
-    int32_t unused;        /* 0 */
+    int32_t unit;          /* tokens that cost as one, or LPLB_UNIT_EXPERTS; 0 or 1: tokens. Above 1 or -1: with LPLB_SOLVER_FLOW alone */
 } lplb_config;
 
 #define LPLB_CONFIG_INIT \
@@ -162,6 +177,15 @@ lplb_status lplb_planner_place(lplb_planner *planner, const double *history, voi
  */
 lplb_status lplb_planner_set_placement(lplb_planner *planner, const int32_t *phy2log, int64_t n_physical, void *stream);
 
+/*
+ * What the ranks may hold, from the next plan on: speed [n_ranks], 1 .. LPLB_MAX_SPEED, how many units a rank does in the time in which a
+ * normal one does 1024; fixed [n_ranks], 0 .. LPLB_MAX_FIXED units of a normal rank, the time that is gone before its first unit. NULL: all
+ * LPLB_SPEED_NORMAL; all 0. Both NULL: the ranks are alike, as in a new planner. n_ranks is ep_size; host pointers, copied; the same on all
+ * ranks, between the same plans (it is part of the digest). Stays through new placements; the latest plan stays readable.
+ * LPLB_ERROR_UNSUPPORTED with LPLB_SOLVER_IPM. On CUDA waits for the stream, then updates the tables in place, so captured graphs follow.
+ */
+lplb_status lplb_planner_set_capacity(lplb_planner *planner, const int32_t *speed, const int32_t *fixed, int64_t n_ranks, void *stream);
+
 /* The placement. phy2log [n_physical]; log2phy [n_logical][max_replicas], -1 padded, original first; logcnt [n_logical]: replicas. */
 lplb_status lplb_planner_max_replicas(lplb_planner *planner, int64_t *max_replicas);
 lplb_status lplb_planner_phy2log(lplb_planner *planner, int32_t *phy2log, int64_t n_physical);
@@ -169,11 +193,11 @@ lplb_status lplb_planner_log2phy(lplb_planner *planner, int32_t *log2phy, int64_
 lplb_status lplb_planner_logcnt(lplb_planner *planner, int32_t *logcnt, int64_t n_logical);
 
 /*
- * Ranks that plan together must have equal sizes, topology, solver, number, placement and history. Two things see to it:
+ * Ranks that plan together must have equal sizes, topology, solver, unit, number, placement, capacities and history. Two things see to it:
  *   - lplb_agree, before the planners are created: one gather of 1 KiB from each rank compares the settings, and says how the ranks lie
  *     on hosts.
- *   - The digest, at every exchange: a planner's digest is a number made from its settings and its placement, and, once an exchange is
- *     attached, from how many planners were attached to that exchange before it. It travels as the last count of every row, and whoever
+ *   - The digest, at every exchange: a planner's digest is a number made from its settings, placement and capacities, and, once an exchange
+ *     is attached, from how many planners were attached to that exchange before it. It travels as the last count of every row, and whoever
  *     plans from rows compares. So a rank with another placement is found, and so are equal layers that are called in another order. On
  *     the CPU the call fails with LPLB_ERROR_DISAGREEMENT on every rank; on CUDA the kernel traps or writes a report that the next call
  *     returns, by the policy.
@@ -187,7 +211,7 @@ typedef int32_t (*lplb_gather)(void *context, const void *mine, void *all, int64
 
 typedef struct lplb_agree_config {
     int64_t struct_size;       /* sizeof(lplb_agree_config); LPLB_AGREE_CONFIG_INIT sets it */
-    const lplb_config *planner; /* what the planner will be created with. All but device, number and unused is compared; rank:
+    const lplb_config *planner; /* what the planner will be created with. All but device and number is compared; rank:
                                    this rank's */
     const double *history;     /* NULL, or [n_logical] for lplb_planner_place: compared */
     const int32_t *phy2log;    /* NULL, or [n_physical] for lplb_planner_set_placement: compared */
@@ -255,7 +279,7 @@ lplb_status lplb_planner_make_row(lplb_planner *planner, const void *counts, lpl
  * same column sums; with ep_size sources the tokens of this planner's rank are assigned too: own rank first, then own node, then the rest.
  * With 1 source and a rank given in the config, the source is that rank alone.
  * ratios: NULL, or float32 [n_group][group_size][n_redundant]: the share of the tokens of slot class d of a rank that stays at the
- *   original (1 where there are none). Topology planners only.
+ *   original (1 where there are none). Topology planners only, without units of several tokens and without capacities.
  * scaled: NULL, or float32 [n_logical]: the column sums divided by their maximum (0 where that is 0).
  * counter: NULL, or one integer of dtype counter_dtype that grows by the number of groups solved.
  */
@@ -280,7 +304,8 @@ lplb_status lplb_planner_redirect(lplb_planner *planner, const void *ids, lplb_d
 /*
  * The same by ratios, without a plan: of the c occurrences of a replicated expert of slot class d of rank r in ids, the first
  * round(ratios[group][r][d] * c) go to the original and the others to the copy. Ratios are clamped to [0, 1]; NaN counts as 1.
- * ratios: float32 [n_group][group_size][n_redundant]. cumulative: as lplb_planner_count wrote it for the same ids and n_chunks.
+ * ratios: float32 [n_group][group_size][n_redundant]. cumulative: as lplb_planner_count wrote it for the same ids and n_chunks. Refused
+ * where units are not tokens, since shares are no whole units.
  */
 lplb_status lplb_planner_redirect_by_ratio(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids,
                                            const float *ratios, const int32_t *cumulative, int64_t n_chunks, void *out, void *stream);
@@ -298,18 +323,28 @@ lplb_status lplb_planner_run(lplb_planner *planner, const void *ids, lplb_dtype 
 
 /* ---- 4. Reading results ----------------------------------------------------------------------------------------------------- */
 
+/* In tokens, also where the cost is another one; lplb_level then says what was reached and proven. */
 typedef struct lplb_group_info {
-    int64_t max_load;      /* tokens of the busiest rank under the plan */
-    int64_t bound;         /* T: no split of these replicas can have a smaller maximum */
+    int64_t max_load;      /* the most tokens of a rank under the plan */
+    int64_t bound;         /* T: no split of these replicas can have a smaller maximum. With units or capacities, which need not have
+                              the fewest tokens at most: total / group_size, rounded up */
     int64_t total;         /* tokens of all ranks of the group; the mean is total / group_size */
     int64_t moved;         /* tokens that do not go to the original of their expert */
     int64_t rounds;        /* rounds of the solver's loop; a diagnosis of speed, no part of the result */
-    int32_t certified;     /* 1: max_load == bound, proven by the witness */
+    int32_t certified;     /* 1: max_load == bound, or with units or capacities reached == bound of lplb_level, proven by the witness */
     int32_t witness_size;  /* ranks in the witness */
     /* Bit r: rank r of the group is in the witness S. With load(S) = the tokens that cannot leave S (of experts whose replicas all lie in
-       S), ceil(load(S) / |S|) == bound. */
+       S), ceil(load(S) / |S|) == bound. In general, with the units that cannot leave S: bound of lplb_level is the least level at which
+       the ranks of S may hold them together. */
     uint32_t witness[LPLB_MAX_RANKS / 32];
 } lplb_group_info;
+
+/* What a group's plan costs, in 1/1024 of the time that a rank of normal speed takes for a unit. */
+typedef struct lplb_level {
+    int64_t reached;       /* of the rank that takes longest */
+    int64_t bound;         /* no split into units has a lower level */
+    int64_t mean;          /* what it would be if every expert had a replica on every rank */
+} lplb_level;
 
 typedef struct lplb_plan_info {
     int64_t struct_size;   /* sizeof(lplb_plan_info); LPLB_PLAN_INFO_INIT sets it */
@@ -331,6 +366,9 @@ typedef struct lplb_plan_info {
  * graph may plan at any time, everything reads as 0 from a new placement until then.
  */
 lplb_status lplb_planner_info(lplb_planner *planner, lplb_plan_info *plan, lplb_group_info *groups, int64_t n_groups, void *stream);
+
+/* The levels of the latest plan, [n_groups]; under the capacities that it was made for. As lplb_planner_info. */
+lplb_status lplb_planner_levels(lplb_planner *planner, lplb_level *levels, int64_t n_groups, void *stream);
 
 /* The latest plan's tokens per physical expert over all sources, [n_physical]. On CUDA waits for the stream. */
 lplb_status lplb_planner_split(lplb_planner *planner, int64_t *tokens, int64_t n_physical, void *stream);
@@ -408,7 +446,8 @@ enum {
 typedef struct lplb_place_config {
     int64_t struct_size;
     int32_t policy;      /* LPLB_PLACE_... */
-    int32_t unused;
+    int32_t even_homes;  /* 1: for training, where every rank shall own equally many experts, or as many +-1 where they do not divide. flow
+                            and balanced swap a few slots where that is needed; a placement that does not allow it is refused; 0: no */
     int64_t n_snapshots; /* 0: one */
     int64_t n_layers;
     int64_t n_logical;
@@ -437,13 +476,45 @@ typedef struct lplb_place_report {
  * [n_layers][n_ranks * n_slots], written: the expert of each slot, -1 where a rank has no such slot or nothing to put there. reports:
  * NULL, which saves the solver's time for them, or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch: with an even split they can be worse
  * than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot; those that no rank holds any more get
- * a slot whatever max_moves is, and count. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given.
+ * a slot whatever max_moves is, and count. Without it, ranks with equally many slots change places from layer to layer, so that over all
+ * layers no rank has more copies to send or to get than others (not with deepseek). LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given.
  * LPLB_PLACE_FLOW with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
  * error nothing is written.
  * Host, synchronous, allocates, thread-safe.
  */
 lplb_status lplb_place(const lplb_place_config *config, const double *history, int32_t *phy2log, lplb_place_report *reports,
                        char *message, int64_t message_size);
+
+/*
+ * What a placement of all layers is worth, whoever made it, and what to know of it. The arguments come first; then the results, host,
+ * written, each NULL where it is not wanted. Begin with LPLB_PLACEMENT_REPORT_INIT.
+ */
+typedef struct lplb_placement_report {
+    int64_t struct_size;
+    int64_t n_snapshots;    /* 0: one */
+    int64_t n_layers;
+    int64_t n_logical;
+    int64_t n_ranks;
+    int64_t n_slots;        /* slots that a rank has in phy2log */
+    int64_t n_nodes;        /* hosts, whose ranks are consecutive; 0: one */
+    const int32_t *phy2log; /* [n_layers][n_ranks * n_slots], every expert at least once in each layer, -1 for an empty slot */
+    const double *history;  /* [n_snapshots][n_layers][n_logical] tokens per expert; NULL: no balance and nothing about tokens is wanted */
+    double *even_balance;   /* [n_layers]: mean / max load of the ranks that hold experts, with an even split over replicas */
+    double *exact_balance;  /* [n_layers]: the same with the exact split */
+    int64_t *duplicates;    /* [n_layers]: slots that hold an expert which their rank also holds in another slot */
+    int32_t *homes;         /* [n_layers][n_logical]: the slot of each expert's home, as by lplb_placement_homes */
+    int64_t *pulls;         /* [n_layers][n_ranks]: copies of other ranks' experts on the rank: weights that arrive in a pull, gradients that
+                               leave in a push */
+    int64_t *pushes;        /* [n_layers][n_ranks]: copies of the rank's experts on other ranks: gradients that arrive in a push, weights
+                               that leave in a pull */
+    double *leaves_rank;    /* [n_layers]: share of the tokens that leave their rank with the exact split, where every rank that holds experts */
+    double *leaves_node;    /*   brings the same number of tokens of each expert; and of those that leave their host */
+    double *inbound;        /* [n_layers][n_ranks]: the tokens that then reach the rank from others, over the mean load */
+} lplb_placement_report;
+#define LPLB_PLACEMENT_REPORT_INIT { (int64_t)sizeof(lplb_placement_report), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/* Writes the results that report names. After an error nothing is written. Host, synchronous, allocates, thread-safe. */
+lplb_status lplb_placement_judge(const lplb_placement_report *report, char *message, int64_t message_size);
 
 /* ---- 6. One-off solve ------------------------------------------------------------------------------------------------------- */
 
@@ -453,6 +524,28 @@ lplb_status lplb_place(const lplb_place_config *config, const double *history, i
  */
 lplb_status lplb_solve(const int64_t *loads, int64_t n_logical, const int32_t *phy2log, int64_t n_physical, int64_t ep_size,
                        int64_t *tokens, lplb_group_info *info, char *message, int64_t message_size);
+
+/* The same for other costs than tokens. */
+typedef struct lplb_solve_config {
+    int64_t struct_size;     /* sizeof(lplb_solve_config); LPLB_SOLVE_CONFIG_INIT sets it */
+    const int64_t *loads;    /* [n_logical]; with speed or fixed at most 2^42 tokens in all */
+    const int32_t *phy2log;  /* [n_physical] */
+    int64_t n_logical;
+    int64_t n_physical;
+    int64_t ep_size;
+    int32_t unit;            /* as in lplb_config */
+    int32_t unused;          /* 0 */
+    const int32_t *speed;    /* [ep_size] as in lplb_planner_set_capacity, or NULL */
+    const int32_t *fixed;
+    int64_t *tokens;         /* written: NULL or [n_physical], the tokens of each slot */
+    lplb_group_info *info;   /* written: NULL or one */
+    lplb_level *level;       /* written: NULL or one */
+} lplb_solve_config;
+
+#define LPLB_SOLVE_CONFIG_INIT { (int64_t)sizeof(lplb_solve_config), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/* Solves what the config says. Host, synchronous, allocates, thread-safe. */
+lplb_status lplb_solve_with(const lplb_solve_config *config, char *message, int64_t message_size);
 
 /* ---- 7. Exchange -------------------------------------------------------------------------------------------------------------- */
 

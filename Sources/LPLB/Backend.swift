@@ -74,6 +74,10 @@ protocol PlannerBackend: AnyObject {
     /// Another digest for the placement that is loaded. Waits for the device.
     func setDigest(_ digest: Int32) throws(Failure)
 
+    /// What the ranks may hold from the next plan on, nil: they are alike; and the digest that goes with it, nil before the first placement.
+    /// Stays through new placements. Waits for the stream.
+    func set(_ capacities: RankCapacities?, digest: Int32?, stream: UnsafeMutableRawPointer?) throws(Failure)
+
     func count(
         _ ids: IdBuffer, counts: UnsafeMutablePointer<Int32>, cumulative: UnsafeMutablePointer<Int32>?, chunks: Int,
         stream: UnsafeMutableRawPointer?) throws(Failure)
@@ -109,6 +113,9 @@ protocol PlannerBackend: AnyObject {
 
     /// The latest plan; wait for the stream where there is one. `groups` has room for every group.
     func readInfo(groups: UnsafeMutablePointer<lplb_group_info>?, stream: UnsafeMutableRawPointer?) throws(Failure) -> PlanTotals
+
+    /// `levels` has room for every group.
+    func readLevels(_ levels: UnsafeMutablePointer<lplb_level>, stream: UnsafeMutableRawPointer?) throws(Failure)
 
     /// Tokens per physical expert over all sources, `[nPhysical]`.
     func readSplit(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure)

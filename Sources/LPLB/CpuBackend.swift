@@ -8,6 +8,8 @@ final class CpuBackend: PlannerBackend {
     let replaysGraphs = false
     let shape: ExpertShape
     private let rank: Int?
+    private let unit: Unit
+    private var capacities: RankCapacities?
     private let mapper: TokenMapper
     /// [nLogical] what `run` counts.
     private let counts: UnsafeMutablePointer<Int32>
@@ -17,9 +19,10 @@ final class CpuBackend: PlannerBackend {
     private var invalidIds: Int64 = 0
     private var digest: Int32 = 0
 
-    init(shape: ExpertShape, rank: Int?) {
+    init(shape: ExpertShape, rank: Int?, unit: Unit) {
         self.shape = shape
         self.rank = rank
+        self.unit = unit
         mapper = TokenMapper(nLogical: shape.nLogical)
         counts = .allocate(capacity: shape.nLogical)
         counts.initialize(repeating: 0, count: shape.nLogical)
@@ -30,13 +33,19 @@ final class CpuBackend: PlannerBackend {
     }
 
     func load(_ network: Network, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        solver = FlowSolver(network)
+        solver = FlowSolver(network, unit: unit, capacities: capacities)
         assigner = TokenAssigner(network, source: rank)
         dispatch = DispatchLayout(network)
         self.digest = digest
     }
 
     func setDigest(_ digest: Int32) { self.digest = digest }
+
+    func set(_ capacities: RankCapacities?, digest: Int32?, stream: UnsafeMutableRawPointer?) {
+        self.capacities = capacities
+        self.digest = digest ?? self.digest
+        solver?.set(capacities)
+    }
 
     /// The planner lets nobody plan without a placement.
     func loaded() throws(Failure) -> (FlowSolver, TokenAssigner) {
@@ -128,11 +137,13 @@ final class CpuBackend: PlannerBackend {
             let values = counts.base.assumingMemoryBound(to: Int32.self)
             if counts.compared { try compareDigests(values + shape.nLogical, sources, width, argument) }
             guard assigner.sum(values, sources: sources, width: width) else { throw refusal(of: values, sources, width, argument) }
+            if capacities != nil { try Check.total(assigner.loads, count: shape.nLogical, argument) }
             solver.solve(loads: assigner.loads)
             assigner.assign(values, sources: sources, quotas: solver.quotas)
         case .int64:
             let values = counts.base.assumingMemoryBound(to: Int64.self)
             guard assigner.sum(values, sources: sources, width: width) else { throw refusal(of: values, sources, width, argument) }
+            if capacities != nil { try Check.total(assigner.loads, count: shape.nLogical, argument) }
             solver.solve(loads: assigner.loads)
             assigner.assign(values, sources: sources, quotas: solver.quotas)
         }
@@ -190,6 +201,11 @@ final class CpuBackend: PlannerBackend {
             invalidIds: invalidIds, onOwnRank: assigner.onOwnRank, onOwnNode: assigner.onOwnNode, onOtherNodes: assigner.onOtherNodes)
     }
 
+    func readLevels(_ levels: UnsafeMutablePointer<lplb_level>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        let (solver, _) = try loaded()
+        for group in 0..<shape.nGroups { levels[group] = lplb_level(solver.levels[group]) }
+    }
+
     func readSplit(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
         let (solver, _) = try loaded()
         solver.network.scatter(solver.quotas, to: tokens)
@@ -239,6 +255,9 @@ extension lplb_group_info {
         witness_size = Int32(result.witnessSize)
         withUnsafeMutableBytes(of: &witness) { bytes in
             bytes.copyMemory(from: UnsafeRawBufferPointer(start: solver.witness(ofGroup: group), count: bytes.count))
+        }
+        if !solver.levels[group].isTokens {
+            tell(solver.network.tokens(ofGroup: group) { solver.quotas[$0] }, ranks: solver.network.shape.groupSize)
         }
     }
 }

@@ -25,6 +25,7 @@ struct GroupSolve {
     const SolveSpace space;
     const int first, stride;  // this thread's experts of the group
     const bool assigned;      // tokens of several sources are told apart
+    const bool ranked;        // the ranks differ
     Expert first_expert;
     CountMatrix<true>::Coming first_count;  // kPlain
     int64_t first_total = 0;                // otherwise
@@ -40,7 +41,8 @@ struct GroupSolve {
           space(reinterpret_cast<int *>(memory), t, kLanes, 1, experts.n),
           first((int)threadIdx.x - kApart),
           stride((int)blockDim.x - kApart),
-          assigned(!kPlain && loads.n_sources > 1 && out.rank >= 0) {}
+          assigned(!kPlain && loads.n_sources > 1 && out.rank >= 0),
+          ranked(t.ranked()) {}
 
     // Calls visit(i, expert) for this thread's experts.
     template <class Visit>
@@ -73,11 +75,12 @@ struct GroupSolve {
             large |= total > kSurelyFits;
             highest = max(highest, tokens);
             space.tokens[i] = tokens;
+            const int units = t.units(tokens);
             if (expert.bundled()) {
-                atomicAdd(&space.sums.sum[expert.bundle() - group * t.shape.max_bundles], tokens);
+                atomicAdd(&space.sums.sum[expert.bundle() - group * t.shape.max_bundles], units);
                 return;
             }
-            atomicAdd(&space.sums.base[expert.rank() - group * t.shape.group_size], tokens);
+            atomicAdd(&space.sums.base[expert.rank() - group * t.shape.group_size], units);
             const int take = assigned ? loads.of(out.rank, expert.id()) : tokens;
             write(expert.slot(), tokens, take);
             if (!kPlain && out.rank >= 0) own.add(out, expert.rank(), take);
@@ -108,7 +111,7 @@ struct GroupSolve {
             const int arc = kLanes ? 2 * bundle : space.image.bundle_start[bundle];
             const int n_places = kLanes ? 2 : space.image.bundle_start[bundle + 1] - arc;
             const bool by_arc = !kLanes && t.shape.bundle_experts == 1;  // else there are two places, and the expert knows both
-            const Split quota = Split::of(t, space.sums, bundle, space.sums.x + arc, space.tokens, i, overflow);
+            const Split quota = Split::of(t, space.sums, bundle, space.sums.x + arc, space.tokens, i, kLanes, overflow);
             const auto slot = [&](int j) { return by_arc ? space.image.slot(arc + j) : j == 0 ? expert.slot() : expert.copy_slot(); };
             const auto rank = [&](int j) {
                 return by_arc ? group * t.shape.group_size + space.image.arc_rank[arc + j] : slot(j) / out.n_local;
@@ -204,18 +207,29 @@ __global__ void __launch_bounds__(512, 1)
     if constexpr (Work::kLanes) {
         // A vote is one number for the warp, and the compiler knows it.
         if (solves && !__any_sync(kFullWarp, work.overflow)) {
-            solve_by_lanes(flow, t.shape.group_size, space.sums.base, space.sums.sum, space.sums.x);
+            if (work.ranked) {
+                solve_ranked_lanes<kColours>(Image(t.image(group), t.at), t.speed(group), t.fixed(group), t.shape.group_size,
+                                             space.sums.base, space.sums.sum, space.sums.x, out, group, true);
+            } else {
+                solve_by_lanes(flow, t.shape.group_size, space.sums.base, space.sums.sum, space.sums.x);
+            }
         }
     } else if (!work.overflow) {
-        solve_group<kSolver>(t, space, group, out, true);
+        solve_group<kSolver>(t, space, group, out, work.ranked, true);
     }
     MARK(5);
     __syncthreads();
+    if constexpr (!Work::kLanes) {
+        if (!t.in_tokens() && t.shape.bundle_experts == 1 && !work.overflow) {
+            arcs_to_tokens(t, space.image, space.flow.x, space.tokens);
+            __syncthreads();
+        }
+    }
     MARK(6);
     if (work.overflow && threadIdx.x < 32) {
         write_overflow(out, group);
     } else if constexpr (Work::kLanes) {
-        if (solves) write_lane_info(out, group, flow);
+        if (solves && !work.ranked) write_lane_info(out, group, flow);
     }
     int moved = 0;
     if (!solves && blockIdx.x == 0) keep_counts(t, out, loads, work.assigned, work.first, work.stride);

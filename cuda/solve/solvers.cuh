@@ -52,6 +52,8 @@ struct SolveSpace {
 
     // Fetches a group's image and clears its working arrays. By the whole block.
     __device__ __forceinline__ void open_group(const Tables &t, int group) const {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < t.shape.group_size; i += blockDim.x) flow.speed[i] = t.speed(group)[i], flow.fixed[i] = t.fixed(group)[i];
         const int4 *from = reinterpret_cast<const int4 *>(t.image(group));
 #pragma unroll 2
         for (int i = threadIdx.x; i < t.at.image_words / 4; i += blockDim.x) reinterpret_cast<int4 *>(image_copy)[i] = from[i];
@@ -64,8 +66,8 @@ struct SolveSpace {
 // ---- LaneFlow: one warp a group
 
 // Leaves x by place. sum, x: of the group.
-template <int kColours, bool kLateCall>
-__device__ __forceinline__ void solve_by_lanes(LaneFlow<kColours, kLateCall> &flow, int n_ranks, const int *base, const int *sum, int *x) {
+template <int kColours, bool kLateCall, class Cap>
+__device__ __forceinline__ void solve_by_lanes(LaneFlow<kColours, kLateCall, Cap> &flow, int n_ranks, const int *base, const int *sum, int *x) {
     flow.solve(lane_id() < n_ranks ? base[lane_id()] : 0, sum);
 #pragma unroll
     for (int c = 0; c < kColours; ++c) {
@@ -74,8 +76,8 @@ __device__ __forceinline__ void solve_by_lanes(LaneFlow<kColours, kLateCall> &fl
 }
 
 // The group's information, by the warp that solved it.
-template <int kColours, bool kLateCall>
-__device__ __forceinline__ void write_lane_info(const PlanOut &out, int group, const LaneFlow<kColours, kLateCall> &flow) {
+template <int kColours, bool kLateCall, class Cap>
+__device__ __forceinline__ void write_lane_info(const PlanOut &out, int group, const LaneFlow<kColours, kLateCall, Cap> &flow) {
     int copied = 0;
 #pragma unroll
     for (int c = 0; c < kColours; ++c) {
@@ -83,12 +85,26 @@ __device__ __forceinline__ void write_lane_info(const PlanOut &out, int group, c
     }
     const int moved = warp_sum(copied);
     const int max_load = warp_max(flow.load);
-    FlowEnd end = flow.end;
+    FlowEndOf<Cap> end = flow.end;
     end.witness_size = __popc(flow.witness);
     const int word = lane_id();
     const int value = word == LPLBK_INFO_WITNESS ? (int)flow.witness : info_word(word, max_load, end, flow.total, moved);
     if (out.writes_word(word)) out.info(group)[word] = value;
     if (lane_id() == 0) out.count_solved();
+}
+
+// Solves a group whose ranks differ and writes its information. A call, so that it costs the others nothing. image: of the group; speed,
+// fixed: [group_size].
+template <int kColours>
+__device__ __noinline__ void solve_ranked_lanes(const Image image, const int *speed, const int *fixed, int n_ranks, const int *base,
+                                                const int *sum, int *x, const PlanOut &out, int group, bool write) {
+    LaneFlow<kColours, true, RankedCapacity<1>> flow;
+    flow.end.open(speed, fixed, n_ranks, lane_id(), nullptr, warp_max);
+    int column[kColours];
+    image.load_lanes(column);
+    flow.open(column, n_ranks);
+    solve_by_lanes(flow, n_ranks, base, sum, x);
+    if (write) write_lane_info(out, group, flow);
 }
 
 // ---- The others: a block a group
@@ -99,7 +115,12 @@ __device__ __forceinline__ void write_witness(int *info, bool in_witness) {
     if (lane_id() == 0 && warp_id() < LPLBK_INFO_WORDS - LPLBK_INFO_WITNESS) info[LPLBK_INFO_WITNESS + warp_id()] = witness;
 }
 
-__device__ __forceinline__ void solve_pairs(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
+__device__ __forceinline__ void solve_pairs(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool ranked,
+                                            bool write) {
+    if (ranked) {
+        return solve_ranked_lanes<LPLBK_MAX_COLOURS>(space.image, space.flow.speed, space.flow.fixed, t.shape.group_size, space.flow.base,
+                                                     space.flow.sum, space.flow.x, out, group, write);
+    }
     int column[LPLBK_MAX_COLOURS];
     space.image.load_lanes(column);
     LaneFlow<LPLBK_MAX_COLOURS, true> flow;
@@ -108,9 +129,9 @@ __device__ __forceinline__ void solve_pairs(const Tables &t, const SolveSpace &s
     if (write) write_lane_info(out, group, flow);
 }
 
-template <int kWords>
+template <int kWords, class Cap>
 __device__ __forceinline__ void solve_by_masks(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
-    MaskFlow<kWords> flow(space.image, space.flow, t.shape.group_size);
+    MaskFlow<kWords, Cap> flow(space.image, space.flow, t.shape.group_size);
     flow.solve();
     if (!write || threadIdx.x >= 32) return;
     const int word = threadIdx.x, max_load = flow.max_load();
@@ -131,10 +152,27 @@ __device__ __forceinline__ void write_block_info(const PlanOut &out, int group, 
     write_witness(out.info(group), flow.in_witness);
 }
 
+template <int kWords>
+__device__ __noinline__ void solve_ranked_by_masks(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
+    solve_by_masks<kWords, RankedCapacity<kWords>>(t, space, group, out, write);
+}
+
+template <class Cap>
+__device__ __forceinline__ void solve_by_scans(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
+    ScanFlow<Cap> flow(space.image, space.flow, t.shape);
+    flow.solve();
+    const int max_load = flow.max_load();
+    if (write) write_block_info(out, group, flow, max_load);
+}
+static __device__ __noinline__ void solve_ranked_by_scans(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
+    solve_by_scans<RankedCapacity<1>>(t, space, group, out, write);
+}
+
 // Solves a group and writes its information, but for the tokens moved. By the whole block, between barriers of the caller; ends without
 // one.
 template <Solver kSolver>
-__device__ __forceinline__ void solve_group(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
+__device__ __forceinline__ void solve_group(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool ranked,
+                                            bool write) {
     static_assert(!by_lanes(kSolver), "LaneFlow takes a warp");
     if constexpr (kSolver == kInterior) {
         const IpmSpace real(space.real, t.shape);
@@ -143,18 +181,23 @@ __device__ __forceinline__ void solve_group(const Tables &t, const SolveSpace &s
         if (write) write_block_info(out, group, method, method.max_load);
     } else {
         if (kSolver == kOneWord && space.image.pairs()) {  // common placements, and twice as fast
-            if (threadIdx.x < 32) solve_pairs(t, space, group, out, write);
+            if (threadIdx.x < 32) solve_pairs(t, space, group, out, ranked, write);
             return;
         }
         split_evenly(space.image, space.flow);
         __syncthreads();
         if constexpr (kSolver == kScan) {
-            ScanFlow flow(space.image, space.flow, t.shape);
-            flow.solve();
-            const int max_load = flow.max_load();
-            if (write) write_block_info(out, group, flow, max_load);
+            if (ranked) {
+                solve_ranked_by_scans(t, space, group, out, write);
+            } else {
+                solve_by_scans<Capacity>(t, space, group, out, write);
+            }
         } else if (threadIdx.x < 32 * kMaskWarps) {
-            solve_by_masks<kSolver / 32>(t, space, group, out, write);
+            if (ranked) {
+                solve_ranked_by_masks<kSolver / 32>(t, space, group, out, write);
+            } else {
+                solve_by_masks<kSolver / 32, Capacity>(t, space, group, out, write);
+            }
         }
     }
     if (threadIdx.x == 0 && write) out.count_solved();

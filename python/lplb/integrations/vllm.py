@@ -215,11 +215,11 @@ class Layer:
             self.make()
         planner = self.planners[self.layers.micro_batch()]
         if self.sends or n_tokens is None:
-            physical: torch.Tensor = planner.run(ids.contiguous(), None)
-            return physical
+            all_planned: torch.Tensor = planner.run(ids.contiguous(), None)
+            return all_planned
         # Rows behind the batch's tokens hold whatever an earlier batch has left there, on each rank something else perhaps, and a plan that
         # counts them would not be the same everywhere. They take each expert's first replica.
         real: torch.Tensor = torch.arange(len(ids), device=ids.device)[:, None] < n_tokens
-        planned = planner.run(ids.masked_fill(~real, -1), None)
+        planned: torch.Tensor = planner.run(ids.masked_fill(~real, -1), None)
         first = log2phy[:, 0][ids.clamp(0, self.layers.n_logical - 1).long()].to(ids.dtype)
         return torch.where(real, planned, first)

@@ -8,4 +8,6 @@
     play.py       plays every micro-batch of every layer through every policy
     report.py     the table, the sentence and the JSON
     plot.py       the picture
+    compare.py    topologies and placements beside each other, and a recommendation
+    torch_file.py traces that torch.save wrote
 """

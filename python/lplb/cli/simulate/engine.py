@@ -65,13 +65,13 @@ class Engine:
                 planner.update_placement(slots)
         return np.asarray(self._planners[0].phy2log, dtype=np.int32)
 
-    def repair(self, loads: Int64Array, max_moves: int | None) -> tuple[NDArray[np.int32], int]:
-        """Changes the placement in force a little, for loads [n_logical]: phy2log and the moves."""
-        repaired = place(loads[None].astype(np.float64), ep_size=self.layout.ranks, slots=self.layout.n_physical, policy="repair",
-                         previous=np.asarray(self._planners[0].phy2log)[None], max_moves=max_moves)
+    def change(self, policy: str, loads: Int64Array, max_moves: int | None) -> tuple[NDArray[np.int32], int]:
+        """Changes the placement in force by a policy of lplb.place, for loads [n_logical]: phy2log and the moves."""
+        changed = place(loads[None].astype(np.float64), ep_size=self.layout.ranks, slots=self.layout.n_physical, policy=policy,
+                        previous=np.asarray(self._planners[0].phy2log)[None], max_moves=max_moves)
         for planner in self._planners:
-            planner.update_placement(repaired.phy2log[0])
-        return repaired.phy2log[0], int(repaired.n_moves.sum())
+            planner.update_placement(changed.phy2log[0])
+        return changed.phy2log[0], int(changed.n_moves.sum())
 
     def replicas(self) -> Replicas:
         log2phy = np.asarray(self._planners[0].mapping()[1], dtype=np.int32)

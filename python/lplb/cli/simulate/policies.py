@@ -111,3 +111,9 @@ def locality(taken: Int64Array, nodes: int) -> tuple[int, int]:
     to_rank = taken.reshape(ranks, ranks, -1).sum(axis=2)
     to_node = to_rank.reshape(nodes, ranks // nodes, nodes, ranks // nodes).sum(axis=(1, 3))
     return int(np.trace(to_rank)), int(np.trace(to_node))
+
+
+def inbound(taken: Int64Array) -> Int64Array:
+    """[ranks] tokens that reach each rank from others."""
+    to_rank = taken.reshape(taken.shape[0], taken.shape[0], -1).sum(axis=2)
+    return np.asarray(to_rank.sum(axis=0) - np.diag(to_rank), dtype=np.int64)
