@@ -127,7 +127,7 @@ def _mapping(original: Any) -> Any:
         if layer is None:
             return original(topk_ids, expert_load_view, logical_to_physical_map,  # type: ignore[no-any-return]
                             logical_replica_count, record_enabled, num_unpadded_tokens)
-        physical = layer.plan(topk_ids, logical_to_physical_map, num_unpadded_tokens)
+        physical = layer.plan(topk_ids, num_unpadded_tokens)
         one_to_one, ones = layer.layers.identity
         return original(physical, expert_load_view, one_to_one, ones, record_enabled, num_unpadded_tokens)  # type: ignore[no-any-return]
 
@@ -176,8 +176,7 @@ class Layers:
         for layer, row in zip(self.layers[first:], slots):
             if not row.equal(self.slots[layer.index]):
                 self.slots[layer.index] = row
-                for planner in layer.planners:
-                    planner.update_placement(row)
+                layer.follow(row)
 
 
 def _sends(runner: Any) -> bool:
@@ -194,23 +193,34 @@ class Layer:
     def __init__(self, layers: Layers, index: int, runner: Any) -> None:
         self.layers, self.index, self.runner = layers, index, runner
         self.planners: list[Planner] = []  # one for each micro-batch, made by the first batch
+        self.first: torch.Tensor
         self.sends = _sends(runner)
         runner.eplb_state.logical_to_physical_map.lplb_layer = self
 
     def make(self) -> None:
         """Collective. By the first batch, since it is not known before whether all tokens are gathered before they are routed."""
+        import torch
+
         layers = self.layers
         same = not self.sends or getattr(self.runner, "do_naive_dispatch_combine", False)  # which CALLS has found in MoERunner
         exchanges: list[Exchange | None] = [None] * layers.n_micro_batches if same else [*layers.exchanges]
         self.planners = [planner_of(layers.slots[self.index], layers.n_logical, layers.group, layers.device, exchange)
                          for exchange in exchanges]
+        # Each expert's first replica, for rows that are not planned.
+        self.first = torch.as_tensor(self.planners[0].mapping()[1][:, 0]).clone()
 
-    def plan(self, ids: torch.Tensor, log2phy: torch.Tensor, n_tokens: torch.Tensor | None) -> torch.Tensor:
+    def follow(self, slots: torch.Tensor) -> None:
+        import torch
+
+        for planner in self.planners:
+            self.first.copy_(torch.as_tensor(planner.update_placement(slots)[1][:, 0]))
+
+    def plan(self, ids: torch.Tensor, n_tokens: torch.Tensor | None) -> torch.Tensor:
         """Physical ids of ids' type."""
         import torch
 
         if ids.dtype not in (torch.int32, torch.int64):
-            return self.plan(ids.to(torch.int32), log2phy, n_tokens).to(ids.dtype)
+            return self.plan(ids.to(torch.int32), n_tokens).to(ids.dtype)
         if not self.planners:
             self.make()
         planner = self.planners[self.layers.micro_batch()]
@@ -218,8 +228,7 @@ class Layer:
             all_planned: torch.Tensor = planner.run(ids.contiguous(), None)
             return all_planned
         # Rows behind the batch's tokens hold whatever an earlier batch has left there, on each rank something else perhaps, and a plan that
-        # counts them would not be the same everywhere. They take each expert's first replica.
-        real: torch.Tensor = torch.arange(len(ids), device=ids.device)[:, None] < n_tokens
-        planned: torch.Tensor = planner.run(ids.masked_fill(~real, -1), None)
-        first = log2phy[:, 0][ids.clamp(0, self.layers.n_logical - 1).long()].to(ids.dtype)
-        return torch.where(real, planned, first)
+        # counts them would not be the same everywhere.
+        behind: torch.Tensor = torch.arange(len(ids), device=ids.device)[:, None] >= n_tokens
+        planned: torch.Tensor = planner.run(ids.masked_fill(behind, -1), None)
+        return torch.where(behind, self.first[ids], planned)
