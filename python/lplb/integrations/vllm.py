@@ -12,8 +12,9 @@ same tokens on all ranks (tensor parallelism without data parallelism, and where
 exchanged, and all ranks make the same plan.
 
 Rebalances, synchronous or not, set the new placement in the same planners, so captured graphs stay valid. With dual batch overlap each
-micro-batch has planners and an exchange of its own. Elastic EP is refused. Without LPLB_VLLM, or with another vLLM that this module does
-not fit, nothing is touched; in the second case the log says so.
+micro-batch has planners and an exchange of its own. Elastic EP is refused. All ranks must ask for the same; with Ray that takes
+VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY=LPLB_ as well. Without LPLB_VLLM, or with another vLLM that this module does not fit, nothing is
+touched; in the second case the log says so.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
-from ._engine import Settings, WAIT, fits, planner_of, settings
+from ._engine import WAIT, Settings, fits, planner_of, same_everywhere, settings
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +42,11 @@ POLICY = {
     "vllm.distributed.eplb.policy:AbstractEplbPolicy.rebalance_experts":
         ("weight", "num_replicas", "num_groups", "num_nodes", "num_ranks", "old_global_expert_indices"),
     "vllm.distributed.eplb.eplb_state:EplbState.add_model": ("self", "model", "model_config", "model_name"),
+    "vllm.distributed.parallel_state:get_ep_group": (),
 }
 DISPATCH = {
     "vllm.distributed.eplb.eplb_state:_commit_eplb_maps": ("model_state", "new_physical_to_logical_map"),
     "vllm.distributed.eplb.eplb_state:_commit_eplb_maps_for_layer": ("model_state", "new_physical_to_logical_map", "layer"),
-    "vllm.distributed.parallel_state:get_ep_group": (),
     "vllm.v1.worker.ubatching:dbo_current_ubatch_id": (),
 }
 CALLS = {  # seen when the first model is there, since these modules are slow to import
@@ -94,8 +95,11 @@ def _add_model(original: Any, chosen: Settings) -> Any:
     @functools.wraps(original)
     def add_model(self: Any, model: Any, *arguments: Any, **named: Any) -> None:
         if self.parallel_config.enable_elastic_ep:
-            raise Unsupported(f"{VARIABLE}: lplb does not support elastic EP, which changes the number of slots. Leave out --enable-elastic-ep "
-                              f"or unset {VARIABLE}")
+            raise Unsupported(f"{VARIABLE}: lplb does not support elastic EP, which changes the number of slots. Leave out "
+                              f"--enable-elastic-ep or unset {VARIABLE}")
+        from vllm.distributed.parallel_state import get_ep_group  # type: ignore[import-not-found,unused-ignore]
+
+        same_everywhere(VARIABLE, chosen, get_ep_group().cpu_group)
         original(self, model, *arguments, **named)
         if chosen.dispatch and fits("vllm", TRIED, VARIABLE, CALLS, again=True):
             _take_calls()
@@ -155,7 +159,7 @@ class Layers:
     def __init__(self, state: Any) -> None:
         import torch
 
-        from vllm.distributed.parallel_state import get_ep_group  # type: ignore[import-not-found,unused-ignore]
+        from vllm.distributed.parallel_state import get_ep_group
         from vllm.v1.worker.ubatching import dbo_current_ubatch_id  # type: ignore[import-not-found,unused-ignore]
 
         self.group, self.micro_batch = get_ep_group().device_group, dbo_current_ubatch_id
