@@ -22,8 +22,8 @@ template <bool kGathered>
 using ExchangeView = std::conditional_t<kGathered, lplbk_exchange_view, NoExchange>;
 
 // kGathered: the plan is made for everybody's counts, `given` in global memory or, where the view has ranks, exchanged here; else for those
-// of the ids alone.
-template <Solver kSolver, bool kGathered>
+// of the ids alone. kRanked: the ranks differ.
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
 struct ClusterRun {
     static constexpr bool kLanes = by_lanes(kSolver);
 
@@ -31,11 +31,11 @@ struct ClusterRun {
     const RunIds &in;
     const PlanOut &out;
     const ExchangeView<kGathered> &view;
+    const RecordingOf<kRecords> &record;
     const bool exchanges;
     const int n_blocks, block, warp;
     const bool writes;  // this block writes the plan
     const int n_ranks, n_bundled;
-    const bool ranked;  // the ranks differ
     const int n_solvers, max_replicated;
     const RunSpace at;
     const SolveSpace space;
@@ -58,11 +58,12 @@ struct ClusterRun {
     unsigned overflow = 0;  // bit g: the total of group g does not fit 31 bits
 
     __device__ ClusterRun(int4 *memory, const Tables &t, const RunIds &in, const CountMatrix<false> &given, const PlanOut &out,
-                          const ExchangeView<kGathered> &view)
+                          const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record)
         : t(t),
           in(in),
           out(out),
           view(view),
+          record(record),
           exchanges(exchanging(view)),
           n_blocks((int)cluster_size()),
           block((int)cluster_rank()),
@@ -70,7 +71,6 @@ struct ClusterRun {
           writes(block == 0),
           n_ranks(t.shape.ep_size),
           n_bundled(t.n_bundled()),
-          ranked(t.ranked()),
           n_solvers(kLanes ? min(t.shape.n_groups, kMaxSolvers) : kMaskWarps),
           max_replicated(t.max_replicated()),
           at(t.shape, t.at, kLanes, n_blocks, in.per_block, exchanges ? given.n_sources : 0),
@@ -305,6 +305,7 @@ struct ClusterRun {
             const int64_t total = gathered.total<true>(expert);
             const int all = fitted(total), c = code[expert];
             large |= total > kSurelyFits;
+            if (writes) record.add_tokens(expert, total);
             if (c < 0) {
                 add_bundled(-1 - c, all);
             } else {
@@ -332,23 +333,17 @@ struct ClusterRun {
 #pragma unroll 1
             for (int group = warp; warp < n_solvers && group < shape.n_groups; group += n_solvers) {
                 if (overflows(group)) continue;
-                if (ranked) {
-                    solve_ranked_lanes<kColours>(
-                        Image(t.image(group), t.at), t.speed(group), t.fixed(group), shape.group_size,
-                        space.sums.base + group * shape.group_size, space.sums.sum + group * shape.max_bundles,
-                        space.sums.x + group * shape.max_arcs, out, group, writes);
-                    continue;
-                }
                 if (group != warp) {
                     Image(t.image(group), t.at).load_lanes(column);
                     flow.open(column, shape.group_size);
+                    if constexpr (kRanked) open_ranks(flow, t.speed(group), t.fixed(group), shape.group_size);
                 }
                 solve_by_lanes(flow, shape.group_size, space.sums.base + group * shape.group_size,
                                space.sums.sum + group * shape.max_bundles, space.sums.x + group * shape.max_arcs);
                 if (writes && shape.n_groups > n_solvers) write_lane_info(out, group, flow);
             }
         } else {
-            if (overflow == 0) solve_group<kSolver>(t, space, 0, out, ranked, writes);
+            if (overflow == 0) solve_group<kSolver, kRanked>(t, space, 0, out, writes);
         }
         if (overflow == 0 || !writes) return;
 #pragma unroll 1
@@ -385,6 +380,8 @@ struct ClusterRun {
         for (int i = threadIdx.x - 32 * n_solvers; i < counter_words(t.shape.n_logical); i += kRunThreads - 32 * n_solvers) {
             const int2 both =
                 n_blocks > 1 ? totals_of(i) : make_int2(counts[2 * i], 2 * i + 1 < t.shape.n_logical ? counts[2 * i + 1] : 0);
+            record.add_tokens(2 * i, both.x);
+            if (2 * i + 1 < t.shape.n_logical) record.add_tokens(2 * i + 1, both.y);
             if (code[2 * i] >= 0) write(code[2 * i], rank_of[2 * i], both.x, both.x);
             if (2 * i + 1 < t.shape.n_logical && code[2 * i + 1] >= 0) write(code[2 * i + 1], rank_of[2 * i + 1], both.y, both.y);
         }
@@ -522,26 +519,33 @@ struct ClusterRun {
             return space.image.slot(there);
         }
     }
-    __device__ __forceinline__ void count_bad() const {
-        const int sum = warp_sum(bad);
-        if (lane_id() == 0 && sum != 0) atomicAdd(reinterpret_cast<unsigned long long *>(in.invalid), (unsigned long long)sum);
+    // The groups for the metrics, by the warps that solve, which have no ids; the rest of their information is still to come.
+    __device__ __forceinline__ void record_groups() const {
+        for (int group = warp; group < t.shape.n_groups; group += n_solvers) record.add_group(out.info(group), kLanes, overflows(group));
     }
 };
 
-template <Solver kSolver, bool kGathered>
-__global__ void __launch_bounds__(kRunThreads, 1)
-    run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
-                   const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
-                   const __grid_constant__ ExchangeView<kGathered> view) {
-    using Run = ClusterRun<kSolver, kGathered>;
+template <Solver kSolver, bool kGathered, bool kRecords>
+__device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record);
+
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
+__device__ __forceinline__ void run_all(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
+    using Run = ClusterRun<kSolver, kGathered, kRecords, kRanked>;
     extern __shared__ int4 memory[];
     MARK(0);
-    Run run(memory, t, in, given, out, view);
+    const bool ranked = !kRanked && t.ranked();
+    Run run(memory, t, in, given, out, view, record);
     constexpr int kColours = Run::kLanes ? (int)kSolver : 1;
     int column[kColours] = {};
-    LaneFlow<kColours> flow;
+    LaneFlow<kColours, false, CapacityOf<kRanked, 1>> flow;
     if (Run::kLanes && run.warp < run.n_solvers) Image(t.image(run.warp), t.at).load_lanes(column);
     run.open();
+    if constexpr (!kRanked) {
+        if (ranked) return run_ranked<kSolver, kGathered, kRecords>(ids, rewritten, t, in, given, out, view, record);  // begins anew
+    }
+    record.open();
     wait_for_stream();
     exchange::Call call{};
     if constexpr (kGathered) {
@@ -559,6 +563,9 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     MARK(3);
     cluster_arrive();
     if constexpr (Run::kLanes) flow.open(column, t.shape.group_size);
+    if constexpr (Run::kLanes && kRanked) {
+        if (run.warp < min(run.n_solvers, t.shape.n_groups)) open_ranks(flow, t.speed(run.warp), t.fixed(run.warp), t.shape.group_size);
+    }
     cluster_wait();
     MARK(4);
     run.fetch_loads();
@@ -583,7 +590,7 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     MARK(17);
     if (reads_later) cluster_arrive();
     if constexpr (Run::kLanes) {
-        const bool solved = run.warp < run.n_solvers && !run.overflows(run.warp) && !run.ranked;
+        const bool solved = run.warp < run.n_solvers && !run.overflows(run.warp);
         if (solved && run.writes && t.shape.n_groups <= run.n_solvers) write_lane_info(out, run.warp, flow);
     }
     if constexpr (!Run::kLanes) {
@@ -592,15 +599,56 @@ __global__ void __launch_bounds__(kRunThreads, 1)
             __syncthreads();
         }
     }
+    const bool recording = kRecords && run.writes && run.warp < run.n_solvers;
+    const unsigned long long before = recording && run.warp == 0 ? record.before() : 0;
+    if (recording) run.record_groups();
     run.number_warps();
     run.write_sums(Run::kLanes ? run.split_pairs() : run.split_arcs());
     __syncthreads();
     MARK(18);
+    if (recording && run.warp == 0) record.end_plan(before, run.space.sums.late_word(lane_id(), Run::kLanes, out.rank));
     with_ids(rewritten, in.wide, [&](auto *rewritten) { run.rewrite_queued(rewritten); });
-    run.count_bad();
+    in.invalid.add(run.bad);
     MARK(19);
     cluster_wait();
     MARK(20);
 }
+
+// Where the ranks differ: a call, so that it costs the others nothing.
+template <Solver kSolver, bool kGathered, bool kRecords>
+__device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
+    run_all<kSolver, kGathered, kRecords, true>(ids, rewritten, t, in, given, out, view, record);
+}
+
+template <Solver kSolver, bool kGathered, bool kRecords>
+__global__ void __launch_bounds__(kRunThreads, 1)
+    run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
+                   const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
+                   const __grid_constant__ ExchangeView<kGathered> view, const __grid_constant__ RecordingOf<kRecords> record) {
+    run_all<kSolver, kGathered, kRecords, false>(ids, rewritten, t, in, given, out, view, record);
+}
+
+template <bool kGathered, bool kRecords>
+using RunKernel = void (*)(const void *, void *, Tables, RunIds, CountMatrix<false>, PlanOut, ExchangeView<kGathered>, RecordingOf<kRecords>);
+
+template <bool kGathered, bool kRecords>
+RunKernel<kGathered, kRecords> run_kernel(Solver solver) {
+    switch (solver) {
+    case kTwoColours:
+    case kFourColours:
+        return run_in_cluster<kFourColours, kGathered, kRecords>;
+    case kEightColours:
+        return run_in_cluster<kEightColours, kGathered, kRecords>;
+    case kOneWord:
+        return run_in_cluster<kOneWord, kGathered, kRecords>;
+    default:
+        return run_in_cluster<kTwoWords, kGathered, kRecords>;
+    }
+}
+
+// Compiled in a file of their own.
+extern template RunKernel<false, true> run_kernel<false, true>(Solver);
+extern template RunKernel<true, true> run_kernel<true, true>(Solver);
 
 }  // namespace lplb

@@ -104,6 +104,9 @@ enum { LPLB_WHOLE_BATCH = -1 };       /* lplb_config.rank: the ids are those of 
 enum { LPLB_SOLVER_FLOW = 0,          /* exact, integral, certified */
        LPLB_SOLVER_IPM = 1 };         /* interior point method, CUDA only: near-optimal, for comparison and cross-checks */
 
+enum { LPLB_RECORD_HISTORY = 1,       /* lplb_config.record: tokens of each logical expert, added up over all plans */
+       LPLB_RECORD_METRICS = 2 };     /* what the plans achieved, for lplb_planner_get_metrics; with unit 0 or 1 and without capacities */
+
 /*
  * What a rank's work costs. Without more said, its tokens, and all ranks are alike. Two things can differ, and the plan stays exact:
  *   unit        tokens that cost as one, such as the 64 or 128 rows to which a grouped product pads every expert. An expert with L tokens
@@ -138,10 +141,11 @@ typedef struct lplb_config {
     int32_t policy;        /* CUDA: LPLB_EXCHANGE_TRAP or _REPORT, what a kernel does that finds ranks disagreeing in rows that the
                               caller gathered. With an exchange attached, that one's policy counts */
     int32_t unit;          /* tokens that cost as one, or LPLB_UNIT_EXPERTS; 0 or 1: tokens. Above 1 or -1: with LPLB_SOLVER_FLOW alone */
+    int64_t record;        /* LPLB_RECORD_* added up: what the planner keeps beside its plans, see lplb_planner_history */
 } lplb_config;
 
 #define LPLB_CONFIG_INIT \
-    { (int64_t)sizeof(lplb_config), LPLB_DEVICE_CPU, LPLB_SOLVER_FLOW, 0, LPLB_WHOLE_BATCH, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+    { (int64_t)sizeof(lplb_config), LPLB_DEVICE_CPU, LPLB_SOLVER_FLOW, 0, LPLB_WHOLE_BATCH, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /*
  * Creates a planner. With r2o it is placed at once as lplb_planner_place(planner, NULL) would. Without r2o, and with as many physical
@@ -211,7 +215,7 @@ typedef int32_t (*lplb_gather)(void *context, const void *mine, void *all, int64
 
 typedef struct lplb_agree_config {
     int64_t struct_size;       /* sizeof(lplb_agree_config); LPLB_AGREE_CONFIG_INIT sets it */
-    const lplb_config *planner; /* what the planner will be created with. All but device and number is compared; rank:
+    const lplb_config *planner; /* what the planner will be created with. All but device, number and record is compared; rank:
                                    this rank's */
     const double *history;     /* NULL, or [n_logical] for lplb_planner_place: compared */
     const int32_t *phy2log;    /* NULL, or [n_physical] for lplb_planner_set_placement: compared */
@@ -376,6 +380,55 @@ lplb_status lplb_planner_split(lplb_planner *planner, int64_t *tokens, int64_t n
 /* The part of it that comes from this planner's rank (LPLB_WHOLE_BATCH: all of it), [n_physical]. On CUDA waits for the stream. */
 lplb_status lplb_planner_assignment(lplb_planner *planner, int64_t *tokens, int64_t n_physical, void *stream);
 
+/*
+ * History: tokens[n_logical] = the tokens of each logical expert, summed over the ranks as the solves saw them and over all plans since
+ * the planner was created or its history was reset, for lplb_place. Needs LPLB_RECORD_HISTORY in the config and a planner with replicas
+ * (others count nothing). Plans of captured graphs are added up as well, since the kernels that plan add; new placements change nothing.
+ * at: how many plans must be in it, LPLB_ANY_PLAN: however many there are. plans: NULL, or their number.
+ * The ranks make the same plans in the same order, each in its own time. The history is read where the call stands in the stream, so
+ * ranks that call at the same place of their program read the same numbers, and ranks that do not would place experts differently; `at`
+ * is how a rank notices: LPLB_ERROR_WRONG_ORDER, and nothing is written, if there are more or fewer plans. On CUDA waits for the stream.
+ */
+#define LPLB_ANY_PLAN (-1)
+lplb_status lplb_planner_history(lplb_planner *planner, int64_t at, int64_t *tokens, int64_t n_logical, int64_t *plans, void *stream);
+
+/* Ratios of lplb_metrics are integers, in units of 1 / LPLB_METRICS_ONE and rounded down, so that their sums are exact. */
+#define LPLB_METRICS_ONE (INT64_C(1) << 22)
+
+/* What the plans have achieved since the planner was created or its metrics were reset, added up. */
+typedef struct lplb_metrics {
+    int64_t struct_size;   /* sizeof(lplb_metrics); LPLB_METRICS_INIT sets it */
+    int64_t plans;
+    int64_t groups;        /* groups that were solved and had tokens: those that the ratios are of */
+    int64_t imbalance_sum; /* of max_load / mean, see lplb_group_info */
+    int64_t imbalance_max;
+    int64_t gap_sum;       /* of bound / mean - 1: what only another placement could win */
+    int64_t gap_max;
+    int64_t tokens;        /* of all ranks */
+    int64_t moved;         /* of them, not to the original of their expert */
+    int64_t own_rank;      /* where the tokens of this planner's rank went, as in lplb_plan_info */
+    int64_t own_node;
+    int64_t other_nodes;
+    int64_t uncertified;   /* groups without a proof that no split is better: of LPLB_SOLVER_IPM only */
+    int64_t overflow;      /* CUDA: groups that were not solved, as in lplb_plan_info; counted in none of the above but own_rank and so on */
+    int64_t invalid_ids;   /* as in lplb_plan_info; also of calls that make no plan */
+} lplb_metrics;
+
+#define LPLB_METRICS_INIT { (int64_t)sizeof(lplb_metrics), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/*
+ * The metrics after the latest plan that is done; LPLB_RECORD_METRICS in the config, else all is 0. Reads host memory only: no CUDA call,
+ * no waiting, from any thread at any time, also while another one is inside a call on this planner and after the device has failed. All
+ * numbers but invalid_ids are of one moment.
+ */
+lplb_status lplb_planner_get_metrics(const lplb_planner *planner, lplb_metrics *metrics);
+
+/*
+ * Starts the history, the metrics, or both anew: record is LPLB_RECORD_* added up; what the planner does not keep is left out. Queued on
+ * the stream as a plan is: allocates nothing, waits for nothing, can be captured.
+ */
+lplb_status lplb_planner_reset(lplb_planner *planner, int64_t record, void *stream);
+
 /* ---- 5. Placement alone ----------------------------------------------------------------------------------------------------- */
 
 /*
@@ -474,13 +527,14 @@ typedef struct lplb_place_report {
 /*
  * Places all layers by one policy. history: [n_snapshots][n_layers][n_logical] float64, tokens per expert, finite, >= 0. phy2log:
  * [n_layers][n_ranks * n_slots], written: the expert of each slot, -1 where a rank has no such slot or nothing to put there. reports:
- * NULL, which saves the solver's time for them, or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch: with an even split they can be worse
- * than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot; those that no rank holds any more get
- * a slot whatever max_moves is, and count. Without it, ranks with equally many slots change places from layer to layer, so that over all
- * layers no rank has more copies to send or to get than others (not with deepseek). LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given.
- * LPLB_PLACE_FLOW with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
- * error nothing is written.
- * Host, synchronous, allocates, thread-safe.
+ * NULL, which saves the solver's time for them, or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch:
+ * with an even split they can be worse than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot;
+ * those that no rank holds any more get a slot whatever max_moves is, and count. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots
+ * where max_moves is not given. LPLB_PLACE_FLOW with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split.
+ * What ranks with equally many slots are called is free (never with deepseek): with previous and without max_moves they are named so that
+ * many experts stay; without previous so that copies of an expert stand on different hosts and, with flow or even_homes, so that over all
+ * layers no rank has more copies to send or to get than others.
+ * Equal inputs give equal placements. After an error nothing is written. Host, synchronous, allocates, thread-safe.
  */
 lplb_status lplb_place(const lplb_place_config *config, const double *history, int32_t *phy2log, lplb_place_report *reports,
                        char *message, int64_t message_size);
