@@ -22,8 +22,8 @@ template <bool kGathered>
 using ExchangeView = std::conditional_t<kGathered, lplbk_exchange_view, NoExchange>;
 
 // kGathered: the plan is made for everybody's counts, `given` in global memory or, where the view has ranks, exchanged here; else for those
-// of the ids alone.
-template <Solver kSolver, bool kGathered, bool kRecords>
+// of the ids alone. kRanked: the ranks differ.
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
 struct ClusterRun {
     static constexpr bool kLanes = by_lanes(kSolver);
 
@@ -36,7 +36,6 @@ struct ClusterRun {
     const int n_blocks, block, warp;
     const bool writes;  // this block writes the plan
     const int n_ranks, n_bundled;
-    const bool ranked;  // the ranks differ
     const int n_solvers, max_replicated;
     const RunSpace at;
     const SolveSpace space;
@@ -72,7 +71,6 @@ struct ClusterRun {
           writes(block == 0),
           n_ranks(t.shape.ep_size),
           n_bundled(t.n_bundled()),
-          ranked(t.ranked()),
           n_solvers(kLanes ? min(t.shape.n_groups, kMaxSolvers) : kMaskWarps),
           max_replicated(t.max_replicated()),
           at(t.shape, t.at, kLanes, n_blocks, in.per_block, exchanges ? given.n_sources : 0),
@@ -335,23 +333,17 @@ struct ClusterRun {
 #pragma unroll 1
             for (int group = warp; warp < n_solvers && group < shape.n_groups; group += n_solvers) {
                 if (overflows(group)) continue;
-                if (ranked) {
-                    solve_ranked_lanes<kColours>(
-                        Image(t.image(group), t.at), t.speed(group), t.fixed(group), shape.group_size,
-                        space.sums.base + group * shape.group_size, space.sums.sum + group * shape.max_bundles,
-                        space.sums.x + group * shape.max_arcs, out, group, writes);
-                    continue;
-                }
                 if (group != warp) {
                     Image(t.image(group), t.at).load_lanes(column);
                     flow.open(column, shape.group_size);
+                    if constexpr (kRanked) open_ranks(flow, t.speed(group), t.fixed(group), shape.group_size);
                 }
                 solve_by_lanes(flow, shape.group_size, space.sums.base + group * shape.group_size,
                                space.sums.sum + group * shape.max_bundles, space.sums.x + group * shape.max_arcs);
                 if (writes && shape.n_groups > n_solvers) write_lane_info(out, group, flow);
             }
         } else {
-            if (overflow == 0) solve_group<kSolver>(t, space, 0, out, ranked, writes);
+            if (overflow == 0) solve_group<kSolver, kRanked>(t, space, 0, out, writes);
         }
         if (overflow == 0 || !writes) return;
 #pragma unroll 1
@@ -534,19 +526,25 @@ struct ClusterRun {
 };
 
 template <Solver kSolver, bool kGathered, bool kRecords>
-__global__ void __launch_bounds__(kRunThreads, 1)
-    run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
-                   const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
-                   const __grid_constant__ ExchangeView<kGathered> view, const __grid_constant__ RecordingOf<kRecords> record) {
-    using Run = ClusterRun<kSolver, kGathered, kRecords>;
+__device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record);
+
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
+__device__ __forceinline__ void run_all(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
+    using Run = ClusterRun<kSolver, kGathered, kRecords, kRanked>;
     extern __shared__ int4 memory[];
     MARK(0);
+    const bool ranked = !kRanked && t.ranked();
     Run run(memory, t, in, given, out, view, record);
     constexpr int kColours = Run::kLanes ? (int)kSolver : 1;
     int column[kColours] = {};
-    LaneFlow<kColours> flow;
+    LaneFlow<kColours, false, CapacityOf<kRanked, 1>> flow;
     if (Run::kLanes && run.warp < run.n_solvers) Image(t.image(run.warp), t.at).load_lanes(column);
     run.open();
+    if constexpr (!kRanked) {
+        if (ranked) return run_ranked<kSolver, kGathered, kRecords>(ids, rewritten, t, in, given, out, view, record);  // begins anew
+    }
     record.open();
     wait_for_stream();
     exchange::Call call{};
@@ -565,6 +563,9 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     MARK(3);
     cluster_arrive();
     if constexpr (Run::kLanes) flow.open(column, t.shape.group_size);
+    if constexpr (Run::kLanes && kRanked) {
+        if (run.warp < min(run.n_solvers, t.shape.n_groups)) open_ranks(flow, t.speed(run.warp), t.fixed(run.warp), t.shape.group_size);
+    }
     cluster_wait();
     MARK(4);
     run.fetch_loads();
@@ -589,7 +590,7 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     MARK(17);
     if (reads_later) cluster_arrive();
     if constexpr (Run::kLanes) {
-        const bool solved = run.warp < run.n_solvers && !run.overflows(run.warp) && !run.ranked;
+        const bool solved = run.warp < run.n_solvers && !run.overflows(run.warp);
         if (solved && run.writes && t.shape.n_groups <= run.n_solvers) write_lane_info(out, run.warp, flow);
     }
     if constexpr (!Run::kLanes) {
@@ -611,6 +612,21 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     MARK(19);
     cluster_wait();
     MARK(20);
+}
+
+// Where the ranks differ: a call, so that it costs the others nothing.
+template <Solver kSolver, bool kGathered, bool kRecords>
+__device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
+    run_all<kSolver, kGathered, kRecords, true>(ids, rewritten, t, in, given, out, view, record);
+}
+
+template <Solver kSolver, bool kGathered, bool kRecords>
+__global__ void __launch_bounds__(kRunThreads, 1)
+    run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
+                   const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
+                   const __grid_constant__ ExchangeView<kGathered> view, const __grid_constant__ RecordingOf<kRecords> record) {
+    run_all<kSolver, kGathered, kRecords, false>(ids, rewritten, t, in, given, out, view, record);
 }
 
 template <bool kGathered, bool kRecords>

@@ -527,13 +527,14 @@ typedef struct lplb_place_report {
 /*
  * Places all layers by one policy. history: [n_snapshots][n_layers][n_logical] float64, tokens per expert, finite, >= 0. phy2log:
  * [n_layers][n_ranks * n_slots], written: the expert of each slot, -1 where a rank has no such slot or nothing to put there. reports:
- * NULL, which saves the solver's time for them, or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch: with an even split they can be worse
- * than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot; those that no rank holds any more get
- * a slot whatever max_moves is, and count. Without it, ranks with equally many slots change places from layer to layer, so that over all
- * layers no rank has more copies to send or to get than others (not with deepseek). LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given.
- * LPLB_PLACE_FLOW with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
- * error nothing is written.
- * Host, synchronous, allocates, thread-safe.
+ * NULL, which saves the solver's time for them, or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch:
+ * with an even split they can be worse than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot;
+ * those that no rank holds any more get a slot whatever max_moves is, and count. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots
+ * where max_moves is not given. LPLB_PLACE_FLOW with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split.
+ * What ranks with equally many slots are called is free (never with deepseek): with previous and without max_moves they are named so that
+ * many experts stay; without previous so that copies of an expert stand on different hosts and, with flow or even_homes, so that over all
+ * layers no rank has more copies to send or to get than others.
+ * Equal inputs give equal placements. After an error nothing is written. Host, synchronous, allocates, thread-safe.
  */
 lplb_status lplb_place(const lplb_place_config *config, const double *history, int32_t *phy2log, lplb_place_report *reports,
                        char *message, int64_t message_size);

@@ -49,6 +49,9 @@ def makers():
     yield "pairs", lambda **options: Planner.from_placement(pairs, ep_size=24, **options), 24
 
 
+MAKERS = list(makers())
+
+
 def loads_of(kind, rng, n):
     if kind == 0:
         return rng.integers(0, 3000, n)
@@ -78,7 +81,7 @@ def compare(gpu, cpu, words):
     assert ours.groups == theirs.groups and ours.locality == theirs.locality and ours.certified, words
 
 
-@pytest.mark.parametrize("name, make, ranks", makers(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("name, make, ranks", MAKERS, ids=[name for name, _, _ in MAKERS])
 def test_solves_are_the_cpus(name, make, ranks):
     rng = np.random.default_rng([SEED, ranks, len(name)])
     for index, unit in enumerate(UNITS):
@@ -101,7 +104,7 @@ def test_solves_are_the_cpus(name, make, ranks):
             compare(gpu, cpu, words)
 
 
-@pytest.mark.parametrize("name, make, ranks", makers(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("name, make, ranks", MAKERS, ids=[name for name, _, _ in MAKERS])
 def test_runs_are_the_cpus(name, make, ranks):
     """Of ids alone and with everybody's counts, in one launch and in several; graphs follow capacities that are set between replays."""
     rng = np.random.default_rng([SEED + 1, ranks, len(name)])

@@ -3,6 +3,8 @@
 // RankedCapacity: they differ.
 #pragma once
 
+#include <type_traits>
+
 #include "../common.cuh"
 
 namespace lplb {
@@ -39,8 +41,9 @@ struct Capacity {
 };
 
 // Ranks that differ: a rank may hold floor((T - start) * speed / 2^20) units, T counting 1/1024 unit. A thread knows kWords ranks: its own,
-// and where there are two, the one 32 further. The others' caps are in shared memory, where anybody asks for them.
-template <int kWords>
+// and where there are two, the one 32 further. The others' caps are in shared memory, where anybody asks for them. kMany: there may be more
+// than 64 ranks.
+template <int kWords, bool kMany = false>
 struct RankedCapacity {
     static constexpr bool kRanked = true;
     static constexpr int kBits = 20;
@@ -65,9 +68,9 @@ struct RankedCapacity {
     __device__ __forceinline__ int more_at(int rank, int load) const { return load - caps[rank]; }
     __device__ static __forceinline__ int evened(int more, int other_more) { return (int)(((int64_t)more - other_more) / 2); }
 
-    // speeds, fixed: [n_ranks]. max(value): of all ranks' values.
-    template <class Max>
-    __device__ __forceinline__ void open(const int *speeds, const int *fixed, int n_ranks, int first_rank, int *shared, Max max_of) {
+    // speeds, fixed: [n_ranks]. max_of(value), sum(value): of all ranks' values. All that can be done before the loads are known.
+    template <class Max, class Sum>
+    __device__ __forceinline__ void open(const int *speeds, const int *fixed, int n_ranks, int first_rank, int *shared, Max max_of, Sum sum) {
         caps = shared;
         first = first_rank;
         int latest = 0;
@@ -80,14 +83,19 @@ struct RankedCapacity {
             latest = max(latest, units);
         }
         least = (int64_t)max_of(latest) << 10;
+        everybody_ = together([](int) { return true; }, sum);
     }
 
     // The first T, for tokens of which none is bound to a rank.
     template <class Sum>
     __device__ __forceinline__ void begin(int tokens, int n_ranks, Sum sum) {
         total = tokens;
-        raise(tokens, [&](int w) { return speed[w] > 0; }, n_ranks, sum);
+        find(tokens, [](int) { return true; }, n_ranks, everybody_, sum);
         mean = level;
+    }
+    template <class Inside, class Sum>
+    __device__ __forceinline__ void raise(int tokens, Inside inside, int n_ranks, Sum sum) {
+        find(tokens, inside, n_ranks, together(inside, sum), sum);
     }
 
     // The least T at which this thread's rank may hold so many tokens.
@@ -102,75 +110,109 @@ struct RankedCapacity {
         const int low = max_of((int)(value >> 31) == high ? (int)(value & INT32_MAX) : 0);
         return (int64_t)high << 31 | low;
     }
-
     __device__ __forceinline__ void set(int64_t new_level) {
         level = new_level;
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-            uint64_t part;
-            cap[w] = speed[w] > 0 ? held(w, part) : INT32_MAX;
-            if (caps != nullptr && speed[w] > 0) caps[first + 32 * w] = cap[w];
-        }
+        for (int w = 0; w < kWords; ++w) set_cap(w, held(w), 0);
+    }
+
+private:
+    // Of the ranks of a set: speeds, starts times speeds, and 1 / the speeds.
+    struct Together {
+        int speeds;
+        int64_t starts;
+        double inverse;
+    };
+    Together everybody_;
+
+    // What a rank may hold at T, and the part of a unit, in 2^-20, that was rounded away.
+    struct Held {
+        uint64_t units;
+        unsigned part;
+    };
+    __device__ __forceinline__ Held held(int w) const {
+        const uint64_t time = (uint64_t)(level - start[w]);
+        const uint64_t low = (time & UINT32_MAX) * (unsigned)speed[w], high = (uint64_t)(unsigned)(time >> 32) * (unsigned)speed[w];
+        return {(high << (32 - kBits)) + (low >> kBits), (unsigned)low & ((1u << kBits) - 1)};
+    }
+    // rise: how far T has risen since.
+    __device__ __forceinline__ void set_cap(int w, const Held &at, int rise) {
+        const uint64_t units = at.units + ((at.part + (uint64_t)(unsigned)rise * (unsigned)speed[w]) >> kBits);
+        cap[w] = speed[w] > 0 ? (int)min(units, (uint64_t)total) : INT32_MAX;
+        if (caps != nullptr && speed[w] > 0) caps[first + 32 * w] = cap[w];
     }
 
     template <class Inside, class Sum>
-    __device__ __forceinline__ void raise(int tokens, Inside inside, int n_ranks, Sum sum) {
+    __device__ __forceinline__ Together together(Inside inside, Sum sum) const {
         int my_speed = 0;
         uint64_t my_start = 0;
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-            if (!inside(w)) continue;
-            my_speed += speed[w];
-            my_start += (uint64_t)(start[w] >> 10) * speed[w];  // below 2^41
+            my_speed += inside(w) ? speed[w] : 0;
+            my_start += inside(w) ? (uint64_t)(start[w] >> 10) * (unsigned)speed[w] : 0;  // below 2^41
         }
-        const int speeds = sum(my_speed);
-        int64_t need = (int64_t)tokens << kBits;
+        Together all;
+        all.speeds = sum(my_speed);
+        all.starts = 0;
         if (least > 0) {
             const int64_t high = sum((int)(my_start >> 20)), low = sum((int)(my_start & 0xfffff));
-            need += ((high << 20) + low) << 10;
+            all.starts = ((high << 20) + low) << 10;
         }
-        // Without rounding T would be need / speeds. This is it or up to 8 less: all numbers are below 2^56.
-        const double inverse = 1.0 / speeds;
-        level = max(least, (int64_t)((double)need * inverse) - 4);
-        int low = 0, high = 0;
-        unsigned parts[kWords];
+        // Newton's steps from a float's reciprocal, each of which doubles the bits that are right.
+        const double speeds = all.speeds;
+        all.inverse = __frcp_rn((float)all.speeds);
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-            uint64_t part = 0;
-            const int units = inside(w) ? held(w, part) : 0;
-            parts[w] = (unsigned)part;
-            low += units & 0xffff;
-            high += units >> 16;
-        }
-        const int64_t lacking = tokens - (((int64_t)sum(high) << 16) + sum(low));
-        if (lacking > 0) {
-            // Each cap is rounded down, by less than a unit: a unit more for each is enough. So the sums below stay below 2^31.
-            int fails = 0, holds = (int)(n_ranks * (double)(1 << kBits) * inverse) + 16;
-#pragma unroll 1
-            while (holds - fails > 1) {
-                const int middle = (fails + holds) >> 1;
-                unsigned more = 0;
-#pragma unroll
-                for (int w = 0; w < kWords; ++w) more += inside(w) ? (parts[w] + (unsigned)middle * (unsigned)speed[w]) >> kBits : 0;
-                if (sum((int)more) >= lacking) {
-                    holds = middle;
-                } else {
-                    fails = middle;
-                }
-            }
-            level += holds;
-        }
-        set(level);
+        for (int step = 0; step < 2; ++step) all.inverse = fma(fma(-speeds, all.inverse, 1.0), all.inverse, all.inverse);
+        return all;
     }
 
-private:
-    // The cap at T; part: of a unit, in 2^-20, that was rounded away.
-    __device__ __forceinline__ int held(int w, uint64_t &part) const {
-        const uint64_t time = (uint64_t)(level - start[w]), low = time * (uint64_t)speed[w], high = __umul64hi(time, (uint64_t)speed[w]);
-        part = low & ((1u << kBits) - 1);
-        return (int)min((high << (64 - kBits)) | (low >> kBits), (uint64_t)total);
+    // Raises T to the least one at which n_ranks ranks, those with inside(w), may hold so many tokens.
+    template <class Inside, class Sum>
+    __device__ __forceinline__ void find(int tokens, Inside inside, int n_ranks, const Together &all, Sum sum) {
+        // Without rounding T would be this / speeds. The product is off by less than 3, since no number here needs more than 56 bits.
+        const int64_t need = ((int64_t)tokens << kBits) + all.starts;
+        level = max(least, (int64_t)((double)need * all.inverse) - 4);
+        Held at[kWords];
+        unsigned parts = 0;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+            at[w] = held(w);
+            parts += inside(w) ? at[w].part : 0;
+        }
+        const int64_t lacking = tokens - ((level * all.speeds - all.starts - sum((int)parts)) >> kBits);
+        int rise = 0;
+        if (lacking > 0) {
+            // Each cap is rounded down, by less than a unit: a unit more for each is enough. At 1/kSteps, 2/kSteps .. of what is left.
+            constexpr int kSums = kMany ? 2 : 4, kSumBits = 32 / kSums;  // no sum is above 2 * ranks + 16 * ranks / 16
+            int fails = 0;
+            rise = (int)(n_ranks * (double)(1 << kBits) * all.inverse) + 16;
+#pragma unroll 1
+            while (rise - fails > 1) {
+                const int step = (unsigned)(rise - fails + kSums) / (kSums + 1);
+                unsigned sums = 0;
+#pragma unroll
+                for (int k = 1; k <= kSums; ++k) {
+#pragma unroll
+                    for (int w = 0; w < kWords; ++w) {
+                        const unsigned more = (at[w].part + (unsigned)(fails + k * step) * (unsigned)speed[w]) >> kBits;
+                        sums += inside(w) ? more << (kSumBits * (k - 1)) : 0;
+                    }
+                }
+                sums = (unsigned)sum((int)sums);
+                int n_fail = 0;
+#pragma unroll
+                for (int k = 0; k < kSums; ++k) n_fail += (int)(sums >> (kSumBits * k) & ((1u << kSumBits) - 1)) < (int)lacking;
+                fails += n_fail * step;
+                rise = min(rise, fails + step);
+            }
+        }
+        level += rise;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) set_cap(w, at[w], rise);
     }
 };
+template <bool kRanked, int kWords, bool kMany = false>
+using CapacityOf = std::conditional_t<kRanked, RankedCapacity<kWords, kMany>, Capacity>;
 
 // Capacity::forced() for many sums of one number of ranks, at most 2^10. Made before the hurry starts.
 class ForcedByAll {

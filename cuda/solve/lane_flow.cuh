@@ -45,7 +45,7 @@ struct LaneFlow {
 #pragma unroll
         for (int c = 0; c < kColours; ++c) {
             sum[c] = bit[c] != 0 ? sums[bundle[c]] : 0;
-            x[c] = is_copy[c] ? sum[c] >> 1 : (sum[c] + 1) >> 1;
+            x[c] = is_copy[c] ? sum[c] >> 1 : (int)(((unsigned)sum[c] + 1) >> 1);
             load += x[c];
         }
         total = warp_sum(load);

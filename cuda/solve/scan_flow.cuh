@@ -95,8 +95,9 @@ private:
     // The first level where the ranks differ.
     __device__ void begin_ranked(int base) {
         const auto max_of = [&](int value) { return across(value, true); };
-        end.open(s_.speed, s_.fixed, n_ranks_, rank_, s_.caps, max_of);
-        end.begin(total, n_ranks_, [&](int value) { return across(value, false); });
+        const auto sum = [&](int value) { return across(value, false); };
+        end.open(s_.speed, s_.fixed, n_ranks_, rank_, s_.caps, max_of, sum);
+        end.begin(total, n_ranks_, sum);
         const bool over = valid_ && end.over(rank_, base);
         if (!__syncthreads_or(over)) return;
         const int64_t level = over ? end.level_of(base, 0) : 0, highest = Cap::highest(level, max_of);

@@ -12,8 +12,8 @@ __device__ __forceinline__ void write_scaled(const PlanOut &out, int expert, int
 }
 
 // One block's work, step by step. kPlain: one source, a planner without a rank, nothing but the plan to write; bundles are of one expert,
-// or LaneFlow solves.
-template <Solver kSolver, bool kPlain, bool kRecords>
+// or LaneFlow solves. kRanked: the ranks differ.
+template <Solver kSolver, bool kPlain, bool kRecords, bool kRanked>
 struct GroupSolve {
     static constexpr bool kLanes = by_lanes(kSolver);
     static constexpr int kApart = kLanes ? 32 : 0;  // threads of LaneFlow's warp, which holds no experts
@@ -27,7 +27,6 @@ struct GroupSolve {
     const SolveSpace space;
     const int first, stride;  // this thread's experts of the group
     const bool assigned;      // tokens of several sources are told apart
-    const bool ranked;        // the ranks differ
     Expert first_expert;
     CountMatrix<true>::Coming first_count;  // kPlain
     int64_t first_total = 0;                // otherwise
@@ -45,8 +44,7 @@ struct GroupSolve {
           space(reinterpret_cast<int *>(memory), t, kLanes, 1, experts.n),
           first((int)threadIdx.x - kApart),
           stride((int)blockDim.x - kApart),
-          assigned(!kPlain && loads.n_sources > 1 && out.rank >= 0),
-          ranked(t.ranked()) {}
+          assigned(!kPlain && loads.n_sources > 1 && out.rank >= 0) {}
 
     // Calls visit(i, expert) for this thread's experts.
     template <class Visit>
@@ -171,20 +169,24 @@ struct GroupSolve {
     }
 };
 
-template <Solver kSolver, bool kPlain, bool kRecords>
-__global__ void __launch_bounds__(512, 1)
-    solve_groups(const __grid_constant__ Tables t, const __grid_constant__ CountMatrix<true> loads, const __grid_constant__ PlanOut out,
-                 const __grid_constant__ RecordingOf<kRecords> record) {
-    using Work = GroupSolve<kSolver, kPlain, kRecords>;
+template <Solver kSolver, bool kRecords>
+__device__ __noinline__ void solve_ranked(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
+                                          const RecordingOf<kRecords> &record);
+
+template <Solver kSolver, bool kPlain, bool kRecords, bool kRanked>
+__device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
+                                          const RecordingOf<kRecords> &record) {
+    using Work = GroupSolve<kSolver, kPlain, kRecords, kRanked>;
     extern __shared__ int4 memory[];
     MARK(0);
+    const bool ranked = !kRanked && kSolver != kInterior && t.ranked();
     Work work(memory, t, loads, out, record);
     const SolveSpace &space = work.space;
     const int group = work.group;
     const bool solves = Work::kLanes && uniform_warp_id() == 0;
     constexpr int kColours = Work::kLanes ? (int)kSolver : 1;
     int column[kColours] = {};
-    LaneFlow<kColours> flow;
+    LaneFlow<kColours, false, CapacityOf<kRanked, 1>> flow;
     if (solves) {
         Image(t.image(group), t.at).load_lanes(column);
     } else {
@@ -192,12 +194,18 @@ __global__ void __launch_bounds__(512, 1)
         space.sums.clear(t.shape, 1, work.first, work.stride);
     }
     if constexpr (!Work::kLanes) space.open_group(t, group);
+    if constexpr (!kRanked && kSolver != kInterior) {
+        if (ranked) return solve_ranked<kSolver, kRecords>(t, loads, out, record);  // begins anew
+    }
     record.open();
     wait_for_stream();
     let_next_start();
     if (!kPlain && blockIdx.x == 0) compare_digests(loads, out);
     work.fetch();
     if constexpr (Work::kLanes) flow.open(column, t.shape.group_size);
+    if constexpr (Work::kLanes && kRanked) {
+        if (solves) open_ranks(flow, t.speed(group), t.fixed(group), t.shape.group_size);
+    }
     MARK(1);
     __syncthreads();
     MARK(2);
@@ -214,15 +222,10 @@ __global__ void __launch_bounds__(512, 1)
     if constexpr (Work::kLanes) {
         // A vote is one number for the warp, and the compiler knows it.
         if (solves && !__any_sync(kFullWarp, work.overflow)) {
-            if (work.ranked) {
-                solve_ranked_lanes<kColours>(Image(t.image(group), t.at), t.speed(group), t.fixed(group), t.shape.group_size,
-                                             space.sums.base, space.sums.sum, space.sums.x, out, group, true);
-            } else {
-                solve_by_lanes(flow, t.shape.group_size, space.sums.base, space.sums.sum, space.sums.x);
-            }
+            solve_by_lanes(flow, t.shape.group_size, space.sums.base, space.sums.sum, space.sums.x);
         }
     } else if (!work.overflow) {
-        solve_group<kSolver>(t, space, group, out, work.ranked, true);
+        solve_group<kSolver, kRanked>(t, space, group, out, true);
     }
     MARK(5);
     __syncthreads();
@@ -236,7 +239,7 @@ __global__ void __launch_bounds__(512, 1)
     if (work.overflow && threadIdx.x < 32) {
         write_overflow(out, group);
     } else if constexpr (Work::kLanes) {
-        if (solves && !work.ranked) write_lane_info(out, group, flow);
+        if (solves) write_lane_info(out, group, flow);
     }
     int moved = 0;
     if (!solves && blockIdx.x == 0) keep_counts(t, out, loads, work.assigned, work.first, work.stride);
@@ -264,6 +267,20 @@ __global__ void __launch_bounds__(512, 1)
         }
     }
     MARK(7);
+}
+
+// Where the ranks differ: a call, so that it costs the others nothing.
+template <Solver kSolver, bool kRecords>
+__device__ __noinline__ void solve_ranked(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
+                                          const RecordingOf<kRecords> &record) {
+    solve_all<kSolver, false, kRecords, true>(t, loads, out, record);
+}
+
+template <Solver kSolver, bool kPlain, bool kRecords>
+__global__ void __launch_bounds__(512, 1)
+    solve_groups(const __grid_constant__ Tables t, const __grid_constant__ CountMatrix<true> loads, const __grid_constant__ PlanOut out,
+                 const __grid_constant__ RecordingOf<kRecords> record) {
+    solve_all<kSolver, kPlain, kRecords, false>(t, loads, out, record);
 }
 
 template <bool kRecords>

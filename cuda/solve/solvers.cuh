@@ -75,6 +75,12 @@ __device__ __forceinline__ void solve_by_lanes(LaneFlow<kColours, kLateCall, Cap
     }
 }
 
+// What the ranks of a group may hold, where they differ; before its loads are known.
+template <class Flow>
+__device__ __forceinline__ void open_ranks(Flow &flow, const int *speed, const int *fixed, int n_ranks) {
+    flow.end.open(speed, fixed, n_ranks, lane_id(), nullptr, warp_max, warp_sum);
+}
+
 // The group's information, by the warp that solved it.
 template <int kColours, bool kLateCall, class Cap>
 __device__ __forceinline__ void write_lane_info(const PlanOut &out, int group, const LaneFlow<kColours, kLateCall, Cap> &flow) {
@@ -93,20 +99,6 @@ __device__ __forceinline__ void write_lane_info(const PlanOut &out, int group, c
     if (lane_id() == 0) out.count_solved();
 }
 
-// Solves a group whose ranks differ and writes its information. A call, so that it costs the others nothing. image: of the group; speed,
-// fixed: [group_size].
-template <int kColours>
-__device__ __noinline__ void solve_ranked_lanes(const Image image, const int *speed, const int *fixed, int n_ranks, const int *base,
-                                                const int *sum, int *x, const PlanOut &out, int group, bool write) {
-    LaneFlow<kColours, true, RankedCapacity<1>> flow;
-    flow.end.open(speed, fixed, n_ranks, lane_id(), nullptr, warp_max);
-    int column[kColours];
-    image.load_lanes(column);
-    flow.open(column, n_ranks);
-    solve_by_lanes(flow, n_ranks, base, sum, x);
-    if (write) write_lane_info(out, group, flow);
-}
-
 // ---- The others: a block a group
 
 // Writes a group's witness, one bit a thread; by the whole block.
@@ -115,23 +107,20 @@ __device__ __forceinline__ void write_witness(int *info, bool in_witness) {
     if (lane_id() == 0 && warp_id() < LPLBK_INFO_WORDS - LPLBK_INFO_WITNESS) info[LPLBK_INFO_WITNESS + warp_id()] = witness;
 }
 
-__device__ __forceinline__ void solve_pairs(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool ranked,
-                                            bool write) {
-    if (ranked) {
-        return solve_ranked_lanes<LPLBK_MAX_COLOURS>(space.image, space.flow.speed, space.flow.fixed, t.shape.group_size, space.flow.base,
-                                                     space.flow.sum, space.flow.x, out, group, write);
-    }
+template <bool kRanked>
+__device__ __forceinline__ void solve_pairs(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
     int column[LPLBK_MAX_COLOURS];
     space.image.load_lanes(column);
-    LaneFlow<LPLBK_MAX_COLOURS, true> flow;
+    LaneFlow<LPLBK_MAX_COLOURS, true, CapacityOf<kRanked, 1>> flow;
     flow.open(column, t.shape.group_size);
+    if constexpr (kRanked) open_ranks(flow, space.flow.speed, space.flow.fixed, t.shape.group_size);
     solve_by_lanes(flow, t.shape.group_size, space.flow.base, space.flow.sum, space.flow.x);
     if (write) write_lane_info(out, group, flow);
 }
 
-template <int kWords, class Cap>
+template <int kWords, bool kRanked>
 __device__ __forceinline__ void solve_by_masks(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
-    MaskFlow<kWords, Cap> flow(space.image, space.flow, t.shape.group_size);
+    MaskFlow<kWords, CapacityOf<kRanked, kWords>> flow(space.image, space.flow, t.shape.group_size);
     flow.solve();
     if (!write || threadIdx.x >= 32) return;
     const int word = threadIdx.x, max_load = flow.max_load();
@@ -152,27 +141,10 @@ __device__ __forceinline__ void write_block_info(const PlanOut &out, int group, 
     write_witness(out.info(group), flow.in_witness);
 }
 
-template <int kWords>
-__device__ __noinline__ void solve_ranked_by_masks(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
-    solve_by_masks<kWords, RankedCapacity<kWords>>(t, space, group, out, write);
-}
-
-template <class Cap>
-__device__ __forceinline__ void solve_by_scans(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
-    ScanFlow<Cap> flow(space.image, space.flow, t.shape);
-    flow.solve();
-    const int max_load = flow.max_load();
-    if (write) write_block_info(out, group, flow, max_load);
-}
-static __device__ __noinline__ void solve_ranked_by_scans(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
-    solve_by_scans<RankedCapacity<1>>(t, space, group, out, write);
-}
-
 // Solves a group and writes its information, but for the tokens moved. By the whole block, between barriers of the caller; ends without
 // one.
-template <Solver kSolver>
-__device__ __forceinline__ void solve_group(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool ranked,
-                                            bool write) {
+template <Solver kSolver, bool kRanked>
+__device__ __forceinline__ void solve_group(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
     static_assert(!by_lanes(kSolver), "LaneFlow takes a warp");
     if constexpr (kSolver == kInterior) {
         const IpmSpace real(space.real, t.shape);
@@ -181,23 +153,18 @@ __device__ __forceinline__ void solve_group(const Tables &t, const SolveSpace &s
         if (write) write_block_info(out, group, method, method.max_load);
     } else {
         if (kSolver == kOneWord && space.image.pairs()) {  // common placements, and twice as fast
-            if (threadIdx.x < 32) solve_pairs(t, space, group, out, ranked, write);
+            if (threadIdx.x < 32) solve_pairs<kRanked>(t, space, group, out, write);
             return;
         }
         split_evenly(space.image, space.flow);
         __syncthreads();
         if constexpr (kSolver == kScan) {
-            if (ranked) {
-                solve_ranked_by_scans(t, space, group, out, write);
-            } else {
-                solve_by_scans<Capacity>(t, space, group, out, write);
-            }
+            ScanFlow<CapacityOf<kRanked, 1, true>> flow(space.image, space.flow, t.shape);
+            flow.solve();
+            const int max_load = flow.max_load();
+            if (write) write_block_info(out, group, flow, max_load);
         } else if (threadIdx.x < 32 * kMaskWarps) {
-            if (ranked) {
-                solve_ranked_by_masks<kSolver / 32>(t, space, group, out, write);
-            } else {
-                solve_by_masks<kSolver / 32, Capacity>(t, space, group, out, write);
-            }
+            solve_by_masks<kSolver / 32, kRanked>(t, space, group, out, write);
         }
     }
     if (threadIdx.x == 0 && write) out.count_solved();

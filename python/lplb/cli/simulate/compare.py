@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...topology import NAMES
@@ -41,7 +41,7 @@ class Compared:
 
 def compare(arguments: argparse.Namespace, given: Trace | None = None) -> Compared:
     """UsageError for what cannot be compared."""
-    for option in ("topology", "placement", "repair", "plot"):
+    for option in ("topology", "placement", "repair", "replace", "plot"):
         if getattr(arguments, option) is not None:
             raise UsageError(f"--{option}: not with --compare, which tries all topologies and placements as they are")
     limit = arguments.unpack_limit * options.MIB
@@ -55,7 +55,7 @@ def compare(arguments: argparse.Namespace, given: Trace | None = None) -> Compar
         if option == "topology" and (reason := _misfit(name, trace.n_experts, ranks, slots)):
             left_out.append(f"{name} ({reason})")
             continue
-        checked = options.check(asked, trace)
+        checked = replace(options.check(asked, trace), beside_eplb=False)
         played = play.play(checked)
         if not played.played:
             raise UsageError(f"{trace.name}: none of the micro-batches selects an expert")
