@@ -53,7 +53,17 @@ def by_placement():
     return planner
 
 
-@pytest.mark.parametrize("make", [by_topology, by_placement])
+def by_cost():
+    planner = lplb.Planner.from_placement(lplb.place(HISTORY[None], ep_size=8, slots=80).phy2log[0], ep_size=8, n_logical=64, rank=3, unit=16)
+    planner.set_capacity(speed=[1024] * 7 + [700], fixed=[0, 5] * 4)
+    return planner
+
+
+def recording():
+    return lplb.Planner("cube", 80, 64, 8, rank=3, device="cpu", history=True, metrics=True)
+
+
+@pytest.mark.parametrize("make", [by_topology, by_placement, by_cost, recording])
 @pytest.mark.parametrize("again", AGAIN, ids=["copy", "deepcopy", "pickle", "torch.save"])
 def test_a_planner_is_made_again(make, again):
     first = make()
@@ -61,6 +71,9 @@ def test_a_planner_is_made_again(make, again):
     other = again(first)
     assert (other.rank, other.n_nodes, other.debug, other.solver, other.tokens) == (
         first.rank, first.n_nodes, first.debug, first.solver, first.tokens)
+    assert other.unit == first.unit and np.array_equal(other.speed, first.speed) and np.array_equal(other.fixed, first.fixed)
+    if make is recording:
+        assert first.history().sum() == COUNTS.sum() and other.history().sum() == 0 and other.metrics().plans == 0
     assert np.array_equal(other.phy2log, first.phy2log) and type(other.phy2log) is type(first.phy2log)
     with pytest.raises(lplb.WrongOrder, match="plan"):
         other.info()  # a plan is not kept
@@ -115,9 +128,9 @@ def test_a_placement_that_the_replicas_have_not_followed_is_not_copied():
 
 def test_loading_without_the_group(monkeypatch):
     """The process group that a planner had is looked for where it is loaded."""
-    kind, arguments, placement, history, _ = by_topology().__reduce_ex__(2)[1]
+    kind, arguments, placement, history, _, capacity = by_topology().__reduce_ex__(2)[1]
     with pytest.raises(lplb.WrongOrder) as caught:
-        lplb.saving.make_again(kind, arguments, placement, history, 8)
+        lplb.saving.make_again(kind, arguments, placement, history, 8, capacity)
     assert str(caught.value).startswith("planner: was made with a process group of 8 ranks, and there is no process group here: load it ")
     with pytest.raises(lplb.InvalidArgument, match="group: must be a torch.distributed process group"), lplb.loading_group("mine"):
         raise AssertionError

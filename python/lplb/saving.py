@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,10 @@ def kept_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
             "exchange": exchange if isinstance(exchange, str) else "auto"}
 
 
-def parts(planner: P) -> tuple[type[P], dict[str, Any], Array, npt.NDArray[np.float64] | None, int | None]:
+Capacity = Union["tuple[Int32s | None, Int32s | None]", None]
+
+
+def parts(planner: P) -> tuple[type[P], dict[str, Any], Array, npt.NDArray[np.float64] | None, int | None, Capacity]:
     """What make_again needs, all of which can be pickled. The placement is a tensor on the planner's device, so that the map_location of
     torch.load says where the planner will be."""
     planner._handle.opened()
@@ -60,25 +63,27 @@ def parts(planner: P) -> tuple[type[P], dict[str, Any], Array, npt.NDArray[np.fl
     grouped = planner._ranks.size if planner.ep_group is not None else None
     if grouped is not None:
         arguments.update(rank=None, ep_size=None)
+    capacity = None if planner.speed is None and planner.fixed is None else (planner.speed, planner.fixed)
     shape = arguments["_shape"]
     if shape is None:
-        return type(planner), arguments, planner.r2o, planner._placed_by, grouped
+        return type(planner), arguments, planner.r2o, planner._placed_by, grouped, capacity
     arguments["_shape"] = shape.args[1:]
-    return type(planner), arguments, planner.phy2log, None, grouped
+    return type(planner), arguments, planner.phy2log, None, grouped, capacity
 
 
 def copied(planner: P) -> P:
     """Another planner with the same settings, group and placement."""
-    kind, arguments, placement, history, grouped = parts(planner)
+    kind, arguments, placement, history, grouped, capacity = parts(planner)
     exchange = planner.exchange
     if exchange is not None and not exchange.owned:  # the caller's, who shares it among planners
         arguments["exchange"] = exchange
-    return make_again(kind, arguments, placement, history, grouped, planner.ep_group)
+    return make_again(kind, arguments, placement, history, grouped, capacity, planner.ep_group)
 
 
 def make_again(kind: type[P], arguments: dict[str, Any], placement: Array, history: npt.NDArray[np.float64] | None,
-               grouped: int | None, group: Any = None) -> P:
-    """placement: r2o of a topology, or phy2log. grouped: the ranks of the group that the planner had. group: None looks for one."""
+               grouped: int | None, capacity: Capacity = None, group: Any = None) -> P:
+    """placement: r2o of a topology, or phy2log. grouped: the ranks of the group that the planner had. capacity: what was set, speed and
+    fixed. group: None looks for one."""
     from .planner import Planner
 
     if grouped is not None and group is None:
@@ -90,6 +95,8 @@ def make_again(kind: type[P], arguments: dict[str, Any], placement: Array, histo
     Planner.__init__(planner, placement, group=group, device=placement.device if is_tensor(placement) else "cpu", **arguments)
     if history is not None:
         planner.update_redundancy_mapping(history)
+    if capacity is not None:
+        planner.set_capacity(*capacity)
     return planner
 
 
