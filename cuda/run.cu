@@ -13,19 +13,25 @@ constexpr int kMaxWithoutCluster = 2048;  // ids that one block takes alone wher
 template <bool kGathered>
 using RunKernel = void (*)(const void *, void *, Tables, RunIds, CountMatrix<false>, PlanOut, ExchangeView<kGathered>);
 
-template <bool kGathered>
+template <bool kGathered, bool kRanked>
 RunKernel<kGathered> kernel_of(Solver solver) {
     switch (solver) {
     case kTwoColours:
     case kFourColours:
-        return run_in_cluster<kFourColours, kGathered>;
+        return run_in_cluster<kFourColours, kGathered, kRanked>;
     case kEightColours:
-        return run_in_cluster<kEightColours, kGathered>;
+        return run_in_cluster<kEightColours, kGathered, kRanked>;
     case kOneWord:
-        return run_in_cluster<kOneWord, kGathered>;
+        return run_in_cluster<kOneWord, kGathered, kRanked>;
     default:
-        return run_in_cluster<kTwoWords, kGathered>;
+        return run_in_cluster<kTwoWords, kGathered, kRanked>;
     }
+}
+
+template <bool kGathered>
+RunKernel<kGathered> kernel_of(const lplbk_planner &planner) {
+    const Solver solver = solver_of(planner);
+    return planner.ranked ? kernel_of<kGathered, true>(solver) : kernel_of<kGathered, false>(solver);
 }
 
 bool fused_shape(const lplbk_planner &planner) {
@@ -82,13 +88,13 @@ cudaError_t run_fused(const lplbk_planner &planner, const Call &call, const int3
     PlanOut out = PlanOut::of(planner, nullptr, nullptr, call.counter, call.counter64);
     if (compare) out.compare(planner);
     const int64_t bytes = shared_bytes(planner, size, kGathered && rows == nullptr ? n_sources : 0);
-    return launch(planner.info, kernel_of<kGathered>(solver_of(planner)), size.blocks, kRunThreads, (int)bytes,
+    return launch(planner.info, kernel_of<kGathered>(planner), size.blocks, kRunThreads, (int)bytes,
                   planner.info.max_cluster > 1 ? size.blocks : 0, stream, call.ids, call.out, Tables(planner), ids, given, out, view);
 }
 
-template <bool kGathered>
+template <bool kGathered, bool kRanked>
 int32_t prepare_kernel(lplbk_planner &planner) {
-    const auto kernel = kernel_of<kGathered>(solver_of(planner));
+    const auto kernel = kernel_of<kGathered, kRanked>(solver_of(planner));
     // It has no static shared memory: fused_fits() reckons with all that a block can have.
     const int32_t refused = allow_shared(planner.info, kernel, planner.info.shared_bytes);
     if (refused != 0 || planner.info.max_cluster == 1) return refused;
@@ -139,8 +145,10 @@ int32_t prepare_run(lplbk_planner &planner) {
     planner.fused_ids = kFusedIds;
     if (!fused_shape(planner)) return 0;
     if (planner.info.max_cluster > 1) planner.info.max_cluster = 16;
-    const int32_t error = prepare_kernel<false>(planner);
-    return error != 0 ? error : prepare_kernel<true>(planner);
+    int32_t error = prepare_kernel<false, false>(planner);
+    if (error == 0) error = prepare_kernel<false, true>(planner);
+    if (error == 0) error = prepare_kernel<true, false>(planner);
+    return error != 0 ? error : prepare_kernel<true, true>(planner);
 }
 
 }  // namespace lplb

@@ -333,7 +333,11 @@ struct ClusterRun {
                 if (group != warp) {
                     Image(t.image(group), t.at).load_lanes(column);
                     flow.open(column, shape.group_size);
-                    if constexpr (kRanked) open_ranks(flow, t.speed(group), t.fixed(group), shape.group_size);
+                    if constexpr (kRanked) {
+                        RankNumbers numbers;
+                        numbers.fetch(t, group);
+                        numbers.open(flow, shape.group_size);
+                    }
                 }
                 solve_by_lanes(flow, shape.group_size, space.sums.base + group * shape.group_size,
                                space.sums.sum + group * shape.max_bundles, space.sums.x + group * shape.max_arcs);
@@ -536,9 +540,14 @@ __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const 
     int column[kColours] = {};
     LaneFlow<kColours, false, CapacityOf<kRanked, 1>> flow;
     if (Run::kLanes && run.warp < run.n_solvers) Image(t.image(run.warp), t.at).load_lanes(column);
+    [[maybe_unused]] RankNumbers numbers;
+    if constexpr (kRanked && Run::kLanes) {
+        if (run.warp < min(run.n_solvers, t.shape.n_groups)) numbers.fetch(t, run.warp);
+    }
     run.open();
     if constexpr (!kRanked) {
-        if (ranked) return run_ranked<kSolver, kGathered>(ids, rewritten, t, in, given, out, view);  // begins anew
+        // A vote, which the compiler knows to be one number for the warp.
+        if (__any_sync(kFullWarp, ranked)) return run_ranked<kSolver, kGathered>(ids, rewritten, t, in, given, out, view);  // begins anew
     }
     wait_for_stream();
     exchange::Call call{};
@@ -558,7 +567,7 @@ __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const 
     cluster_arrive();
     if constexpr (Run::kLanes) flow.open(column, t.shape.group_size);
     if constexpr (Run::kLanes && kRanked) {
-        if (run.warp < min(run.n_solvers, t.shape.n_groups)) open_ranks(flow, t.speed(run.warp), t.fixed(run.warp), t.shape.group_size);
+        if (run.warp < min(run.n_solvers, t.shape.n_groups)) numbers.open(flow, t.shape.group_size);
     }
     cluster_wait();
     MARK(4);
@@ -604,19 +613,19 @@ __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const 
     MARK(20);
 }
 
-// Where the ranks differ: a call, so that it costs the others nothing.
+// Where the ranks differ, but did not when this launch was recorded: a call, so that it costs the others nothing.
 template <Solver kSolver, bool kGathered>
 __device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
                                         const PlanOut &out, const ExchangeView<kGathered> &view) {
     run_all<kSolver, kGathered, true>(ids, rewritten, t, in, given, out, view);
 }
 
-template <Solver kSolver, bool kGathered>
+template <Solver kSolver, bool kGathered, bool kRanked>
 __global__ void __launch_bounds__(kRunThreads, 1)
     run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
                    const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
                    const __grid_constant__ ExchangeView<kGathered> view) {
-    run_all<kSolver, kGathered, false>(ids, rewritten, t, in, given, out, view);
+    run_all<kSolver, kGathered, kRanked>(ids, rewritten, t, in, given, out, view);
 }
 
 }  // namespace lplb

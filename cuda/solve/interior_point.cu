@@ -3,6 +3,6 @@
 
 namespace lplb {
 
-SolveKernel interior_kernel() { return solve_groups<kInterior, false>; }
+SolveKernel interior_kernel() { return solve_groups<kInterior, false, false>; }
 
 }  // namespace lplb

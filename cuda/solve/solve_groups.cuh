@@ -166,13 +166,15 @@ struct GroupSolve {
 
 template <Solver kSolver>
 __device__ __noinline__ void solve_ranked(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out);
+template <bool kRanked, Solver kSolver>
+constexpr bool kMayFindRanked = !kRanked && kSolver != kInterior;
 
 template <Solver kSolver, bool kPlain, bool kRanked>
 __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out) {
     using Work = GroupSolve<kSolver, kPlain, kRanked>;
     extern __shared__ int4 memory[];
     MARK(0);
-    const bool ranked = !kRanked && kSolver != kInterior && t.ranked();
+    const bool ranked = kMayFindRanked<kRanked, kSolver> && t.ranked();
     Work work(memory, t, loads, out);
     const SolveSpace &space = work.space;
     const int group = work.group;
@@ -180,15 +182,18 @@ __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<tru
     constexpr int kColours = Work::kLanes ? (int)kSolver : 1;
     int column[kColours] = {};
     LaneFlow<kColours, false, CapacityOf<kRanked, 1>> flow;
+    [[maybe_unused]] RankNumbers numbers;
     if (solves) {
         Image(t.image(group), t.at).load_lanes(column);
+        if constexpr (kRanked) numbers.fetch(t, group);
     } else {
         if (work.first < work.experts.n) work.first_expert = t.expert(work.experts.first + work.first);
         space.sums.clear(t.shape, 1, work.first, work.stride);
     }
     if constexpr (!Work::kLanes) space.open_group(t, group);
-    if constexpr (!kRanked && kSolver != kInterior) {
-        if (ranked) return solve_ranked<kSolver>(t, loads, out);  // begins anew
+    if constexpr (kMayFindRanked<kRanked, kSolver>) {
+        // A vote, which the compiler knows to be one number for the warp.
+        if (__any_sync(kFullWarp, ranked)) return solve_ranked<kSolver>(t, loads, out);  // begins anew
     }
     wait_for_stream();
     let_next_start();
@@ -196,7 +201,7 @@ __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<tru
     work.fetch();
     if constexpr (Work::kLanes) flow.open(column, t.shape.group_size);
     if constexpr (Work::kLanes && kRanked) {
-        if (solves) open_ranks(flow, t.speed(group), t.fixed(group), t.shape.group_size);
+        if (solves) numbers.open(flow, t.shape.group_size);
     }
     MARK(1);
     __syncthreads();
@@ -250,16 +255,16 @@ __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<tru
     MARK(7);
 }
 
-// Where the ranks differ: a call, so that it costs the others nothing.
+// Where the ranks differ, but did not when this launch was recorded: a call, so that it costs the others nothing.
 template <Solver kSolver>
 __device__ __noinline__ void solve_ranked(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out) {
     solve_all<kSolver, false, true>(t, loads, out);
 }
 
-template <Solver kSolver, bool kPlain>
+template <Solver kSolver, bool kPlain, bool kRanked>
 __global__ void __launch_bounds__(512, 1)
     solve_groups(const __grid_constant__ Tables t, const __grid_constant__ CountMatrix<true> loads, const __grid_constant__ PlanOut out) {
-    solve_all<kSolver, kPlain, false>(t, loads, out);
+    solve_all<kSolver, kPlain, kRanked>(t, loads, out);
 }
 
 using SolveKernel = void (*)(Tables, CountMatrix<true>, PlanOut);
