@@ -54,6 +54,7 @@ struct RankedCapacity {
     bool differ;    // the ranks do; else each is of normal speed, since this is a graph of a time when they differed
     int total;      // tokens of all ranks; caps above it count as that
     int *caps;      // [ranks] in shared memory, or nullptr
+    bool writes;    // this thread writes its ranks' caps there
     int first;      // this thread's first rank
     int speed[kWords];  // 0: there is no such rank. It passes for one with room
     int64_t start[kWords];
@@ -72,9 +73,10 @@ struct RankedCapacity {
     // speed_of(rank), fixed_of(rank): of those that there are. max_of(value), sum(value): of all ranks' values. All that can be done before the loads are known.
     template <class SpeedOf, class FixedOf, class Max, class Sum>
     __device__ __forceinline__ void open(bool they_differ, SpeedOf speed_of, FixedOf fixed_of, int n_ranks, int first_rank, int *shared,
-                                         Max max_of, Sum sum) {
+                                         bool writes_shared, Max max_of, Sum sum) {
         differ = they_differ;
         caps = shared;
+        writes = writes_shared;
         first = first_rank;
         int latest = 0;
 #pragma unroll
@@ -142,7 +144,7 @@ private:
     __device__ __forceinline__ void set_cap(int w, const Held &at, int rise) {
         const uint64_t units = at.units + ((at.part + (uint64_t)(unsigned)rise * (unsigned)speed[w]) >> kBits);
         cap[w] = speed[w] > 0 ? (int)min(units, (uint64_t)total) : INT32_MAX;
-        if (caps != nullptr && speed[w] > 0) caps[first + 32 * w] = cap[w];
+        if (writes && speed[w] > 0) caps[first + 32 * w] = cap[w];
     }
 
     template <class Inside, class Sum>

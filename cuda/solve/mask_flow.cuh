@@ -41,7 +41,7 @@ public:
         if constexpr (Cap::kRanked) {
             end.open(
                 *space.differ != 0, [&](int r) { return space.speed[r]; }, [&](int r) { return space.fixed[r]; }, n_ranks, lane_id(),
-                space.caps, warp_max, warp_sum);
+                space.caps, warp_id() == 0, warp_max, warp_sum);  // every warp comes to the same
         }
         n_arcs_ = max(min(degree - row_ * chunk, chunk), 0);
         arcs_ = t_.rank_arc + (n_arcs_ > 0 ? t_.rank_start[rank_] + row_ * chunk : 0);

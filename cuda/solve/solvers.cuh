@@ -89,7 +89,7 @@ struct RankNumbers {
     template <class Flow>
     __device__ __forceinline__ void open(Flow &flow, int n_ranks) const {
         flow.end.open(
-            differ, [&](int) { return speed; }, [&](int) { return fixed; }, n_ranks, lane_id(), nullptr, warp_max, warp_sum);
+            differ, [&](int) { return speed; }, [&](int) { return fixed; }, n_ranks, lane_id(), nullptr, false, warp_max, warp_sum);
     }
 };
 
