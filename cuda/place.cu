@@ -38,13 +38,15 @@ int32_t prepare(lplbk_planner &planner) {
     return error != 0 ? error : prepare_run(planner);
 }
 
-// All in one piece of memory: [plan][tables][staged][scratch][dispatch], each at 16 bytes.
+// All in one piece of memory: [plan][tables][staged][scratch][dispatch][history][metrics], each at 16 bytes.
 int32_t allocate(lplbk_planner &planner) {
     int32_t end = 0;
     const int32_t plan = lplbk_section(&end, lplbk_plan_words(&planner.shape));
     const int32_t tables = lplbk_section(&end, planner.layout.words), staged = lplbk_section(&end, planner.layout.words);
     const int32_t scratch = lplbk_section(&end, multi_scratch_words(planner.shape));
     const int32_t dispatch = lplbk_section(&end, dispatch_words(planner.shape));
+    const int32_t history = lplbk_section(&end, planner.keeps_history ? 2 * (planner.shape.n_logical + 1) : 0);
+    const int32_t metrics = lplbk_section(&end, planner.page != 0 ? 2 * (LPLBK_METRICS + 1) : 0);
     void *memory = nullptr;
     const int32_t error = lplbk_alloc(planner.device, 4ll * end, &memory);
     if (error != 0) return error;
@@ -60,6 +62,8 @@ int32_t allocate(lplbk_planner &planner) {
     planner.staged = words + staged;
     planner.scratch = words + scratch;
     planner.dispatch = words + dispatch;
+    planner.history = planner.keeps_history ? reinterpret_cast<int64_t *>(words + history) : nullptr;
+    planner.metrics = planner.page != 0 ? reinterpret_cast<uint64_t *>(words + metrics) : nullptr;
     return 0;
 }
 
@@ -124,5 +128,9 @@ int32_t lplbk_set_digest(const lplbk_planner *planner, int32_t digest) {
 
 int32_t lplbk_read(const lplbk_planner *planner, int32_t *plan, void *stream) {
     return lplbk_download(planner->device, plan, planner->plan, 4ll * lplbk_plan_words(&planner->shape), stream);
+}
+
+int32_t lplbk_read_history(const lplbk_planner *planner, int64_t *history, void *stream) {
+    return lplbk_download(planner->device, history, planner->history, 8ll * (planner->shape.n_logical + 1), stream);
 }
 }

@@ -23,7 +23,7 @@ using ExchangeView = std::conditional_t<kGathered, lplbk_exchange_view, NoExchan
 
 // kGathered: the plan is made for everybody's counts, `given` in global memory or, where the view has ranks, exchanged here; else for those
 // of the ids alone. kRanked: the ranks differ.
-template <Solver kSolver, bool kGathered, bool kRanked>
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
 struct ClusterRun {
     static constexpr bool kLanes = by_lanes(kSolver);
 
@@ -31,6 +31,7 @@ struct ClusterRun {
     const RunIds &in;
     const PlanOut &out;
     const ExchangeView<kGathered> &view;
+    const RecordingOf<kRecords> &record;
     const bool exchanges;
     const int n_blocks, block, warp;
     const bool writes;  // this block writes the plan
@@ -57,11 +58,12 @@ struct ClusterRun {
     unsigned overflow = 0;  // bit g: the total of group g does not fit 31 bits
 
     __device__ ClusterRun(int4 *memory, const Tables &t, const RunIds &in, const CountMatrix<false> &given, const PlanOut &out,
-                          const ExchangeView<kGathered> &view)
+                          const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record)
         : t(t),
           in(in),
           out(out),
           view(view),
+          record(record),
           exchanges(exchanging(view)),
           n_blocks((int)cluster_size()),
           block((int)cluster_rank()),
@@ -303,6 +305,7 @@ struct ClusterRun {
             const int64_t total = gathered.total<true>(expert);
             const int all = fitted(total), c = code[expert];
             large |= total > kSurelyFits;
+            if (writes) record.add_tokens(expert, total);
             if (c < 0) {
                 add_bundled(-1 - c, all);
             } else {
@@ -381,6 +384,8 @@ struct ClusterRun {
         for (int i = threadIdx.x - 32 * n_solvers; i < counter_words(t.shape.n_logical); i += kRunThreads - 32 * n_solvers) {
             const int2 both =
                 n_blocks > 1 ? totals_of(i) : make_int2(counts[2 * i], 2 * i + 1 < t.shape.n_logical ? counts[2 * i + 1] : 0);
+            record.add_tokens(2 * i, both.x);
+            if (2 * i + 1 < t.shape.n_logical) record.add_tokens(2 * i + 1, both.y);
             if (code[2 * i] >= 0) write(code[2 * i], rank_of[2 * i], both.x, both.x);
             if (2 * i + 1 < t.shape.n_logical && code[2 * i + 1] >= 0) write(code[2 * i + 1], rank_of[2 * i + 1], both.y, both.y);
         }
@@ -518,24 +523,24 @@ struct ClusterRun {
             return space.image.slot(there);
         }
     }
-    __device__ __forceinline__ void count_bad() const {
-        const int sum = warp_sum(bad);
-        if (lane_id() == 0 && sum != 0) atomicAdd(reinterpret_cast<unsigned long long *>(in.invalid), (unsigned long long)sum);
+    // The groups for the metrics, by the warps that solve, which have no ids; the rest of their information is still to come.
+    __device__ __forceinline__ void record_groups() const {
+        for (int group = warp; group < t.shape.n_groups; group += n_solvers) record.add_group(out.info(group), kLanes, overflows(group));
     }
 };
 
-template <Solver kSolver, bool kGathered>
+template <Solver kSolver, bool kGathered, bool kRecords>
 __device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
-                                        const PlanOut &out, const ExchangeView<kGathered> &view);
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record);
 
-template <Solver kSolver, bool kGathered, bool kRanked>
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
 __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
-                                        const PlanOut &out, const ExchangeView<kGathered> &view) {
-    using Run = ClusterRun<kSolver, kGathered, kRanked>;
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
+    using Run = ClusterRun<kSolver, kGathered, kRecords, kRanked>;
     extern __shared__ int4 memory[];
     MARK(0);
     const bool ranked = !kRanked && t.ranked();
-    Run run(memory, t, in, given, out, view);
+    Run run(memory, t, in, given, out, view, record);
     constexpr int kColours = Run::kLanes ? (int)kSolver : 1;
     int column[kColours] = {};
     LaneFlow<kColours, false, CapacityOf<kRanked, 1>> flow;
@@ -546,9 +551,10 @@ __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const 
     }
     run.open();
     if constexpr (!kRanked) {
-        // A vote, which the compiler knows to be one number for the warp.
-        if (__any_sync(kFullWarp, ranked)) return run_ranked<kSolver, kGathered>(ids, rewritten, t, in, given, out, view);  // begins anew
+        // A vote, which the compiler knows to be one number for the warp. What is called begins anew.
+        if (__any_sync(kFullWarp, ranked)) return run_ranked<kSolver, kGathered, kRecords>(ids, rewritten, t, in, given, out, view, record);
     }
+    record.open();
     wait_for_stream();
     exchange::Call call{};
     if constexpr (kGathered) {
@@ -602,30 +608,59 @@ __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const 
             __syncthreads();
         }
     }
+    const bool recording = kRecords && run.writes && run.warp < run.n_solvers;
+    const unsigned long long before = recording && run.warp == 0 ? record.before() : 0;
+    if (recording) run.record_groups();
     run.number_warps();
     run.write_sums(Run::kLanes ? run.split_pairs() : run.split_arcs());
     __syncthreads();
     MARK(18);
+    if (recording && run.warp == 0) record.end_plan(before, run.space.sums.late_word(lane_id(), Run::kLanes, out.rank));
     with_ids(rewritten, in.wide, [&](auto *rewritten) { run.rewrite_queued(rewritten); });
-    run.count_bad();
+    in.invalid.add(run.bad);
     MARK(19);
     cluster_wait();
     MARK(20);
 }
 
-// Where the ranks differ, but did not when this launch was recorded: a call, so that it costs the others nothing.
-template <Solver kSolver, bool kGathered>
+// Where the ranks differ, in a kernel that was launched for others (it records, or its graph is older): a call, so that it costs the others
+// nothing.
+template <Solver kSolver, bool kGathered, bool kRecords>
 __device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
-                                        const PlanOut &out, const ExchangeView<kGathered> &view) {
-    run_all<kSolver, kGathered, true>(ids, rewritten, t, in, given, out, view);
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
+    run_all<kSolver, kGathered, kRecords, true>(ids, rewritten, t, in, given, out, view, record);
 }
 
-template <Solver kSolver, bool kGathered, bool kRanked>
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
 __global__ void __launch_bounds__(kRunThreads, 1)
     run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
                    const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
-                   const __grid_constant__ ExchangeView<kGathered> view) {
-    run_all<kSolver, kGathered, kRanked>(ids, rewritten, t, in, given, out, view);
+                   const __grid_constant__ ExchangeView<kGathered> view, const __grid_constant__ RecordingOf<kRecords> record) {
+    run_all<kSolver, kGathered, kRecords, kRanked>(ids, rewritten, t, in, given, out, view, record);
 }
+
+template <bool kGathered, bool kRecords>
+using RunKernel = void (*)(const void *, void *, Tables, RunIds, CountMatrix<false>, PlanOut, ExchangeView<kGathered>, RecordingOf<kRecords>);
+
+template <bool kGathered, bool kRecords, bool kRanked = false>
+RunKernel<kGathered, kRecords> run_kernel(Solver solver) {
+    switch (solver) {
+    case kTwoColours:
+    case kFourColours:
+        return run_in_cluster<kFourColours, kGathered, kRecords, kRanked>;
+    case kEightColours:
+        return run_in_cluster<kEightColours, kGathered, kRecords, kRanked>;
+    case kOneWord:
+        return run_in_cluster<kOneWord, kGathered, kRecords, kRanked>;
+    default:
+        return run_in_cluster<kTwoWords, kGathered, kRecords, kRanked>;
+    }
+}
+
+// Compiled in a file of their own.
+extern template RunKernel<false, true> run_kernel<false, true>(Solver);
+extern template RunKernel<true, true> run_kernel<true, true>(Solver);
+extern template RunKernel<false, false> run_kernel<false, false, true>(Solver);
+extern template RunKernel<true, false> run_kernel<true, false, true>(Solver);
 
 }  // namespace lplb

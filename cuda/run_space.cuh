@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ids.cuh"
+#include "metrics.cuh"
 #include "solve/solvers.cuh"
 
 namespace lplb {
@@ -18,7 +19,7 @@ struct RunIds {
     int64_t n;
     int per_block;  // a multiple of 32
     int wide;       // 1: they are int64
-    int64_t *invalid;
+    InvalidIds invalid;
 };
 
 // A queued id: its place in the block's part, and which occurrence of its expert in the warp's part it is.

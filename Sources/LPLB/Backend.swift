@@ -114,6 +114,15 @@ protocol PlannerBackend: AnyObject {
     /// The latest plan; wait for the stream where there is one. `groups` has room for every group.
     func readInfo(groups: UnsafeMutablePointer<lplb_group_info>?, stream: UnsafeMutableRawPointer?) throws(Failure) -> PlanTotals
 
+    /// Tokens per logical expert of all plans, `[nLogical]`, and then the number of plans. The planner keeps a history.
+    func readHistory(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    /// Where the metrics can be read at any time, by any thread; nil: none are kept. Never changes.
+    var metrics: UnsafePointer<lplbk_metrics_page>? { get }
+
+    /// Starts anew what of `recording` the planner keeps. Allocates nothing and waits for nothing.
+    func reset(_ recording: Recording, stream: UnsafeMutableRawPointer?) throws(Failure)
+
     /// `levels` has room for every group.
     func readLevels(_ levels: UnsafeMutablePointer<lplb_level>, stream: UnsafeMutableRawPointer?) throws(Failure)
 

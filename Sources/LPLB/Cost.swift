@@ -45,6 +45,10 @@ extension Planner {
         guard solver == Int(LPLB_SOLVER_FLOW) || capacities == nil else {
             throw Failure(LPLB_ERROR_UNSUPPORTED, "lplb_planner_set_capacity: needs LPLB_SOLVER_FLOW, got a planner with LPLB_SOLVER_IPM")
         }
+        guard !recording.contains(.metrics) || capacities == nil else {
+            throw Failure(
+                LPLB_ERROR_UNSUPPORTED, "lplb_planner_set_capacity: needs a planner without LPLB_RECORD_METRICS, which knows tokens only")
+        }
         let changed = placement.map { self.digest(of: $0, attached: attached, capacities) }
         try backend.set(capacities, digest: changed, stream: stream)
         self.capacities = capacities

@@ -1,6 +1,7 @@
 // Planning on the host: the twin of the CUDA backend, and its oracle.
 
 import CLPLB
+import CLPLBKernels
 import LPLBSolver
 import LPLBTopology
 
@@ -16,14 +17,16 @@ final class CpuBackend: PlannerBackend {
     private var solver: FlowSolver?
     private var assigner: TokenAssigner?
     private(set) var dispatch: DispatchLayout?
+    private let records: CpuRecords
     private var invalidIds: Int64 = 0
     private var digest: Int32 = 0
 
-    init(shape: ExpertShape, rank: Int?, unit: Unit) {
+    init(shape: ExpertShape, rank: Int?, unit: Unit, recording: Recording) {
         self.shape = shape
         self.rank = rank
         self.unit = unit
         mapper = TokenMapper(nLogical: shape.nLogical)
+        records = CpuRecords(recording, nLogical: shape.nLogical)
         counts = .allocate(capacity: shape.nLogical)
         counts.initialize(repeating: 0, count: shape.nLogical)
     }
@@ -94,7 +97,7 @@ final class CpuBackend: PlannerBackend {
 
     func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure) {
         let (solver, assigner) = try loaded()
-        invalidIds &+= rewrite(ids, to: out, solver.network, assigner)
+        count(invalid: rewrite(ids, to: out, solver.network, assigner))
     }
 
     func redirect(
@@ -106,10 +109,17 @@ final class CpuBackend: PlannerBackend {
         let totals = cumulative + (chunks - 1) * shape.nLogical
         switch ids.type {
         case .int32:
-            invalidIds &+= mapper.redirect(ids.as32, ids.count, to: out.as32, network: solver.network, ratios: ratios, totals: totals)
+            count(
+                invalid: mapper.redirect(ids.as32, ids.count, to: out.as32, network: solver.network, ratios: ratios, totals: totals))
         case .int64:
-            invalidIds &+= mapper.redirect(ids.as64, ids.count, to: out.as64, network: solver.network, ratios: ratios, totals: totals)
+            count(
+                invalid: mapper.redirect(ids.as64, ids.count, to: out.as64, network: solver.network, ratios: ratios, totals: totals))
         }
+    }
+
+    private func count(invalid: Int64) {
+        invalidIds &+= invalid
+        if invalid > 0 { records.add(invalid: invalid) }
     }
 
     func run(
@@ -125,7 +135,7 @@ final class CpuBackend: PlannerBackend {
                 try plan(CountBuffer(base: counts, type: .int32, sources: 1), "ids", solver, assigner)
             }
         }
-        invalidIds &+= rewrite(ids, to: out, solver.network, assigner)
+        count(invalid: rewrite(ids, to: out, solver.network, assigner))
         add(shape.nGroups, to: counter)
     }
 
@@ -147,6 +157,7 @@ final class CpuBackend: PlannerBackend {
             solver.solve(loads: assigner.loads)
             assigner.assign(values, sources: sources, quotas: solver.quotas)
         }
+        records.add(solver, assigner, groupSize: shape.groupSize)
     }
 
     private func compareDigests(_ digests: UnsafePointer<Int32>, _ sources: Int, _ width: Int, _ argument: String) throws(Failure) {
@@ -200,6 +211,12 @@ final class CpuBackend: PlannerBackend {
         return PlanTotals(
             invalidIds: invalidIds, onOwnRank: assigner.onOwnRank, onOwnNode: assigner.onOwnNode, onOtherNodes: assigner.onOtherNodes)
     }
+
+    var metrics: UnsafePointer<lplbk_metrics_page>? { UnsafePointer(records.page) }
+
+    func readHistory(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) { records.readHistory(tokens) }
+
+    func reset(_ recording: Recording, stream: UnsafeMutableRawPointer?) { records.reset(recording) }
 
     func readLevels(_ levels: UnsafeMutablePointer<lplb_level>, stream: UnsafeMutableRawPointer?) throws(Failure) {
         let (solver, _) = try loaded()

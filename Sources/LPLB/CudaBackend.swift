@@ -16,6 +16,8 @@ final class CudaBackend: PlannerBackend {
     private let state: UnsafeMutablePointer<lplbk_planner>
     /// What kernels found wrong, shared with the device; nil where no rows are ever compared.
     private var report: UnsafeMutablePointer<lplbk_report>?
+    /// The metrics, shared with the device; nil where none are kept.
+    private let page: UnsafeMutableRawPointer?
     private let unit: Unit
     private var capacities: RankCapacities?
     /// Of the placement.
@@ -48,6 +50,14 @@ final class CudaBackend: PlannerBackend {
         planner.shape.unit_inverse = Unit(Int64(planner.shape.unit)).inverse
         planner.has_replicas = shape.hasReplicas ? 1 : 0
         planner.traps = settings.policy == Int32(LPLB_EXCHANGE_TRAP) ? 1 : 0
+        planner.keeps_history = settings.recording.contains(.history) ? 1 : 0
+        var page: UnsafeMutableRawPointer?
+        if settings.recording.contains(.metrics) {
+            try check(
+                cuda.alloc_mapped(device, Int64(MemoryLayout<lplbk_metrics_page>.size), &page, &planner.page),
+                "allocating host memory for device \(device)")
+        }
+        self.page = page
         self.shape = shape
         self.device = device
         unit = settings.unit
@@ -58,6 +68,7 @@ final class CudaBackend: PlannerBackend {
     deinit {
         cuda.close(state)
         _ = cuda.free_mapped(device, report)
+        _ = cuda.free_mapped(device, page)
         state.deallocate()
     }
 
@@ -281,6 +292,20 @@ final class CudaBackend: PlannerBackend {
             }
         }
         return totals
+    }
+
+    var metrics: UnsafePointer<lplbk_metrics_page>? { page.map { UnsafePointer($0.assumingMemoryBound(to: lplbk_metrics_page.self)) } }
+
+    /// Before the first placement there is no memory on the device, and nothing was planned.
+    func readHistory(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        guard state.pointee.plan != nil else { return tokens.update(repeating: 0, count: shape.nLogical + 1) }
+        try check(cuda.read_history(state, tokens, stream), "reading the history from device \(device)")
+    }
+
+    func reset(_ recording: Recording, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        guard state.pointee.plan != nil else { return }
+        let history: Int32 = recording.contains(.history) ? 1 : 0, metrics: Int32 = recording.contains(.metrics) ? 1 : 0
+        try check(cuda.reset(state, history, metrics, stream), "reset")
     }
 
     func readLevels(_ levels: UnsafeMutablePointer<lplb_level>, stream: UnsafeMutableRawPointer?) throws(Failure) {

@@ -21,6 +21,8 @@ final class Planner {
     var capacities: RankCapacities?
     /// The caller's, part of the digest.
     let number: Int64
+    /// What is kept beside the plans.
+    let recording: Recording
     /// Gathers everybody's counts inside `run`.
     var exchange: Exchange?
     /// How many planners were attached to `exchange` with this one; 0 without an exchange.
@@ -44,6 +46,7 @@ final class Planner {
         solver = settings.solver
         unit = settings.unit
         number = settings.number
+        recording = settings.recording
         backend = try settings.backend()
         words = .allocate(capacity: Planner.wordsSize)
         // All of it: whoever reads the words of a planner that another thread is inside finds an end.

@@ -16,6 +16,7 @@ struct PlannerSettings {
     let number: Int64
     /// LPLB_EXCHANGE_TRAP or _REPORT.
     let policy: Int32
+    let recording: Recording
     /// n_nodes as the caller gave it; 0: the default.
     let nodesGiven: Int64
 
@@ -37,7 +38,17 @@ struct PlannerSettings {
         device = try Check.range(Int64(config.device), "device", Int64(LPLB_DEVICE_CPU)...Int64(Int32.max))
         number = config.number
         policy = Int32(try Check.range(Int64(config.policy), "policy", Int64(LPLB_EXCHANGE_TRAP)...Int64(LPLB_EXCHANGE_REPORT)))
+        recording = try Recording(config.record, "record")
+        if recording.contains(.history) && !shape.hasReplicas {
+            throw Failure(
+                "record", "must be without LPLB_RECORD_HISTORY (1) where n_physical is n_logical, since such a planner counts nothing",
+                value: config.record)
+        }
         unit = try Check.unit(config.unit)
+        if recording.contains(.metrics) && unit != .token {
+            throw Failure(
+                LPLB_ERROR_UNSUPPORTED, "unit: must be 0 or 1 with LPLB_RECORD_METRICS, which knows tokens only, got \(config.unit)")
+        }
         if solver == Int(LPLB_SOLVER_IPM) && unit != .token {
             throw Failure(LPLB_ERROR_UNSUPPORTED, "unit: must be 0 or 1 with LPLB_SOLVER_IPM, which knows tokens only, got \(config.unit)")
         }
@@ -61,6 +72,6 @@ struct PlannerSettings {
         guard solver == Int(LPLB_SOLVER_FLOW) else {
             throw Failure(LPLB_ERROR_UNSUPPORTED, "solver: LPLB_SOLVER_IPM runs on CUDA only, got a CPU planner (device \(device))")
         }
-        return CpuBackend(shape: shape, rank: rank, unit: unit)
+        return CpuBackend(shape: shape, rank: rank, unit: unit, recording: recording)
     }
 }

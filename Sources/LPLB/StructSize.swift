@@ -73,7 +73,7 @@ extension lplb_config: SizedStruct {
     static var fields: [PartialKeyPath<Self>] {
         [
             \.device, \.solver, \.ep_size, \.rank, \.n_nodes, \.n_logical, \.n_physical, \.group_size, \.n_redundant, \.r2o,
-            \.number, \.policy, \.unit,
+            \.number, \.policy, \.unit, \.record,
         ]
     }
 }
@@ -94,6 +94,16 @@ extension lplb_plan_info: SizedStruct {
     static var defaults: Self { Self() }
     static var fields: [PartialKeyPath<Self>] {
         [\.n_groups, \.invalid_ids, \.own_rank, \.own_node, \.other_nodes, \.overflow]
+    }
+}
+
+extension lplb_metrics: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] {
+        [
+            \.plans, \.groups, \.imbalance_sum, \.imbalance_max, \.gap_sum, \.gap_max, \.tokens, \.moved, \.own_rank, \.own_node,
+            \.other_nodes, \.uncertified, \.overflow, \.invalid_ids,
+        ]
     }
 }
 

@@ -7,9 +7,13 @@ struct Drift {
     let snapshots: [[Double]]
     /// [nLogical]: their mean.
     let mean: [Double]
+    /// The experts, the heaviest first, equal ones by index.
+    let byLoad: [Int]
     /// Experts of one routing group are consecutive and drift together; the number of experts of one.
     let groupSize: Int
     static let total = 1_048_576.0
+
+    var nGroups: Int { (nLogical + groupSize - 1) / groupSize }
 
     init(snapshots: [[Double]], groupSize: Int) {
         let n = snapshots.first?.count ?? 0
@@ -22,37 +26,78 @@ struct Drift {
         var mean = [Double](repeating: 0, count: n)
         for row in self.snapshots { for e in 0..<n { mean[e] += row[e] / Double(snapshots.count) } }
         self.mean = mean
+        byLoad = (0..<n).sorted { (mean[$0], $1) > (mean[$1], $0) }
+    }
+}
+
+/// Drifts that may come over a layer, drawn once for all layers: each expert's load changes by its own factor, by its group's and by a
+/// power of itself. Several snapshots also mix with random weights, so that what moved together in the past does so here.
+///
+/// The deviations are those of real counts between workloads (DeepSeek-V3 class, prompts of one length and of longer ones).
+final class Scenarios {
+    let count: Int
+    private let nLogical: Int
+    /// [count][nLogical]: exp of the expert's own draw and of its group's.
+    private let factor: UnsafeMutablePointer<Double>
+    /// [count][snapshots]: weights of the snapshots in scenarios that mix them.
+    private var weights: [[Double]] = []
+    /// [count][nLogical]: the loads of the latest layer.
+    let loads: UnsafeMutablePointer<Int64>
+    private let strengths: [Double]
+
+    // Deviations of the logarithm of a load: its own, its group's, and by the logarithm of the load itself.
+    private static let own = 0.22, group = 0.12, slope = 0.12
+    /// Means of the eighths of the normal distribution: every one of them is drawn as often.
+    private static let slopes = [-1.65, -0.4, 0.12, 0.9, -0.9, 0.4, 1.65, -0.12]
+
+    /// - Parameter count: the first 8 and the first 24 are small samples of the same kind.
+    init(_ count: Int, nLogical: Int, groupSize: Int, nSnapshots: Int) {
+        (self.count, self.nLogical) = (count, nLogical)
+        strengths = [0.5, 0.8, 1.2].map { $0 * (nSnapshots > 1 ? 0.7 : 1) }
+        factor = .allocate(capacity: count * nLogical)
+        loads = .allocate(capacity: count * nLogical)
+        loads.initialize(repeating: 0, count: count * nLogical)
+        var random = SplitMix(state: 0x9E37_79B9_7F4A_7C15)
+        for index in 0..<count {
+            let strength = strengths[index % 3]
+            let isMixed = nSnapshots > 1 && index % 2 == 0
+            weights.append((0..<(isMixed ? nSnapshots : 0)).map { _ in 1.2 * random.normal() / Double(nSnapshots).squareRoot() })
+            var ofGroup = 0.0
+            for e in 0..<nLogical {
+                if e % groupSize == 0 { ofGroup = Scenarios.group * random.normal() }
+                (factor + index * nLogical + e).initialize(to: exponential(strength * (Scenarios.own * random.normal() + ofGroup)))
+            }
+        }
     }
 
-    /// Loads that may arrive: each expert's load times exp of three draws: its own, its group's, and a slope on the logarithm of its load.
-    /// Several snapshots also mix with random weights, so that what moved together in the past does so here. The same draws at each call.
-    ///
-    /// The deviations are those of real counts between workloads (DeepSeek-V3 class, prompts of one length and of longer ones).
-    func scenarios(_ count: Int) -> [[Int64]] {
-        var random = SplitMix(state: 0x9E37_79B9_7F4A_7C15)
-        let groups = (nLogical + groupSize - 1) / groupSize
-        let logMean = mean.map { log2Safe($0) }
-        let centre = logMean.reduce(0, +) / Double(max(1, nLogical))
-        return (0..<count).map { index in
-            let base = index % 2 == 0 && snapshots.count > 1 ? mixture(&random) : mean
-            let strength = [0.6, 1.0, 1.5][index % 3] * (snapshots.count > 1 ? 0.7 : 1)
-            let slope = 0.12 * strength * random.normal()
-            let ofGroup = (0..<groups).map { _ in 0.12 * strength * random.normal() }
-            var load = [Double](repeating: 0, count: nLogical)
-            for e in 0..<nLogical {
-                let draw = 0.22 * strength * random.normal() + ofGroup[e / groupSize] + slope * (logMean[e] - centre) * 0.69
-                load[e] = base[e] * exponential(draw)
+    deinit {
+        factor.deallocate()
+        loads.deallocate()
+    }
+
+    /// Fills `loads` for a layer.
+    func draw(_ drift: Drift) {
+        let n = nLogical
+        let logMean = drift.mean.map { log2Safe($0) }
+        let centre = logMean.reduce(0, +) / Double(max(1, n))
+        withUnsafeTemporaryAllocation(of: Double.self, capacity: 24 * n) { powers in
+            for index in 0..<min(24, count) {
+                let slope = Scenarios.slope * 0.69 * strengths[index % 3] * Scenarios.slopes[index % 8]
+                for e in 0..<n { powers[index &* n &+ e] = exponential(slope * (logMean[e] - centre)) }
             }
-            return load.map { Int64($0.rounded()) }
+            for index in 0..<count {
+                let base = weights[index].isEmpty ? drift.mean : mixture(drift, weights[index])
+                let power = index % 24 &* n, first = index &* n
+                for e in 0..<n { loads[first &+ e] = Int64(base[e] * factor[first &+ e] * powers[power &+ e] + 0.5) }
+            }
         }
     }
 
     /// A point around the mean in the span of the snapshots, not below zero.
-    private func mixture(_ random: inout SplitMix) -> [Double] {
-        let weight = snapshots.map { _ in 1.2 * random.normal() / Double(snapshots.count).squareRoot() }
-        var point = mean
-        for (row, weight) in zip(snapshots, weight) { for e in 0..<nLogical { point[e] += weight * (row[e] - mean[e]) } }
-        for e in 0..<nLogical { point[e] = max(point[e], 0.05 * mean[e]) }
+    private func mixture(_ drift: Drift, _ weights: [Double]) -> [Double] {
+        var point = drift.mean
+        for (row, weight) in zip(drift.snapshots, weights) { for e in 0..<nLogical { point[e] += weight * (row[e] - drift.mean[e]) } }
+        for e in 0..<nLogical { point[e] = max(point[e], 0.05 * drift.mean[e]) }
         return point
     }
 }
@@ -63,15 +108,12 @@ private func log2Safe(_ value: Double) -> Double {
 }
 
 /// e^x to 1e-9 or better for |x| <= 8, by plain arithmetic, so that every machine has the same bits.
+@inline(__always)
 private func exponential(_ x: Double) -> Double {
-    let reduced = max(-8, min(8, x)) / 256
-    var sum = 1.0, term = 1.0
-    for k in 1..<8 {
-        term *= reduced / Double(k)
-        sum += term
-    }
-    for _ in 0..<8 { sum *= sum }
-    return sum
+    let y = max(-8, min(8, x)) * (1.0 / 256)
+    var power = 1 + y * (1 + y * (1.0 / 2 + y * (1.0 / 6 + y * (1.0 / 24 + y * (1.0 / 120)))))
+    for _ in 0..<8 { power *= power }
+    return power
 }
 
 /// A small random number generator (Steele, Lea, Flood 2014), for draws that are the same everywhere.

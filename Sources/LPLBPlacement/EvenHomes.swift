@@ -18,11 +18,12 @@ func makeHomesEven(
     if mender.excess > 0 && mayChange {
         if request.policy == .flow {
             let drift = Drift(snapshots: request.snapshots(of: layer, history), groupSize: request.driftGroup)
-            let scenarios = drift.scenarios(16)
+            let scenarios = Scenarios(16, nLogical: board.nLogical, groupSize: request.driftGroup, nSnapshots: request.nSnapshots)
+            scenarios.draw(drift)
             try mender.mend(weight) { (placement) throws(RuleViolation) in
                 let solver = FlowSolver(Network(placement))
-                return scenarios.reduce(0.0) { sum, loads in
-                    loads.withUnsafeBufferPointer { solver.solve(loads: $0.baseAddress!) }
+                return (0..<scenarios.count).reduce(0.0) { sum, number in
+                    solver.solve(loads: UnsafePointer(scenarios.loads + number * board.nLogical))
                     return sum + Double(solver.results[0].maxLoad) / Double(max(1, solver.results[0].total))
                 }
             }

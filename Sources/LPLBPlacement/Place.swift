@@ -69,7 +69,7 @@ public func place(
         if let previous = request.previous(of: layer), let classes, request.budget == nil { keepExperts(board, previous, classes: classes) }
         result.append(settled(board, request.previous(of: layer)))
     }
-    if let classes, request.previous == nil { try rotate(&result, classes: classes, shape: shape) }
+    if request.previous == nil && classes != nil { try nameRanks(&result, request, history, shape) }
     let reports = isJudged ? try request.reports(on: result, board, shape, history) : []
     for (layer, slots) in result.enumerated() { (phy2log + layer * request.slotsPerLayer).update(from: slots, count: slots.count) }
     return reports
@@ -84,25 +84,21 @@ private struct Placer {
 
     init(_ request: PlaceRequest, _ shape: ExpertShape, _ history: UnsafeBufferPointer<Double>) throws(RuleViolation) {
         (self.request, self.history) = (request, history)
-        flow = request.policy == .flow ? FlowPolicy(shape: shape, capacity: request.slots, width: request.width) : nil
+        flow = request.policy == .flow ? FlowPolicy(
+            shape: shape, capacity: request.slots, width: request.width, groupSize: request.driftGroup, nSnapshots: request.nSnapshots) : nil
         guard let budget = request.budget else { return }
-        var layers: [Trajectory] = []
         let repair = Repair(shape: shape, capacity: request.slots, width: request.width)
         let search = BudgetSearch(
             nLogical: request.nLogical, capacity: request.slots, width: request.width,
             ranksPerNode: request.isHierarchical ? request.slots.count / request.nNodes : request.slots.count,
             groupSize: request.isHierarchical ? request.nLogical / request.nGroups : request.nLogical)
-        let slots = request.nLayers * request.slots.reduce(0, +)
-        let most = min(budget, max(8, 5 * budget / request.nLayers))  // no layer gets more than a few times its share
-        for layer in 0..<request.nLayers {
-            guard let previous = request.previous(of: layer) else { continue }
-            let weight = request.weight(of: layer, history)
-            layers.append(
-                request.policy == .balanced
-                    ? search.trajectory(previous, weight: weight, most: most, threshold: budget * 14 > slots ? 1.005 : 1.01)
-                    : try repair.trajectory(previous, weight: weight, most: most))
+        let threshold = budget * 14 > request.nLayers * request.slots.reduce(0, +) ? 1.005 : 1.01
+        points = try Trajectory.spend(budget, over: request.nLayers) { (layer, most) throws(RuleViolation) in
+            let previous = request.previous(of: layer) ?? [], weight = request.weight(of: layer, history)
+            return request.policy == .balanced
+                ? search.trajectory(previous, weight: weight, most: most, threshold: threshold)
+                : try repair.trajectory(previous, weight: weight, most: most)
         }
-        points = Trajectory.spend(budget, over: layers)
     }
 
     mutating func place(_ layer: Int, on board: Board) throws(RuleViolation) {
@@ -231,6 +227,23 @@ extension PlaceRequest {
     }
 }
 
+/// Copies of an expert go to different hosts; and over all layers no rank gets more copies to send than others, where there are hubs or
+/// the placement is for training.
+private func nameRanks(
+    _ layers: inout [[Int32]], _ request: PlaceRequest, _ history: UnsafeBufferPointer<Double>, _ shape: ExpertShape
+) throws(RuleViolation) {
+    let perNode = request.slots.count / request.nNodes, spreads = request.nNodes > 1 && !request.isHierarchical
+    for (layer, slots) in layers.enumerated() where spreads {
+        layers[layer] = spreadOverHosts(slots, weight: request.weight(of: layer, history), slots: request.slots, nNodes: request.nNodes)
+    }
+    guard request.policy == .flow || request.evenHomes else { return }
+    if spreads {
+        let alike = Dictionary(grouping: 0..<request.nNodes) { node in Array(request.slots[node * perNode..<(node + 1) * perNode]) }
+        try rotate(&layers, classes: alike.values.sorted { $0[0] < $1[0] }, shape: shape, block: perNode)
+    }
+    try rotate(&layers, classes: request.ranks(ofEach: perNode), shape: shape)
+}
+
 extension PlaceRequest {
     /// What the placements are worth on the history that they were made from.
     fileprivate func reports(
@@ -256,8 +269,11 @@ extension PlaceRequest {
     /// Ranks that may take each other's part of a placement: those with equally many slots, on one host where groups of experts stay on
     /// hosts. nil for DeepSeek's program, whose result is known.
     fileprivate var interchangeable: [[Int]]? {
-        guard policy != .deepseek else { return nil }
-        let perNode = isHierarchical ? slots.count / nNodes : slots.count
-        return Dictionary(grouping: slots.indices) { rank in [rank / perNode, slots[rank]] }.values.sorted { $0[0] < $1[0] }
+        policy == .deepseek ? nil : ranks(ofEach: isHierarchical ? slots.count / nNodes : slots.count)
+    }
+
+    /// Ranks with equally many slots in each block of so many ranks.
+    fileprivate func ranks(ofEach block: Int) -> [[Int]] {
+        Dictionary(grouping: slots.indices) { rank in [rank / block, slots[rank]] }.values.sorted { $0[0] < $1[0] }
     }
 }

@@ -8,51 +8,50 @@ import LPLBTopology
 final class Repair {
     private let shape: ExpertShape
     private let board: Board
-    private var pool: WitnessPool
-    /// For each expert, `words` words with a bit for each rank that holds it.
-    private var places: [UInt64] = []
-    private let words: Int
+    private let pool: WitnessPool
     /// Changes that the pool of witnesses looks at in each step, and those of them that are solved.
-    private static let looked = 200, solves = 8
-
-    /// A change: on `rank` (and `other`), `slot` (and `otherSlot`) get new experts.
-    private struct Change {
-        var score: Double
-        var rank: Int, slot: Int, expert: Int32
-        var other = -1, otherSlot = -1, otherExpert: Int32 = -1
-    }
+    private static let looked = 400, solves = 8
+    /// Slots that are considered for each expert.
+    private static let picked = 12
+    /// Changes that are solved at most, where none has helped so far.
+    private static let mostSolves = 24
 
     init(shape: ExpertShape, capacity: [Int], width: Int) {
         self.shape = shape
         board = Board(nLogical: shape.nLogical, capacity: capacity, width: width)
-        pool = WitnessPool(nRanks: capacity.count)
-        words = (capacity.count + 63) / 64
+        pool = WitnessPool(board)
     }
 
     /// The placements that repair passes through, at most `most` moves from `previous`.
-    func trajectory(_ previous: ArraySlice<Int32>, weight: [Double], most: Int) throws(RuleViolation) -> Trajectory {
+    /// - Parameter until: the balance that is good enough.
+    func trajectory(
+        _ previous: ArraySlice<Int32>, weight: [Double], most: Int, until enough: Double = 0.9995
+    ) throws(RuleViolation) -> Trajectory {
         board.take(previous, completedBy: weight)
         let former = Former(previous, nRanks: board.nRanks, nLogical: board.nLogical)
         let loads = scaledLoads(weight)
-        pool = WitnessPool(nRanks: board.nRanks)
-        notePlaces()
-        var solved = try solve(loads)
-        var trajectory = Trajectory(.init(moves: former.moves(board), balance: solved.balance, phy2log: board.phy2log))
+        pool.begin(loads)
+        var solved = try solve(loads), moves = former.moves(board)
+        _ = pool.add(solved.witness)
+        var trajectory = Trajectory(.init(moves: moves, balance: solved.balance, phy2log: board.phy2log))
         var stalled = 0
-        while stalled < 3, trajectory.points.last?.balance ?? 1 < 0.9995 {
-            guard let (next, found) = try bestChange(solved, loads, former, most), found.balance > solved.balance else { break }
+        while stalled < 3, solved.balance < enough {
+            guard let (next, found) = try bestChange(solved, loads, former, moves, most) else { break }
             stalled = found.balance - solved.balance < 1e-5 ? stalled + 1 : 0
             apply(next)
-            notePlaces()
+            pool.note()
             solved = found
-            trajectory.add(.init(moves: former.moves(board), balance: solved.balance, phy2log: board.phy2log))
+            moves = former.moves(board)
+            trajectory.add(.init(moves: moves, balance: solved.balance, phy2log: board.phy2log))
         }
+        trajectory.isCut = moves + 2 > most
         return trajectory
     }
 
     private struct Solved {
         var balance: Double
-        var witness: [Bool]
+        /// The ranks that are tight together.
+        var witness: [Int]
     }
 
     private func solve(_ loads: [Int64]) throws(RuleViolation) -> Solved {
@@ -62,82 +61,47 @@ final class Repair {
         }
         let words = solver.witness(ofGroup: 0), result = solver.results[0]
         let mean = Double(result.total) / Double(max(1, board.live.count))
-        let witness = (0..<board.nRanks).map { words[$0 / 32] >> UInt32($0 % 32) & 1 == 1 }
-        pool.add(witness.indices.filter { witness[$0] })
+        let witness = (0..<board.nRanks).filter { words[$0 / 32] >> UInt32($0 % 32) & 1 == 1 }
         return Solved(balance: result.maxLoad > 0 ? mean / Double(result.maxLoad) : 1, witness: witness)
     }
 
     /// Of the changes that look best the one that gives most a move, by the exact split. The witnesses so far tell which look best.
     private func bestChange(
-        _ solved: Solved, _ loads: [Int64], _ former: Former, _ most: Int
+        _ solved: Solved, _ loads: [Int64], _ former: Former, _ before: Int, _ most: Int
     ) throws(RuleViolation) -> (Change, Solved)? {
-        let before = former.moves(board), total = loads.reduce(0.0) { $0 + Double($1) }
-        let mean = total / Double(max(1, board.live.count))
-        pool.weigh(places, loads)
-        var promising: [(gain: Double, moves: Int, change: Change, changed: Changed)] = []
+        let mean = loads.reduce(0.0) { $0 + Double($1) } / Double(max(1, board.live.count))
+        var promising: [(gain: Double, moves: Int, change: Change)] = []
+        promising.reserveCapacity(Repair.looked)
         for change in changes(solved.witness, loads) {
-            let moves = before + cost(change, former)
-            guard moves <= most else { continue }
-            let changed = changed(by: change), cost = max(moves - before, 1)
-            let gain = (mean / max(mean, pool.bound(changed, places, loads)) - solved.balance) / Double(cost)
-            if gain > 0 { promising.append((gain, cost, change, changed)) }
+            let moves = change.cost(board, former)
+            guard before + moves <= most else { continue }
+            let (one, other) = change.edits(board)
+            let gain = (mean / max(mean, pool.bound(one, other)) - solved.balance) / Double(max(moves, 1))
+            if gain > 0 { promising.append((gain, max(moves, 1), change)) }
         }
         // Each solve brings a witness that bounds the others anew, so that few solves find the best change.
         var best: (change: Change, solved: Solved, gain: Double)?
-        for _ in 0..<Repair.solves {
-            guard let index = promising.indices.max(by: { promising[$0].gain < promising[$1].gain }),
-                promising[index].gain > best?.gain ?? 0 else { break }
-            let change = promising[index].change
+        for number in 0..<Repair.mostSolves where best == nil || number < Repair.solves {
+            var index = -1, gain = best?.gain ?? 0
+            for other in promising.indices where promising[other].gain > gain { (index, gain) = (other, promising[other].gain) }
+            if index < 0 { break }
+            let (_, moves, change) = promising[index]
             promising.swapAt(index, promising.count - 1)
             promising.removeLast()
             let undo = apply(change)
             let found = try solve(loads)
-            let gain = (found.balance - solved.balance) / Double(max(former.moves(board) - before, 1))
-            if gain > best?.gain ?? 0 { best = (change, found, gain) }
+            if (found.balance - solved.balance) / Double(moves) > best?.gain ?? 0 {
+                best = (change, found, (found.balance - solved.balance) / Double(moves))
+            }
             apply(undo)
-            pool.weighLatest(places, loads)
+            guard let set = pool.add(found.witness) else { continue }
             for index in promising.indices {
-                let one = promising[index]
-                let bound = max(mean, pool.boundByLatest(one.changed, places, loads))
-                promising[index].gain = min(one.gain, (mean / bound - solved.balance) / Double(one.moves))
+                let (one, other) = promising[index].change.edits(board)
+                let bound = max(mean, pool.bound(one, other, by: set))
+                promising[index].gain = min(promising[index].gain, (mean / bound - solved.balance) / Double(promising[index].moves))
             }
         }
         return best.map { ($0.change, $0.solved) }
-    }
-
-    private func cost(_ change: Change, _ former: Former) -> Int {
-        let one = former.cost(board, change.rank, change.slot, change.expert)
-        return change.other < 0 ? one : one + former.cost(board, change.other, change.otherSlot, change.otherExpert)
-    }
-
-    /// The experts whose places a change changes. (No rank holds one twice here, or the bound is only too low.)
-    private func changed(by change: Change) -> Changed {
-        var changed = Changed()
-        func edit(_ e: Int, _ rank: Int, _ isThere: Bool) {
-            let index = changed.experts.firstIndex(of: e) ?? changed.experts.count
-            if index == changed.experts.count {
-                changed.experts.append(e)
-                changed.places += places[e * words..<(e + 1) * words]
-            }
-            let bit = UInt64(1) << UInt64(rank & 63), word = index * words + rank >> 6
-            if isThere { changed.places[word] |= bit } else { changed.places[word] &= ~bit }
-        }
-        func write(_ rank: Int, _ slot: Int, _ e: Int32) {
-            edit(Int(board.expert[rank * board.width + slot]), rank, false)
-            edit(Int(e), rank, true)
-        }
-        write(change.rank, change.slot, change.expert)
-        if change.other >= 0 { write(change.other, change.otherSlot, change.otherExpert) }
-        return changed
-    }
-
-    private func notePlaces() {
-        places = [UInt64](repeating: 0, count: board.nLogical * words)
-        for rank in board.live {
-            for slot in 0..<board.fill[rank] {
-                places[Int(board.expert[rank * board.width + slot]) * words + rank >> 6] |= 1 << UInt64(rank & 63)
-            }
-        }
     }
 
     @discardableResult
@@ -159,69 +123,112 @@ final class Repair {
     }
 
     /// Changes that take load out of the witness, those first that take out about as much as it has too much.
-    private func changes(_ witness: [Bool], _ loads: [Int64]) -> [Change] {
-        let inside = board.live.filter { witness[$0] }, outside = board.live.filter { !witness[$0] }
+    private func changes(_ witness: [Int], _ loads: [Int64]) -> [Change] {
+        var isInside = [Bool](repeating: false, count: board.nRanks)
+        for rank in witness { isInside[rank] = true }
+        let inside = board.live.filter { isInside[$0] }, outside = board.live.filter { !isInside[$0] }
         guard !inside.isEmpty, !outside.isEmpty else { return [] }
-        var held = [Bool](repeating: false, count: board.nLogical)  // has a place outside
-        for rank in outside { for slot in 0..<board.fill[rank] { held[Int(board.expert[rank * board.width + slot])] = true } }
-        var bound: [(e: Int32, rank: Int, slot: Int, load: Double)] = []  // can go nowhere else
+        var held = [Bool](repeating: false, count: board.nLogical), targets: [Target] = []  // held: has a place outside
+        for rank in outside {
+            for slot in 0..<board.fill[rank] {
+                let e = Int(board.expert[rank * board.width + slot])
+                held[e] = true
+                targets.append(Target(rank: rank, slot: slot, expert: Int32(e), load: Double(loads[e]), copies: board.copies[e]))
+            }
+        }
+        var bound: [Target] = []  // can go nowhere else
+        var counted = held, must = 0.0
         for rank in inside {
             for slot in 0..<board.fill[rank] {
-                let e = board.expert[rank * board.width + slot]
-                if !held[Int(e)] { bound.append((e, rank, slot, Double(loads[Int(e)]))) }
+                let e = Int(board.expert[rank * board.width + slot])
+                if held[e] || loads[e] <= 0 { continue }
+                bound.append(Target(rank: rank, slot: slot, expert: Int32(e), load: Double(loads[e]), copies: board.copies[e]))
+                if !counted[e] { must += Double(loads[e]) }
+                counted[e] = true
             }
         }
         let total = loads.reduce(0.0) { $0 + Double($1) }
-        var counted = Set<Int32>()
-        let must = bound.reduce(0.0) { $0 + (counted.insert($1.e).inserted ? $1.load : 0) }
         let excess = must - total * Double(inside.count) / Double(board.live.count)
         guard excess > 0 else { return [] }
 
-        var found: [Change] = []
-        for one in bound where one.load > 0 {
-            // One move: a copy in a slot outside whose expert has another copy.
-            for rank in outside where !board.holds(rank, one.e) {
-                for slot in 0..<board.fill[rank] {
-                    let old = Int(board.expert[rank * board.width + slot])
-                    guard board.copies[old] > 1 else { continue }
-                    let gain = min(one.load, excess) - 0.5 * Double(loads[old]) / Double(board.copies[old])
-                    if gain > 0 { found.append(Change(score: gain, rank: rank, slot: slot, expert: one.e)) }
-                }
+        var picks: [Pick] = []
+        for index in bound.indices { best(bound[index], index, excess, targets, &picks) }
+        picks.sort { ($1.score, $0.bound, $0.target) < ($0.score, $1.bound, $1.target) }
+        return diverse(picks, bound, targets)
+    }
+
+    /// An expert of the witness, or a slot outside of it and the expert that stands there.
+    private struct Target {
+        var rank: Int, slot: Int, expert: Int32
+        var load: Double, copies: Int
+    }
+
+    /// What an expert of the witness and a slot outside of it promise, by their numbers.
+    private struct Pick {
+        var score: Double, bound: Int32, target: Int32
+    }
+
+    /// The best slots for one expert of the witness.
+    private func best(_ one: Target, _ index: Int, _ excess: Double, _ targets: [Target], _ picks: inout [Pick]) {
+        let first = picks.count, most = min(one.load, excess)
+        var least = 0.0
+        for number in targets.indices {
+            // One move: a copy in a slot whose expert has another copy. Two moves: a lighter single from outside in exchange.
+            let target = targets[number], shift = one.load - target.load
+            let score: Double
+            if target.copies > 1 {
+                score = most - 0.5 * target.load / Double(target.copies)
+                guard score > least, !board.holds(target.rank, one.expert) else { continue }
+            } else {
+                score = min(shift, 2 * excess - shift) / 2
+                guard score > least, one.copies == 1 else { continue }
             }
-            guard board.copies[Int(one.e)] == 1 else { continue }
-            // Two moves: a lighter single from outside in exchange.
-            for rank in outside {
-                for slot in 0..<board.fill[rank] {
-                    let back = board.expert[rank * board.width + slot]
-                    guard board.copies[Int(back)] == 1 else { continue }
-                    let shift = one.load - Double(loads[Int(back)])
-                    guard shift > 0 else { continue }
-                    let gain = min(shift, max(0, 2 * excess - shift)) / 2
-                    if gain > 0 {
-                        found.append(
-                            Change(
-                                score: gain, rank: rank, slot: slot, expert: one.e, other: one.rank, otherSlot: one.slot, otherExpert: back))
-                    }
-                }
+            if picks.count - first == Repair.picked { picks.removeLast() }
+            picks.append(Pick(score: score, bound: Int32(truncatingIfNeeded: index), target: Int32(truncatingIfNeeded: number)))
+            var place = picks.count - 1
+            while place > first && picks[place - 1].score < score {
+                picks.swapAt(place, place - 1)
+                place -= 1
             }
+            if picks.count - first == Repair.picked { least = picks[picks.count - 1].score }
         }
-        found.sort { ($1.score, $0.rank, $0.slot, $0.expert) < ($0.score, $1.rank, $1.slot, $1.expert) }
-        return diverse(found)
     }
 
     /// At most a few changes for each slot and each expert, so that those looked at are not all alike.
-    private func diverse(_ changes: [Change]) -> [Change] {
-        var bySlot: [Int: Int] = [:], byExpert: [Int32: Int] = [:]
+    private func diverse(_ picks: [Pick], _ bound: [Target], _ targets: [Target]) -> [Change] {
+        var bySlot = [Int8](repeating: 0, count: targets.count), byExpert = [Int8](repeating: 0, count: board.nLogical)
         var chosen: [Change] = []
-        for change in changes {
-            let slot = change.rank * board.width + change.slot
-            if bySlot[slot, default: 0] >= 2 || byExpert[change.expert, default: 0] >= 6 { continue }
-            bySlot[slot, default: 0] += 1
-            byExpert[change.expert, default: 0] += 1
+        chosen.reserveCapacity(Repair.looked)
+        for pick in picks {
+            let slot = Int(pick.target), one = bound[Int(pick.bound)], target = targets[slot], e = Int(one.expert)
+            if bySlot[slot] >= 2 || byExpert[e] >= 12 { continue }
+            bySlot[slot] += 1
+            byExpert[e] += 1
+            var change = Change(rank: target.rank, slot: target.slot, expert: one.expert)
+            if target.copies == 1 { (change.other, change.otherSlot, change.otherExpert) = (one.rank, one.slot, target.expert) }
             chosen.append(change)
             if chosen.count == Repair.looked { break }
         }
         return chosen
+    }
+}
+
+/// A change: on `rank` (and `other`), `slot` (and `otherSlot`) get new experts.
+private struct Change {
+    var rank: Int, slot: Int, expert: Int32
+    var other = -1, otherSlot = -1, otherExpert: Int32 = -1
+
+    /// Moves that it adds.
+    func cost(_ board: Board, _ former: Former) -> Int {
+        let one = former.cost(board, rank, slot, expert)
+        return other < 0 ? one : one + former.cost(board, other, otherSlot, otherExpert)
+    }
+
+    /// The two experts whose ranks it changes.
+    @inline(__always)
+    func edits(_ board: Board) -> (WitnessPool.Edit, WitnessPool.Edit) {
+        let old = Int(board.expert[rank &* board.width &+ slot])
+        return (.init(expert: Int(expert), from: other, to: rank), .init(expert: old, from: rank, to: other))
     }
 }
 

@@ -4,7 +4,7 @@
 func placeRing(_ board: Board, _ drift: Drift, steps: [Int], turn: Int) -> Bool {
     let nLogical = board.nLogical, ranks = board.live, redundant = board.nSlots - nLogical
     guard redundant > 0, redundant <= nLogical, ranks.count > (steps.max() ?? 0) else { return false }
-    let byLoad = (0..<nLogical).sorted { (drift.mean[$0], $1) > (drift.mean[$1], $0) }
+    let byLoad = drift.byLoad
     board.clear()
     for e in 0..<nLogical { board.copies[e] = 1 }
     for e in byLoad[..<redundant] { board.copies[e] = 2 }
@@ -16,9 +16,8 @@ func placeRing(_ board: Board, _ drift: Drift, steps: [Int], turn: Int) -> Bool 
     for (index, e) in byLoad[..<redundant].enumerated() {
         let round = index / ranks.count
         // Each rank gives one expert in each round; the lightest rank the heaviest one.
-        let free = ranks.indices.filter { edges[$0] == round && board.hasRoom(ranks[$0]) }
         var best = (cost: Double.infinity, from: -1, to: -1)
-        for from in free {
+        for from in ranks.indices where edges[from] == round && board.hasRoom(ranks[from]) {
             for step in steps.indices {
                 let to = (from + steps[(round + step) % steps.count]) % ranks.count
                 guard board.hasRoom(ranks[to]), to != from, !board.holds(ranks[to], Int32(e)) else { continue }

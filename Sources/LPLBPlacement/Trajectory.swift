@@ -9,6 +9,8 @@ struct Trajectory {
     }
 
     private(set) var points: [Point]
+    /// It ended for want of moves.
+    var isCut = false
 
     init(_ start: Point) { points = [start] }
 
@@ -34,7 +36,30 @@ struct Trajectory {
         return hull
     }
 
-    /// Spends what the first points leave of the budget where a move brings most. Returns the point of each layer.
+    /// Spends a budget over the layers where a move brings most. Returns the point of each layer.
+    /// - Parameter make: the trajectory of a layer with a number of moves. Few layers need several times their share, so all are tried
+    ///   with few moves first, and those that use them up again with more.
+    static func spend<Failure>(
+        _ budget: Int, over nLayers: Int, _ make: (_ layer: Int, _ most: Int) throws(Failure) -> Trajectory
+    ) throws(Failure) -> [Point] {
+        let share = budget / max(1, nLayers), limit = min(budget, max(8, 5 * share))
+        var most = [Int](repeating: min(limit, max(8, 2 * share)), count: nLayers)
+        var layers: [Trajectory] = []
+        for layer in 0..<nLayers { layers.append(try make(layer, most[layer])) }
+        while true {
+            let points = spend(budget, over: layers)
+            let short = layers.indices.filter {
+                layers[$0].isCut && most[$0] < limit && points[$0].moves == layers[$0].points.last?.moves
+            }
+            if short.isEmpty { return points }
+            for layer in short {
+                most[layer] = min(limit, 2 * most[layer])
+                layers[layer] = try make(layer, most[layer])
+            }
+        }
+    }
+
+    /// Spends what the first points leave of the budget.
     static func spend(_ budget: Int, over layers: [Trajectory]) -> [Point] {
         let hulls = layers.map { $0.hull() }
         var taken = [Int](repeating: 0, count: layers.count)

@@ -2,75 +2,159 @@
 
 /// A set S of ranks must bear all experts that have every place in S, so the heaviest rank has at least their load / |S|. The solver's
 /// witness is a set for which this is the optimum itself. Sets found for one placement bound its neighbours, too.
-struct WitnessPool {
-    private let words: Int
-    /// [sets][words], and how many ranks each has.
-    private var sets: [UInt64] = [], sizes: [Double] = []
-    /// Load that each set must bear under the placement that was given to `weigh`.
-    private var must: [Double] = []
-    private static let most = 48
+///
+/// There are at most 64 sets, and bit k of a word stands for set k: an expert must be borne by the sets that all of its ranks are in.
+final class WitnessPool {
+    /// An expert that leaves a rank, comes to one, or both; -1 for none.
+    struct Edit {
+        var expert: Int, from: Int, to: Int
+    }
 
-    init(nRanks: Int) { words = (nRanks + 63) / 64 }
+    private static let most = 64
+    private let board: Board
+    /// [nRanks] the sets that a rank is in, [nLogical] those that must bear an expert.
+    private let member: UnsafeMutablePointer<UInt64>, inside: UnsafeMutablePointer<UInt64>
+    /// [nLogical + 1], [nSlots]: the ranks of each expert.
+    private let start: UnsafeMutablePointer<Int32>, host: UnsafeMutablePointer<Int32>
+    /// [most] ranks of each set, and what it must bear.
+    private let size: UnsafeMutablePointer<Int64>, must: UnsafeMutablePointer<Int64>
+    /// [nLogical]
+    private let load: UnsafeMutablePointer<Int64>
+    /// The sets, the tightest first.
+    private var order: [Int] = []
+    /// Where the next set goes: the oldest one makes way.
+    private var next = 0
 
-    mutating func add(_ ranks: [Int]) {
-        var set = [UInt64](repeating: 0, count: words)
-        for rank in ranks { set[rank >> 6] |= 1 << UInt64(rank & 63) }
-        let isKnown = sizes.indices.contains { sets[$0 * words..<($0 + 1) * words].elementsEqual(set) }
-        if ranks.isEmpty || isKnown { return }
-        if sizes.count == WitnessPool.most {
-            sets.removeFirst(words)
-            sizes.removeFirst()
-            must.removeFirst()
+    init(_ board: Board) {
+        self.board = board
+        member = .allocate(capacity: board.nRanks)
+        inside = .allocate(capacity: board.nLogical)
+        start = .allocate(capacity: board.nLogical + 2)
+        host = .allocate(capacity: board.nSlots)
+        size = .allocate(capacity: WitnessPool.most)
+        must = .allocate(capacity: WitnessPool.most)
+        load = .allocate(capacity: board.nLogical)
+        member.initialize(repeating: 0, count: board.nRanks)
+        inside.initialize(repeating: 0, count: board.nLogical)
+        start.initialize(repeating: 0, count: board.nLogical + 2)
+        host.initialize(repeating: 0, count: board.nSlots)
+        size.initialize(repeating: 0, count: WitnessPool.most)
+        must.initialize(repeating: 0, count: WitnessPool.most)
+        load.initialize(repeating: 0, count: board.nLogical)
+    }
+
+    deinit {
+        member.deallocate()
+        inside.deallocate()
+        start.deallocate()
+        host.deallocate()
+        size.deallocate()
+        must.deallocate()
+        load.deallocate()
+    }
+
+    /// Forgets all sets.
+    func begin(_ loads: [Int64]) {
+        for e in 0..<board.nLogical { load[e] = loads[e] }
+        member.update(repeating: 0, count: board.nRanks)
+        (order, next) = ([], 0)
+        note()
+    }
+
+    /// Takes what the board holds now.
+    func note() {
+        let n = board.nLogical
+        start.update(repeating: 0, count: n + 2)
+        for rank in board.live {
+            for slot in 0..<board.fill[rank] { start[Int(board.expert[rank &* board.width &+ slot]) &+ 2] &+= 1 }
         }
-        sets += set
-        sizes.append(Double(ranks.count))
-        must.append(0)
+        for e in 0..<n { start[e &+ 2] &+= start[e &+ 1] }
+        // Now the ranks of e begin at start[e + 1]. Filling turns this into their end, which is where those of e + 1 begin.
+        for rank in board.live {
+            for slot in 0..<board.fill[rank] {
+                let e = Int(board.expert[rank &* board.width &+ slot])
+                host[Int(start[e &+ 1])] = Int32(truncatingIfNeeded: rank)
+                start[e &+ 1] &+= 1
+            }
+        }
+        must.update(repeating: 0, count: WitnessPool.most)
+        for e in 0..<n {
+            inside[e] = setsAround(Edit(expert: e, from: -1, to: -1))
+            forEach(inside[e]) { must[$0] &+= load[e] }
+        }
+        sortSets()
     }
 
-    /// Adds up what each set must bear. places: of each expert, `words` words with a bit for each rank.
-    mutating func weigh(_ places: [UInt64], _ loads: [Int64]) {
-        for index in sizes.indices { weigh(index, places, loads) }
+    /// Adds a set, unless it is known or empty. Returns its number.
+    func add(_ ranks: [Int]) -> Int? {
+        guard !ranks.isEmpty else { return nil }
+        var known = ~UInt64(0)
+        for rank in ranks { known &= member[rank] }
+        var isKnown = false
+        forEach(known) { isKnown = isKnown || size[$0] == ranks.count }
+        if isKnown { return nil }
+        let number = next, bit = UInt64(1) << UInt64(number)
+        next = (next + 1) % WitnessPool.most
+        for rank in board.live { member[rank] &= ~bit }
+        for rank in ranks { member[rank] |= bit }
+        size[number] = Int64(ranks.count)
+        must[number] = 0
+        for e in 0..<board.nLogical {
+            inside[e] = inside[e] & ~bit | setsAround(Edit(expert: e, from: -1, to: -1)) & bit
+            if inside[e] & bit != 0 { must[number] &+= load[e] }
+        }
+        if !order.contains(number) { order.append(number) }
+        sortSets()
+        return number
     }
 
-    /// The same for the set that was added last.
-    mutating func weighLatest(_ places: [UInt64], _ loads: [Int64]) { if !sizes.isEmpty { weigh(sizes.count - 1, places, loads) } }
+    private func sortSets() { order.sort { (level($0), $1) > (level($1), $0) } }
 
-    private mutating func weigh(_ index: Int, _ places: [UInt64], _ loads: [Int64]) {
-        var sum = 0.0
-        for e in loads.indices where isInside(index, places, e) { sum += Double(loads[e]) }
-        must[index] = sum
+    @inline(__always)
+    private func level(_ set: Int) -> Double { Double(must[set]) / Double(size[set]) }
+
+    /// The sets that an expert's ranks are all in, after an edit. Unused sets may be among them.
+    @inline(__always)
+    private func setsAround(_ edit: Edit) -> UInt64 {
+        var sets = edit.to >= 0 ? member[edit.to] : ~0, from = edit.from
+        for index in Int(start[edit.expert])..<Int(start[edit.expert &+ 1]) {
+            let rank = Int(host[index])
+            if rank == from { from = -1 } else { sets &= member[rank] }
+        }
+        return sets
     }
 
     @inline(__always)
-    private func isInside(_ index: Int, _ places: [UInt64], _ e: Int) -> Bool {
-        var outside: UInt64 = 0
-        for word in 0..<words { outside |= places[e &* words &+ word] & ~sets[index &* words &+ word] }
-        return outside == 0
+    private func forEach(_ sets: UInt64, _ body: (Int) -> Void) {
+        var rest = sets
+        while rest != 0 {
+            body(rest.trailingZeroBitCount)
+            rest &= rest &- 1
+        }
     }
 
-    /// A level below which no split of the changed placement can stay.
-    func bound(_ changed: Changed, _ places: [UInt64], _ loads: [Int64]) -> Double {
-        sizes.indices.reduce(0.0) { max($0, bound($1, changed, places, loads)) }
+    /// A level below which no split of the placement can stay once two experts have other ranks.
+    func bound(_ one: Edit, _ other: Edit) -> Double {
+        let first = setsAround(one), second = setsAround(other)
+        let touched = first ^ inside[one.expert] | second ^ inside[other.expert]
+        var most = 0.0
+        for set in order where touched >> UInt64(set) & 1 == 0 {
+            most = level(set)
+            break
+        }
+        for set in order where touched >> UInt64(set) & 1 == 1 { most = max(most, level(set, one, first, other, second)) }
+        return most
     }
 
-    /// The bound by the set that was added last.
-    func boundByLatest(_ changed: Changed, _ places: [UInt64], _ loads: [Int64]) -> Double {
-        sizes.isEmpty ? 0 : bound(sizes.count - 1, changed, places, loads)
-    }
+    /// The bound by one set.
+    func bound(_ one: Edit, _ other: Edit, by set: Int) -> Double { level(set, one, setsAround(one), other, setsAround(other)) }
 
     @inline(__always)
-    private func bound(_ index: Int, _ changed: Changed, _ places: [UInt64], _ loads: [Int64]) -> Double {
-        var sum = must[index]
-        for (number, e) in changed.experts.enumerated() {
-            let before = isInside(index, places, e), after = isInside(index, changed.places, number)
-            if before != after { sum += after ? Double(loads[e]) : -Double(loads[e]) }
+    private func level(_ set: Int, _ one: Edit, _ first: UInt64, _ other: Edit, _ second: UInt64) -> Double {
+        func change(_ edit: Edit, _ after: UInt64) -> Int64 {
+            let now = Int64(truncatingIfNeeded: after >> UInt64(set) & 1), before = Int64(truncatingIfNeeded: inside[edit.expert] >> UInt64(set) & 1)
+            return (now &- before) &* load[edit.expert]
         }
-        return sum / sizes[index]
+        return Double(must[set] &+ change(one, first) &+ change(other, second)) / Double(size[set])
     }
-}
-
-/// Experts that have other places in a placement that was not solved, and these places: [experts][words].
-struct Changed {
-    var experts: [Int] = []
-    var places: [UInt64] = []
 }

@@ -13,7 +13,9 @@ import Testing
             lplb_placement_report.self,
         ]
     }
-    static var written: [any SizedStruct.Type] { [lplb_agreement.self, lplb_plan_info.self, lplb_exchange_report.self] }
+    static var written: [any SizedStruct.Type] {
+        [lplb_agreement.self, lplb_plan_info.self, lplb_exchange_report.self, lplb_metrics.self]
+    }
 
     /// Every struct of the header that has a struct_size is one of these.
     @Test func allFieldsAreNamed() {

@@ -13,7 +13,8 @@ typedef struct {
     lplb_config config;
     int32_t *phy2log;
     int64_t n_local, n_groups, *split;
-    int has_topology, has_placement, has_plan, has_replicas, ranked, ever_ranked; /* ranked: set_capacity has made the ranks differ */
+    int has_topology, has_placement, has_plan, has_replicas, began_together, ranked, ever_ranked; /* ranked: set_capacity has made the ranks differ */
+    lplb_metrics metrics;
 } subject;
 
 static char message[256];
@@ -28,10 +29,14 @@ static void check(const char *call, lplb_status status, int expected, const char
     status == LPLB_OK ? accepted++ : refusals++;
 }
 
-/* After every call: its status and words, the buffers' ends and, when it failed, that the latest plan is still there. */
+/* After every call: its status and words, the buffers' ends and, when it failed, that the latest plan and the metrics are still there. */
 static void after(subject *s, const char *call, lplb_status status, int expected) {
     check(call, status, expected, lplb_planner_error(s->handle));
     drop(call);
+    lplb_metrics metrics = LPLB_METRICS_INIT;
+    check("lplb_planner_get_metrics", lplb_planner_get_metrics(s->handle, &metrics), OK, "");
+    if (status != LPLB_OK && memcmp(&metrics, &s->metrics, sizeof metrics) != 0) fail("%s failed, but changed the metrics", call);
+    s->metrics = metrics;
     if (s->has_plan) {
         int64_t *split = make(s->config.n_physical, sizeof *split);
         check("lplb_planner_split", lplb_planner_split(s->handle, split, s->config.n_physical, NULL), OK, lplb_planner_error(s->handle));
@@ -70,12 +75,14 @@ static void create(subject *s) {
     right.n_physical = right.n_logical + ep_size * (s->has_topology ? m * redundant : below(4));
     right.group_size = group_size;
     right.n_redundant = s->has_topology ? redundant : 0;
-
     right.unit = random_unit();
+    right.record = below(4);
+    if (right.n_physical == right.n_logical) right.record &= LPLB_RECORD_METRICS;
+    if (right.unit < 0 || right.unit > 1) right.record &= LPLB_RECORD_HISTORY;
 
     lplb_config *config = make(1, sizeof *config);
     *config = right;
-    int expected = OK, what = chance(2) ? 0 : 1 + (int)below(17);
+    int expected = OK, what = chance(2) ? 0 : 1 + (int)below(18);
     switch (what) {
         case 1: config->struct_size = wrong_size(right.struct_size), expected = FAILS; break;
         case 2: config->device = chance(2) ? INT32_MIN : -2, expected = FAILS; break;
@@ -88,6 +95,7 @@ static void create(subject *s) {
         case 9: config->group_size = wrong(right.group_size), expected = ANY; break;
         case 10: config->n_redundant = wrong(right.n_redundant), expected = ANY; break;
         case 17: config->unit = chance(2) ? -2 : INT32_MIN, expected = FAILS; break;
+        case 18: config->record = chance(2) ? 4 + below(1000) : -1, expected = FAILS; break;
         case 11: config->n_logical = config->n_physical = ep_size << 40, expected = FAILS; break;
         default: break;
     }
@@ -117,7 +125,7 @@ static void create(subject *s) {
     }
     if (what == 16) { /* an older caller's: it ends before `number`, whose default is 0 as in `right` */
         unsigned char *shorter = make(1, offsetof(lplb_config, number));
-        config->struct_size = offsetof(lplb_config, number), config->unit = 0;
+        config->struct_size = offsetof(lplb_config, number), config->unit = 0, config->record = 0;
         memcpy(shorter, config, offsetof(lplb_config, number));
         passed = (const lplb_config *)shorter;
     }
@@ -134,6 +142,9 @@ static void create(subject *s) {
     if (words == message) check("lplb_planner_create", status, expected, message);
     if (status == LPLB_OK) {
         s->config = *config;
+        s->began_together = config->record == 3;
+        const lplb_metrics none = LPLB_METRICS_INIT;
+        s->metrics = none;
         s->n_local = config->n_physical / config->ep_size;
         s->n_groups = config->ep_size / (config->group_size == 0 ? config->ep_size : config->group_size);
         s->phy2log = calloc((size_t)config->n_physical, sizeof *s->phy2log);
@@ -441,6 +452,7 @@ static void read_plan(subject *s) {
 }
 
 #include "fuzz_layout.h"
+#include "fuzz_records.h"
 #include "fuzz_free.h"
 #include "fuzz_place.h"
 
@@ -448,7 +460,7 @@ int main(int argc, char **argv) {
     const uint64_t iterations = argc > 1 ? strtoull(argv[1], NULL, 10) : 20000;
     seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     static void (*const calls[])(subject *) = {place, set_placement, set_placement, read_placement, plan_ids, plan_ids, plan_ids, rows,
-                                               solve, solve, read_plan, layout, layout, set_capacity, read_levels};
+                                               solve, solve, read_plan, layout, layout, set_capacity, read_levels, records};
     null_handles();
     subject subjects[4] = {{0}};
     for (iteration = 0; iteration < iterations; iteration++) {

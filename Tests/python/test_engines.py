@@ -56,13 +56,15 @@ def workers(name, tmp_path, **variables):
 @pytest.mark.engines
 @needs("vllm", "0.33.0")
 def test_vllm(tmp_path, note):
-    """Dispatch as good as the certified optimum in each layer and batch, before, between and after rebalances of both kinds, with dual batch
-    overlap, with a rank that has no tokens, and where all ranks hold the same tokens; loads recorded by vLLM's kernel; its placements."""
+    """Dispatch as good as the certified optimum in each layer and batch, before, between and after rebalances of both kinds, with dual
+    batch overlap, with a rank that has no tokens, and where all ranks hold the same tokens; loads recorded by vLLM's kernel; placements."""
     seen = workers("vllm_worker.py", tmp_path, LPLB_VLLM="placement,dispatch")
     note(f"vLLM: loads of the busiest rank in 2 layers {seen['synchronous']['before']}, after a rebalance {seen['synchronous']['after']}")
     assert seen["synchronous"]["changed"] and seen["asynchronous"], "a rebalance moved experts"
     assert seen["overlapped"] == ["TorchExchange", "own"] and seen["replicated"] == seen["gathered"] == "same"
     assert "does not support elastic EP, which changes the number of slots" in seen["elastic"]
+    assert "must ask for the same on all ranks, but rank 0 has" in seen["differing"] and "and rank 1 has" in seen["differing"]
+    assert "does not know how layers of SimpleNamespace send their tokens" in seen["unknown"]
     for case in seen["placements"]:
         note(f"vLLM, placement of {case['experts']} experts in {case['slots']} slots of {case['ranks']} ranks: even load of the heaviest "
              f"rank, vLLM {case['vllm']:.4f}, lplb " + ", ".join(f"{policy} {load:.4f}" for policy, load in case["even"].items()))
@@ -120,8 +122,8 @@ print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & {"torc
 
 def asked(tmp_path, **variables):
     """What a process says that calls both entry points, and which of the heavy modules it has imported."""
-    done = subprocess.run([sys.executable, "-c", ASKED], env=environment(tmp_path, **variables), capture_output=True, text=True, timeout=120,
-                          cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", ASKED], env=environment(tmp_path, **variables), capture_output=True, text=True,
+                          timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -153,6 +155,6 @@ def test_another_version(tmp_path):
     assert vllm == ("vllm.lplb ERROR LPLB_VLLM has no effect: lplb works with vllm 0.33.0, and this is vllm 0.1.0, where it does not fit: "
                     "vllm.distributed.eplb.policy:EPLB_POLICIES: No module named 'vllm.distributed'")
     assert sglang == ("sglang.lplb ERROR LPLB_SGLANG has no effect: lplb works with sglang 0.5.23, and this is sglang 0.9.0, where it does "
-                      "not fit: sglang.srt.eplb.eplb_algorithms:rebalance_experts takes tokens_per_expert, layout and not tokens_per_expert, "
-                      "num_physical_experts, num_local_physical_experts, num_groups, num_nodes, algorithm")
+                      "not fit: sglang.srt.eplb.eplb_algorithms:rebalance_experts takes tokens_per_expert, layout and not "
+                      "tokens_per_expert, num_physical_experts, num_local_physical_experts, num_groups, num_nodes, algorithm")
     assert imported == "['sglang', 'vllm']"

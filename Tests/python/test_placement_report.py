@@ -92,17 +92,33 @@ def test_hubs_go_round():
 def test_ranks_change_places_and_nothing_else(slots, nodes, groups):
     """Each layer has the parts that it has alone, on ranks of the same size, within the host where groups stay on hosts."""
     history = np.random.default_rng(1).lognormal(0, 1, (6, 64))
-    given = dict(ep_size=8, slots=slots, policy="balanced", nodes=nodes, groups=groups)
+    given = dict(ep_size=8, slots=slots, policy="balanced", nodes=nodes, groups=groups, even_homes=True)
     placed, width, moved = place(history, **given), max(slots), 0
     check(placed, history, slots)
     for layer in range(6):
-        alone = place(history[layer:layer + 1], **given).phy2log[0].reshape(8, width)
-        now = placed.phy2log[layer].reshape(8, width)
-        where = [np.flatnonzero((now == part).all(1))[0] for part in alone]
+        where = positions(place(history[layer:layer + 1], **given).phy2log[0], placed.phy2log[layer], width)
         assert sorted(where) == list(range(8)) and [slots[rank] for rank in where] == slots
         assert nodes == 1 or all(rank // 2 == part // 2 for part, rank in enumerate(where))
         moved += where != list(range(8))
     assert moved
+
+
+def positions(alone, now, width):
+    return [np.flatnonzero((now.reshape(-1, width) == part).all(1))[0] for part in alone.reshape(-1, width)]
+
+
+@pytest.mark.parametrize("policy", ["flow", "balanced"])
+@pytest.mark.parametrize("slots", [[10] * 8, [13, 8, 12, 0, 13, 8, 12, 14]])
+def test_copies_stand_on_different_hosts(policy, slots):
+    """The same parts on ranks of the same size, so that fewer tokens cross; DeepSeek's program stays as it is."""
+    history = np.random.default_rng(2).lognormal(0, 1, (1, 64))
+    placed = {nodes: place(history, ep_size=8, slots=slots, policy=policy, nodes=nodes) for nodes in (1, 2, 4)}
+    for nodes in (2, 4):
+        where = positions(placed[1].phy2log[0], placed[nodes].phy2log[0], max(slots))
+        assert sorted(where) == list(range(8)) and [slots[rank] for rank in where] == slots
+        before = placement_report(placed[1].phy2log, ep_size=8, history=history, nodes=nodes)
+        assert placed[nodes].report.leaves_node < before.leaves_node
+        assert placed[nodes].report.exact_balance == pytest.approx(before.exact_balance)
 
 
 @pytest.mark.parametrize("policy", ["flow", "balanced"])

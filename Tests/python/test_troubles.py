@@ -9,6 +9,9 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -178,6 +181,29 @@ def test_cuda_in_a_fork():
     assert torch.equal(other.run(ids, None), before) and other.device == planner.device
     loaded = saved_and_loaded(planner, map_location="cpu")
     assert loaded.device == torch.device("cpu") and torch.equal(loaded.run(ids.cpu(), None), before.cpu())
+
+
+OLD_DRIVER = """
+int cuDriverGetVersion(int *version) { *version = 12080; return 0; }
+int cuInit(unsigned flags) { return flags != 0; }
+"""
+
+
+def test_a_driver_of_cuda_12_is_named(tmp_path):
+    """The library with a stand-in for the driver of CUDA 12.8, in a process of its own."""
+    from lplb import _c
+
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if b"without CUDA" in _c.load().build_info() or compiler is None:
+        pytest.skip("needs a library with CUDA and a C compiler")
+    (tmp_path / "driver.c").write_text(OLD_DRIVER)
+    subprocess.run([compiler, "-shared", "-fPIC", tmp_path / "driver.c", "-o", tmp_path / "libcuda.so.1"], check=True, timeout=60)
+    code = ("import ctypes, lplb; from lplb import _c; config = _c.Config(device=0, ep_size=2, n_logical=4, n_physical=6)\n"
+            "try: _c.call(_c.load().planner_create, ctypes.byref(config), ctypes.byref(ctypes.c_void_p()))\n"
+            "except lplb.NoCuda as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)})
+    assert re.search(r"cudaErrorInsufficientDriver: no driver here, or one that is older than CUDA 1\d\.\d of this build", done.stdout), done
 
 
 # ---- the ten likeliest mistakes ----

@@ -47,6 +47,11 @@ struct Sums {
         x = memory + cleared_words(shape, n_groups);
         end = memory + words_of(shape, n_groups);
     }
+    // What a group's information gets last, LPLBK_INFO_MOVED (LaneFlow knows it before) and _OWN_RANK .. where the planner has a rank; else 0.
+    __device__ __forceinline__ int late_word(int word, bool lanes, int rank) const {
+        if (word == LPLBK_INFO_MOVED && !lanes) return *moved;
+        return rank >= 0 && word >= LPLBK_INFO_OWN_RANK && word <= LPLBK_INFO_OTHER_NODES ? own[word - LPLBK_INFO_OWN_RANK] : 0;
+    }
     // By the threads first, first + stride, ..
     __device__ void clear(const lplbk_shape &shape, int n_groups, int first, int stride) const {
         const int n = cleared_words(shape, n_groups);

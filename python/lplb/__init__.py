@@ -49,6 +49,7 @@ from .layout import Layout as Layout, Splits as Splits
 from .placement import homes as homes
 from .placing import Placed as Placed, SlotMove as SlotMove, place as place
 from .planner import Planner as Planner
+from .records import Metrics as Metrics, history as history
 from .saving import loading_group as loading_group
 from .simulating import Simulation as Simulation, simulate as simulate
 from .solve import Solution as Solution, solve as solve, witness_bound as witness_bound

@@ -107,8 +107,9 @@ def place(history: A, *, ep_size: int, slots: Union[int, Sequence[int], Array], 
     even_homes: for training, where the home of an expert keeps its optimizer state: every rank shall be able to own equally many experts, or
     as many +-1 where they do not divide. "flow" and "balanced" swap a few slots for that; it is refused where it cannot be.
 
-    Without previous, ranks with equally many slots change places from layer to layer ("deepseek" excepted), so that over all layers no rank
-    has more copies to send or to get than others; see Placed.report.
+    What ranks with equally many slots are called is free ("deepseek" excepted). Without previous, copies of an expert stand on different
+    hosts, and with "flow" or even_homes no rank has more copies to send or to get than others over all layers (see Placed.report). With
+    previous and without max_moves, as many experts stay where they are as can be found.
     """
     loads = loads_of("history", history)
     snapshots, layers, experts = loads.shape

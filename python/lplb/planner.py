@@ -21,7 +21,7 @@ from ._ops.calls import Calls, numpy_calls
 from ._ops.cost import Unit, alike, capacities, unit_number
 from ._ops.host import A, Array, Int32s, Int64s, address_of, host_integers, host_numbers, is_tensor, loaded_torch, shape_of
 from ._ops.ranks import Ranks
-from .errors import broken_rule
+from .errors import WrongOrder, broken_rule
 from .info import Info, Locality, group_info
 from .saving import copied, kept_arguments, make_again, parts
 from .topology import named
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from .exchange import Exchange
     from .layout import Layout
+    from .records import Metrics
     from ._ops.arguments import Device
 
 P = ParamSpec("P")
@@ -65,6 +66,8 @@ class Planner:
         replica whole: what the time of a decode step follows. Exact and certified like tokens.
     debug: an id out of range raises at the call, which then waits for the GPU; with tokens="same", so do ids that differ between ranks.
         Otherwise an id out of range becomes -1 and is counted in info().
+    history: adds up the tokens of each logical expert over all plans, for history(). Needs replicas.
+    metrics: adds up what the plans achieve, for metrics().
 
     With a group, making a planner is collective: the ranks compare their arguments, and where one fails all fail. The placement is
     compared whenever counts travel, so that a rank with another history is found: Disagreement, see lplb.h.
@@ -82,7 +85,8 @@ class Planner:
     def __init__(self, redundant_to_original: Array | str, n_routed_experts: int, n_logical_routed_experts: int, ep_size: int | None = None,
                  group: torch.distributed.ProcessGroup | None = None, *, device: Device = None, n_nodes: int | None = None,
                  rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto", tokens: str = "own",
-                 unit: Unit = 1, debug: bool = False, _shape: Callable[[int], Shape] | None = None) -> None:
+                 unit: Unit = 1, debug: bool = False, history: bool = False, metrics: bool = False,
+                 _shape: Callable[[int], Shape] | None = None) -> None:
         self._kept_arguments, self._placed_by = kept_arguments(locals()), None
         ranks = self._ranks = Ranks(ep_size, group, rank, tokens)
         self.ep_size, self.rank, self.tokens = ranks.size, ranks.own, ranks.tokens
@@ -93,7 +97,8 @@ class Planner:
                 _shape = partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts)
             shape = _shape(self.ep_size)
             exchange = check_exchange(exchange)
-            self._configure(shape, redundant_to_original, device, n_nodes, solver, exchange, unit_number(unit), truth("debug", debug))
+            record = _c.RECORD_HISTORY * truth("history", history) + _c.RECORD_METRICS * truth("metrics", metrics)
+            self._configure(shape, redundant_to_original, device, n_nodes, solver, exchange, unit_number(unit), truth("debug", debug), record)
         self._create(exchange, shape.phy2log)
         self.r2o = self._output(shape.r2o)
         self.o2r = self._output(np.argsort(shape.r2o, axis=0, kind="stable").astype(np.int32))
@@ -103,7 +108,7 @@ class Planner:
     def from_placement(cls, phy2log: Array, *, ep_size: int | None = None, n_logical: int | None = None,
                        group: torch.distributed.ProcessGroup | None = None, group_size: int | None = None, device: Device = None,
                        n_nodes: int | None = None, rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto",
-                       tokens: str = "own", unit: Unit = 1, debug: bool = False) -> Self:
+                       tokens: str = "own", unit: Unit = 1, debug: bool = False, history: bool = False, metrics: bool = False) -> Self:
         """A planner for any placement, such as EPLB's: any number of replicas per expert, anywhere in the group.
 
         phy2log: integers [n_physical], the logical expert of every slot; rank r owns n_physical / ep_size consecutive slots; every
@@ -112,10 +117,10 @@ class Planner:
         """
         shape = partial(shape_by_placement, phy2log, n_logical, group_size)  # which finds the sizes
         return cls(phy2log, 0, 0, ep_size, group, device=device, n_nodes=n_nodes, rank=rank, solver=solver, exchange=exchange,
-                   tokens=tokens, unit=unit, debug=debug, _shape=shape)
+                   tokens=tokens, unit=unit, debug=debug, history=history, metrics=metrics, _shape=shape)
 
     def _configure(self, shape: Shape, given: object, device: Device, n_nodes: int | None, solver: str, exchange: str | Exchange,
-                   unit: int, debug: bool) -> None:
+                   unit: int, debug: bool, record: int) -> None:
         """Fills in what the native planner is made from, and the attributes that follow from the sizes."""
         number = _c.SOLVERS[one_of("solver", solver, tuple(_c.SOLVERS))]
         ordinal = device_ordinal(device, given)
@@ -126,7 +131,7 @@ class Planner:
             n_nodes=0 if n_nodes is None else integer("n_nodes", n_nodes, 1), n_logical=shape.n_logical, n_physical=shape.n_physical,
             group_size=shape.group_size, n_redundant=0 if slots is None else slots.shape[1],
             r2o=None if slots is None else address_of(slots), policy=0 if isinstance(exchange, str) else _c.POLICIES[exchange.policy],
-            unit=unit)
+            unit=unit, record=record)
         self.unit: Unit = "experts" if unit == _c.UNIT_EXPERTS else unit
         self.speed: Int32s | None = None  #: of the ranks, where set_capacity has set them
         self.fixed: Int32s | None = None
@@ -421,6 +426,32 @@ class Planner:
         tokens: Int64s = np.empty(self.n_routed_experts, dtype=np.int64)
         self._handle.check(read(self._handle.opened(), address_of(tokens), tokens.size, self._stream()))
         return self._output(tokens)
+
+    def history(self, at: int | None = None, *, reset: bool = False) -> Array:
+        """Tokens of each logical expert, from all ranks together, over all plans since the planner was made or its history was reset:
+        int64 [n_logical], for lplb.place (lplb.history for several planners at once). For planners made with history=True. Plans of
+        CUDA graphs are in it, and a new placement leaves it. Waits for the GPU.
+
+        Ranks make the same plans, each in its own time; the history is read where the call stands in the stream. So all ranks that call
+        at the same place of their program read the same numbers. at: how many plans must be in it: WrongOrder on a rank that is
+        elsewhere, which would place experts differently. reset: the next history starts here.
+        """
+        from .records import read_history
+
+        return self._output(read_history(self, at, reset))
+
+    def metrics(self) -> Metrics:
+        """What the plans so far have achieved, for planners made with metrics=True. Reads memory that the GPU writes: waits for nothing,
+        from any thread, also while plans are made; those that are queued and not done are not in it."""
+        from .records import read_metrics
+
+        if not self._config.record & _c.RECORD_METRICS:
+            raise WrongOrder("metrics: needs a planner made with metrics=True; this one keeps none")
+        return read_metrics(self)
+
+    def reset_metrics(self) -> None:
+        """Counts anew. In the order of the stream as a plan is, waits for nothing, and can be captured in a CUDA graph."""
+        self._handle.check(self._handle.library.planner_reset(self._handle.opened(), _c.RECORD_METRICS, self._stream()))
 
     # ---- exchange ----
 

@@ -34,6 +34,9 @@ LAYOUT_SENT, LAYOUT_RECEIVED, LAYOUT_BY_ROW = 1, 2, 4  # LPLB_LAYOUT_*, parts of
 LAYOUT_BAD_IDS, LAYOUT_OTHER_EXPERTS, LAYOUT_OTHER_PLAN, LAYOUT_NO_PLAN, LAYOUT_BAD_RECEIVED, LAYOUT_BY_ROW_SHORT = 1, 2, 4, 8, 16, 32
 LAYOUT_N_BAD_IDS, LAYOUT_N_OTHER_EXPERTS, LAYOUT_N_SENT, LAYOUT_N_RECEIVED, LAYOUT_RANKS = 2, 3, 4, 5, 8
 MESSAGE_SIZE = 1024
+RECORD_HISTORY, RECORD_METRICS = 1, 2  # LPLB_RECORD_*, of the config
+ANY_PLAN = -1
+METRICS_ONE = 1 << 22
 MOVES = {"pull": 0, "push": 1, "homes": 2}  # LPLB_MOVES_*
 WEIGHTS, GRADIENTS = 0, 1  # LPLB_REPLICAS_*
 FLOATS = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}  # LPLB_FLOAT*
@@ -53,7 +56,7 @@ class Config(Sized):
     _fields_ = [
         ("struct_size", c_int64), ("device", c_int32), ("solver", c_int32), ("ep_size", c_int64), ("rank", c_int64), ("n_nodes", c_int64),
         ("n_logical", c_int64), ("n_physical", c_int64), ("group_size", c_int64), ("n_redundant", c_int64), ("r2o", c_void_p),
-        ("number", c_int64), ("policy", c_int32), ("unit", c_int32)]
+        ("number", c_int64), ("policy", c_int32), ("unit", c_int32), ("record", c_int64)]
 
 
 # int32_t (*lplb_gather)(void *context, const void *mine, void *all, int64_t bytes);
@@ -124,6 +127,15 @@ class PlanInfoStruct(Sized):
     _fields_ = [
         ("struct_size", c_int64), ("n_groups", c_int64), ("invalid_ids", c_int64), ("own_rank", c_int64), ("own_node", c_int64),
         ("other_nodes", c_int64), ("overflow", c_int64)]
+
+
+class MetricsStruct(Sized):
+    """lplb_metrics"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("plans", c_int64), ("groups", c_int64), ("imbalance_sum", c_int64), ("imbalance_max", c_int64),
+        ("gap_sum", c_int64), ("gap_max", c_int64), ("tokens", c_int64), ("moved", c_int64), ("own_rank", c_int64), ("own_node", c_int64),
+        ("other_nodes", c_int64), ("uncertified", c_int64), ("overflow", c_int64), ("invalid_ids", c_int64)]
 
 
 class LayoutStruct(Sized):

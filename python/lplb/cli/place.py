@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .. import _c
 from ..placing import Placed, place
-from .common import Parser, check_results, table, whole, write_json
+from .common import Parser, check_results, table, whole, wrapped, write_json, wrote
 from .files import DEFAULT_LIMIT, check_writable, read_npy, write_file
 from .simulate.trace import load, load_sample, total_counts
 from .terminal import UsageError, say, shown
@@ -90,17 +90,20 @@ def _say_tables(rows: list[dict[str, Any]], nodes: int) -> None:
     say(table(["placement", "exact split", "worst layer", "even split", "worst layer", "duplicates", "moves", *leaves, "most inbound"],
               [[row["placement"], *(f"{row[key]:.4f}" for key in ("exact", "exact_worst", "even", "even_worst")), str(row["duplicates"]),
                 str(row["moves"]), *(f"{row[key.replace(' ', '_')]:.1%}" for key in leaves), f"{row['inbound_max']:.3f}"] for row in rows]))
-    say("\nexact split, even split: mean load of the live ranks over that of the busiest one on this history, averaged over the layers")
-    say("leaves rank: share of the tokens whose replica is on another rank than they are, with the exact split, which serves a rank's own "
-        "tokens first, then those of its host;\nall ranks bring the same tokens. most inbound: tokens that reach a rank from others, over the "
-        "mean load, of the worst rank and layer\n")
+    node = "; leaves node: on another host" if nodes > 1 else ""
+    say("\n" + wrapped(
+        "exact split, even split: mean load of the live ranks over that of the busiest one on this history, averaged over the layers.\n"
+        f"leaves rank: tokens whose replica is on another rank than they are{node}; with the exact split, which serves a rank's own tokens "
+        "first, then those of its host, and ranks that all bring the same tokens. most inbound: tokens that reach a rank from others, over "
+        "the mean load, of the worst rank and layer.") + "\n")
     say(table(["training", "homes a rank", "pulls: mean", "max", "of one layer", "pushes: mean", "max", "of one layer"],
               [[row["placement"], f"{row['homes_least']}" if row["homes_least"] == row["homes_most"] else
                 f"{row['homes_least']} to {row['homes_most']}", *(cell for key in ("pulls", "pushes") for cell in (
                     f"{row[key + '_mean']:.1f}", str(row[key + "_max"]), str(row[key + "_layer"])))] for row in rows]))
-    say("\npulls: copies of others' experts on a rank, whose weights arrive in a pull and whose gradients leave in a push; pushes: copies of its "
-        "experts elsewhere,\nthe other way round. mean and max are a rank's over all layers together, and the largest in one layer; times the "
-        "bytes of an expert")
+    say("\n" + wrapped(
+        "homes: experts that a rank owns in training. pulls: copies of others' experts on it, whose weights arrive in a pull and whose "
+        "gradients leave in a push; pushes: copies of its experts elsewhere, the other way round. Mean and maximum are those of a rank over "
+        "all layers together, and the largest of one layer; times the bytes of an expert."))
 
 
 def _write(arguments: argparse.Namespace, placed: Placed[Any], rows: list[dict[str, Any]], eplb: dict[str, Any] | None) -> None:
@@ -108,7 +111,7 @@ def _write(arguments: argparse.Namespace, placed: Placed[Any], rows: list[dict[s
         content = io.BytesIO()
         np.save(content, placed.phy2log)
         write_file(arguments.out, content.getvalue())
-        say(f"wrote {arguments.out}")
+        wrote(arguments.out)
     if arguments.json is not None:
         report = placed.report
         by_layer = {name: getattr(report, name).tolist() for name in ("exact_balance", "even_balance", "leaves_rank", "leaves_node", "homes",

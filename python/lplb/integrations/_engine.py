@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _c
 from .._ops.arguments import one_of
-from ..errors import broken_rule
+from ..errors import Disagreement, broken_rule
 
 if TYPE_CHECKING:
     import torch
@@ -74,8 +74,21 @@ def fits(engine: str, tried: str, variable: str, wanted: dict[str, tuple[str, ..
                       engine, version, missing)
             return False
     if version != tried and not again:
-        log.warning("lplb was tried with %s %s, and this is %s %s. All that it needs is there.", engine, tried, engine, version)
+        log.warning("lplb was tried with %s %s, and this is %s %s, where what it takes hold of looks the same", engine, tried, engine,
+                    version)
     return True
+
+
+def same_everywhere(variable: str, chosen: Settings, group: Any) -> None:
+    """Ranks that place by different settings would hold other experts than the others think. group: of the CPU. Collective."""
+    import torch.distributed as dist
+
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, (os.environ.get(variable), chosen), group=group)
+    for rank, (words, theirs) in enumerate(everyone):
+        if theirs != everyone[0][1]:
+            raise Disagreement(f"{variable}: must ask for the same on all ranks, but rank 0 has {everyone[0][0]!r}, {everyone[0][1]}, and "
+                               f"rank {rank} has {words!r}, {theirs}")
 
 
 def planner_of(slots: torch.Tensor, n_logical: int, group: Any, device: torch.device, exchange: Exchange | None) -> Planner:

@@ -11,16 +11,18 @@ with `--moe-a2a-backend none` too, where all ranks hold the same tokens and make
 batch's tokens are not counted. Ranks without tokens take part, in the models for which SGLang allows `lp`; without an all-to-all backend
 any model is possible.
 
-Rebalances set the new placement in the same planners, so captured graphs stay valid. Elastic EP and --enable-pdmux are refused. Without LPLB_SGLANG, or with
-another SGLang that this module does not fit, nothing is touched; in the second case the log says so.
+Rebalances set the new placement in the same planners, so captured graphs stay valid. Elastic EP and --enable-pdmux are refused. All ranks
+must ask for the same. Without LPLB_SGLANG, or with another SGLang that this module does not fit, nothing is touched; in the second case the
+log says so.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
-from ._engine import Settings, WAIT, fits, planner_of, settings
+from ._engine import WAIT, Settings, fits, planner_of, same_everywhere, settings
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +34,15 @@ VARIABLE = "LPLB_SGLANG"
 ALGORITHMS = "sglang.srt.eplb.eplb_algorithms"
 LOCATION = "sglang.srt.eplb.expert_location"
 PROBABILITY = "sglang.srt.eplb.expert_location_dispatch._topk_ids_logical_to_physical_probability"
+MANAGER = "sglang.srt.eplb.eplb_manager.EPLBManager.__init__"
 SETUP = "sglang.srt.model_executor.model_runner_components.moe_ep_setup.init_lplb_solvers"
 CHECK = "handle_eplb_and_dispatch"  # a step of SGLang's reading of its arguments
 PLACEMENT = {
     f"{ALGORITHMS}:rebalance_experts":
         ("tokens_per_expert", "num_physical_experts", "num_local_physical_experts", "num_groups", "num_nodes", "algorithm"),
     f"{LOCATION}:get_global_expert_location_metadata": (),
+    "sglang.srt.eplb.eplb_manager:EPLBManager": (),
+    "sglang.srt.runtime_context:get_parallel": (),
 }
 DISPATCH = {
     PROBABILITY.replace("._topk", ":_topk"): ("topk_ids", "info", "log2phy_prob"),
@@ -49,7 +54,7 @@ DISPATCH = {
     "sglang.srt.eplb.lplb_solver:get_global_lplb_solver": ("layer_id",),
     "sglang.srt.eplb.lplb_solver:set_global_lplb_solver": ("layer_id", "solver"),
     "sglang.srt.layers.moe.topk:_mask_topk_ids_padded_region": (),
-    "sglang.srt.model_executor.forward_context:get_forward_context": (),
+    "sglang.srt.model_executor.forward_context:ForwardContext.moe_num_token_non_padded": (),
     "sglang.srt.runtime_context:get_exec": (),
     "sglang.srt.runtime_context:get_parallel": (),
 }
@@ -65,6 +70,7 @@ def register() -> None:
 
     if chosen.placement:
         HookRegistry.register(f"{ALGORITHMS}.rebalance_experts", _placement(chosen), HookType.AROUND)
+        HookRegistry.register(MANAGER, _compare(chosen), HookType.AFTER)
     if chosen.dispatch:
         HookRegistry.register(SETUP, make_solvers, HookType.REPLACE)
         HookRegistry.register(PROBABILITY, _planned, HookType.REPLACE)
@@ -100,6 +106,16 @@ def _placement(chosen: Settings) -> Any:
     return rebalance_experts
 
 
+def _compare(chosen: Settings) -> Any:
+    def compare(result: None, *arguments: Any, **named: Any) -> None:
+        """After each rank's EPLB manager is made."""
+        from sglang.srt.runtime_context import get_parallel  # type: ignore[import-not-found,unused-ignore]
+
+        same_everywhere(VARIABLE, chosen, get_parallel().moe_ep_group.cpu_group)
+
+    return compare
+
+
 def _checked(server_args: Any, previous: Any) -> None:
     """SGLang's check of its arguments, which allows `lp` only where an all-to-all backend sends each token to one rank."""
     from sglang.srt.arg_groups.overrides import resolving_view  # type: ignore[import-not-found,unused-ignore]
@@ -110,6 +126,8 @@ def _checked(server_args: Any, previous: Any) -> None:
                                   ("--enable-pdmux", asked.enable_pdmux, "which plans on two streams at once")):
             if used:
                 raise Unsupported(f"{VARIABLE}: lplb does not support {option}, {why}. Leave it out, or take dispatch out of {VARIABLE}")
+    else:
+        logging.getLogger("sglang.lplb").warning("%s: lplb does not dispatch without --ep-dispatch-algorithm lp", VARIABLE)
     try:
         previous(server_args)
     except ValueError as error:
@@ -122,7 +140,7 @@ def make_solvers(*, model_config: Any) -> None:
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
     from sglang.srt.eplb.lplb_solver import (  # type: ignore[import-not-found,unused-ignore]
         assert_lplb_supported_model, get_global_lplb_solver, set_global_lplb_solver)
-    from sglang.srt.runtime_context import get_exec, get_parallel  # type: ignore[import-not-found,unused-ignore]
+    from sglang.srt.runtime_context import get_exec, get_parallel
 
     moe, group = get_exec().moe, get_parallel().moe_ep_group.device_group
     same = moe.moe_a2a_backend == "none"

@@ -12,18 +12,21 @@ same tokens on all ranks (tensor parallelism without data parallelism, and where
 exchanged, and all ranks make the same plan.
 
 Rebalances, synchronous or not, set the new placement in the same planners, so captured graphs stay valid. With dual batch overlap each
-micro-batch has planners and an exchange of its own. Elastic EP is refused. Without LPLB_VLLM, or with another vLLM that this module does
-not fit, nothing is touched; in the second case the log says so.
+micro-batch has planners and an exchange of its own. Elastic EP is refused. All ranks must ask for the same; with Ray that takes
+VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY=LPLB_ as well. Without LPLB_VLLM, or with another vLLM that this module does not fit, nothing is
+touched; in the second case the log says so.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
-from ._engine import Settings, WAIT, fits, planner_of, settings
+from ._engine import WAIT, Settings, fits, planner_of, same_everywhere, settings
 
 if TYPE_CHECKING:
     import torch
@@ -33,23 +36,25 @@ if TYPE_CHECKING:
 
 TRIED = "0.33.0"
 VARIABLE = "LPLB_VLLM"
-ROUTERS = ("vllm.model_executor.layers.fused_moe.router.base_router", "vllm.model_executor.layers.fused_moe.deep_gemm_mega_moe")
-MAP = "eplb_map_to_physical_and_record"
+ROUTER, MAP = "vllm.model_executor.layers.fused_moe.router.base_router", "eplb_map_to_physical_and_record"
 POLICY = {
     "vllm.distributed.eplb.policy:EPLB_POLICIES": (),
     "vllm.distributed.eplb.policy:AbstractEplbPolicy.rebalance_experts":
         ("weight", "num_replicas", "num_groups", "num_nodes", "num_ranks", "old_global_expert_indices"),
     "vllm.distributed.eplb.eplb_state:EplbState.add_model": ("self", "model", "model_config", "model_name"),
+    "vllm.distributed.parallel_state:get_ep_group": (),
 }
 DISPATCH = {
     "vllm.distributed.eplb.eplb_state:_commit_eplb_maps": ("model_state", "new_physical_to_logical_map"),
     "vllm.distributed.eplb.eplb_state:_commit_eplb_maps_for_layer": ("model_state", "new_physical_to_logical_map", "layer"),
-    "vllm.distributed.parallel_state:get_ep_group": (),
     "vllm.v1.worker.ubatching:dbo_current_ubatch_id": (),
 }
-MAPPING = ("topk_ids", "expert_load_view", "logical_to_physical_map", "logical_replica_count", "record_enabled", "num_unpadded_tokens")
-CALLS = {**{f"{module}:{MAP}": MAPPING for module in ROUTERS},
-         "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner.do_naive_dispatch_combine": ()}
+CALLS = {  # seen when the first model is there, since these modules are slow to import
+    f"{ROUTER}:{MAP}":
+        ("topk_ids", "expert_load_view", "logical_to_physical_map", "logical_replica_count", "record_enabled", "num_unpadded_tokens"),
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner.do_naive_dispatch_combine": (),
+    "vllm.model_executor.layers.fused_moe.config:FusedMoEParallelConfig.use_all2all_kernels": (),
+}
 
 
 def register() -> None:
@@ -90,8 +95,11 @@ def _add_model(original: Any, chosen: Settings) -> Any:
     @functools.wraps(original)
     def add_model(self: Any, model: Any, *arguments: Any, **named: Any) -> None:
         if self.parallel_config.enable_elastic_ep:
-            raise Unsupported(f"{VARIABLE}: lplb does not support elastic EP, which changes the number of slots. Leave out --enable-elastic-ep "
-                              f"or unset {VARIABLE}")
+            raise Unsupported(f"{VARIABLE}: lplb does not support elastic EP, which changes the number of slots. Leave out "
+                              f"--enable-elastic-ep or unset {VARIABLE}")
+        from vllm.distributed.parallel_state import get_ep_group  # type: ignore[import-not-found,unused-ignore]
+
+        same_everywhere(VARIABLE, chosen, get_ep_group().cpu_group)
         original(self, model, *arguments, **named)
         if chosen.dispatch and fits("vllm", TRIED, VARIABLE, CALLS, again=True):
             _take_calls()
@@ -103,13 +111,15 @@ def _add_model(original: Any, chosen: Settings) -> Any:
 
 
 def _take_calls() -> None:
-    """Where routers map their ids, lplb does it in layers that it knows."""
-    import importlib
-
-    for module in map(importlib.import_module, ROUTERS):
-        original = getattr(module, MAP)
-        if not hasattr(original, "by_lplb"):
-            setattr(module, MAP, _mapping(original))
+    """Where vLLM maps logical ids, lplb does it in layers that it knows: in the routers, and where modules have the function by name
+    (DeepGEMM's MegaMoE)."""
+    original = getattr(importlib.import_module(ROUTER), MAP)
+    if hasattr(original, "by_lplb"):
+        return
+    ours = _mapping(original)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and getattr(module, "__dict__", {}).get(MAP) is original:
+            setattr(module, MAP, ours)
 
 
 def _mapping(original: Any) -> Any:
@@ -121,7 +131,7 @@ def _mapping(original: Any) -> Any:
         if layer is None:
             return original(topk_ids, expert_load_view, logical_to_physical_map,  # type: ignore[no-any-return]
                             logical_replica_count, record_enabled, num_unpadded_tokens)
-        physical = layer.plan(topk_ids, logical_to_physical_map, num_unpadded_tokens)
+        physical = layer.plan(topk_ids, num_unpadded_tokens)
         one_to_one, ones = layer.layers.identity
         return original(physical, expert_load_view, one_to_one, ones, record_enabled, num_unpadded_tokens)  # type: ignore[no-any-return]
 
@@ -149,7 +159,7 @@ class Layers:
     def __init__(self, state: Any) -> None:
         import torch
 
-        from vllm.distributed.parallel_state import get_ep_group  # type: ignore[import-not-found,unused-ignore]
+        from vllm.distributed.parallel_state import get_ep_group
         from vllm.v1.worker.ubatching import dbo_current_ubatch_id  # type: ignore[import-not-found,unused-ignore]
 
         self.group, self.micro_batch = get_ep_group().device_group, dbo_current_ubatch_id
@@ -170,33 +180,51 @@ class Layers:
         for layer, row in zip(self.layers[first:], slots):
             if not row.equal(self.slots[layer.index]):
                 self.slots[layer.index] = row
-                for planner in layer.planners:
-                    planner.update_placement(row)
+                layer.follow(row)
+
+
+def _sends(runner: Any) -> bool:
+    """Whether ranks send tokens to each other in this layer; else all have the same ones, and must choose the same replica for each."""
+    if hasattr(runner, "moe_config"):
+        return bool(runner.moe_config.moe_parallel_config.use_all2all_kernels)
+    if any(base.__name__.endswith("MegaMoEExperts") for base in type(runner).__mro__):  # their kernel sends
+        return True
+    raise Unsupported(f"{VARIABLE}: lplb does not know how layers of {type(runner).__qualname__} send their tokens. Take dispatch out of "
+                      f"{VARIABLE}")
 
 
 class Layer:
     def __init__(self, layers: Layers, index: int, runner: Any) -> None:
         self.layers, self.index, self.runner = layers, index, runner
         self.planners: list[Planner] = []  # one for each micro-batch, made by the first batch
-        # Whether ranks send tokens to each other, or all have the same ones. DeepGEMM's MegaMoE, which always sends, has no such settings.
-        parallel = getattr(getattr(runner, "moe_config", None), "moe_parallel_config", None)
-        self.sends: bool = parallel is None or parallel.use_all2all_kernels
+        self.first: torch.Tensor
+        self.sends = _sends(runner)
         runner.eplb_state.logical_to_physical_map.lplb_layer = self
 
     def make(self) -> None:
         """Collective. By the first batch, since it is not known before whether all tokens are gathered before they are routed."""
+        import torch
+
         layers = self.layers
-        same = not self.sends or getattr(self.runner, "do_naive_dispatch_combine", False)
+        same = not self.sends or getattr(self.runner, "do_naive_dispatch_combine", False)  # which CALLS has found in MoERunner
         exchanges: list[Exchange | None] = [None] * layers.n_micro_batches if same else [*layers.exchanges]
         self.planners = [planner_of(layers.slots[self.index], layers.n_logical, layers.group, layers.device, exchange)
                          for exchange in exchanges]
+        # Each expert's first replica, for rows that are not planned.
+        self.first = torch.as_tensor(self.planners[0].mapping()[1][:, 0]).clone()
 
-    def plan(self, ids: torch.Tensor, log2phy: torch.Tensor, n_tokens: torch.Tensor | None) -> torch.Tensor:
+    def follow(self, slots: torch.Tensor) -> None:
+        import torch
+
+        for planner in self.planners:
+            self.first.copy_(torch.as_tensor(planner.update_placement(slots)[1][:, 0]))
+
+    def plan(self, ids: torch.Tensor, n_tokens: torch.Tensor | None) -> torch.Tensor:
         """Physical ids of ids' type."""
         import torch
 
         if ids.dtype not in (torch.int32, torch.int64):
-            return self.plan(ids.to(torch.int32), log2phy, n_tokens).to(ids.dtype)
+            return self.plan(ids.to(torch.int32), n_tokens).to(ids.dtype)
         if not self.planners:
             self.make()
         planner = self.planners[self.layers.micro_batch()]
@@ -204,8 +232,7 @@ class Layer:
             all_planned: torch.Tensor = planner.run(ids.contiguous(), None)
             return all_planned
         # Rows behind the batch's tokens hold whatever an earlier batch has left there, on each rank something else perhaps, and a plan that
-        # counts them would not be the same everywhere. They take each expert's first replica.
-        real: torch.Tensor = torch.arange(len(ids), device=ids.device)[:, None] < n_tokens
-        planned: torch.Tensor = planner.run(ids.masked_fill(~real, -1), None)
-        first = log2phy[:, 0][ids.clamp(0, self.layers.n_logical - 1).long()].to(ids.dtype)
-        return torch.where(real, planned, first)
+        # counts them would not be the same everywhere.
+        behind: torch.Tensor = torch.arange(len(ids), device=ids.device)[:, None] >= n_tokens
+        planned: torch.Tensor = planner.run(ids.masked_fill(behind, -1), None)
+        return torch.where(behind, self.first[ids], planned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...topology import NAMES
@@ -41,7 +41,7 @@ class Compared:
 
 def compare(arguments: argparse.Namespace, given: Trace | None = None) -> Compared:
     """UsageError for what cannot be compared."""
-    for option in ("topology", "placement", "repair", "plot"):
+    for option in ("topology", "placement", "repair", "replace", "plot"):
         if getattr(arguments, option) is not None:
             raise UsageError(f"--{option}: not with --compare, which tries all topologies and placements as they are")
     limit = arguments.unpack_limit * options.MIB
@@ -55,7 +55,7 @@ def compare(arguments: argparse.Namespace, given: Trace | None = None) -> Compar
         if option == "topology" and (reason := _misfit(name, trace.n_experts, ranks, slots)):
             left_out.append(f"{name} ({reason})")
             continue
-        checked = options.check(asked, trace)
+        checked = replace(options.check(asked, trace), beside_eplb=False)
         played = play.play(checked)
         if not played.played:
             raise UsageError(f"{trace.name}: none of the micro-batches selects an expert")
@@ -85,26 +85,25 @@ def _tried(name: str, option: str, played: play.Played) -> Tried:
 
 
 def _best(tried: list[Tried]) -> Tried:
-    """The least wait; of those that are as good, the one where most tokens stay on their rank, then the first."""
+    """The least wait; of those that are as good, the one where fewest tokens leave their rank, then the first."""
     least = min(one.row["idle_share"] for one in tried)
     good = [one for one in tried if one.row["idle_share"] <= least + SAME]
-    return max(good, key=lambda one: one.row["own_rank_share"] or 0.0)
+    return min(good, key=lambda one: float(one.row["leaves_rank"]))
 
 
 def as_text(compared: Compared) -> str:
     config, best = compared.config, compared.best
-    sources = best.row["own_rank_share"] is not None
-    header = ["placement", "wait: none", "even", "lplb", "max/mean: mean", "p99", "placement gap", *(["own rank"] if sources else [])]
+    header = ["placement", "wait: none", "even", "lplb", "max/mean: mean", "p99", "placement gap", "leaves rank"]
     lines = []
     for one in sorted(compared.tried, key=lambda one: float(one.row["idle_share"])):
         row = one.row
         cells = [f"{one.name}{' <-' if one is best else ''}", "-" if one.none is None else percent(one.none), percent(one.even),
                  percent(row["idle_share"]), f"{row['imbalance_mean']:.3f}", f"{row['imbalance_p99']:.3f}", percent(row["gap_placement_mean"])]
-        lines.append([*cells, *([percent(row["own_rank_share"])] if sources else [])])
+        lines.append([*cells, percent(row["leaves_rank"])])
     legend = ("wait: share of the expert layers' time that the average GPU waits for the busiest one, without copies, with an even split "
               "over copies, and with lplb. max/mean, p99: busiest rank over the mean with lplb, averaged over the micro-batches and at the "
-              "99th percentile. placement gap: what only other copies could win."
-              + (" own rank: tokens that stay on their GPU with lplb." if sources else ""))
+              "99th percentile. placement gap: what only other copies could win. leaves rank: tokens whose replica is on another rank "
+              "than they are, with lplb.")
     words = [f"{config['trace']}: {config['ranks']} ranks, {config['n_physical']} slots for {config['n_logical']} experts, history "
              f"{config['history']}, {len(config['layers'])} layers x {config['micro_batches']} micro-batches", "", table(header, lines), "",
              wrapped(legend)]
@@ -121,8 +120,8 @@ def _recommendation(compared: Compared) -> str:
         policy = options.PLACEMENTS[best.name]
         code = f"lplb.place(history, ep_size={config['ranks']}, slots={config['n_physical']}, policy=\"{policy}\") and Planner.from_placement"
     others = [one for one in compared.tried if one is not best and one.row["idle_share"] <= best.row["idle_share"] + SAME]
-    most = "most tokens stay on their own rank with the recommended one" if best.row["own_rank_share"] is not None else "the first is taken"
-    equal = f" As good within {SAME:.1%} of the time: {', '.join(one.name for one in others)}; {most}." if others else ""
+    equal = (f" As good within {SAME:.1%} of the time: {', '.join(one.name for one in others)}; with the recommended one fewest tokens leave "
+             "their rank.") if others else ""
     return (f"Recommended: {best.option} {best.name}, with which the average GPU waits {percent(best.row['idle_share'])} of the time; in "
             f"Python {code}.{equal}")
 

@@ -59,7 +59,7 @@ class Engine:
             if layout.slots is not None:
                 slots = layout.slots[layer]
             else:
-                slots = placed(history, layout.n_physical, layout.ranks, layout.name, snapshots)
+                slots = placed(history, layout.n_physical, layout.ranks, layout.name, snapshots, layout.nodes)
             if not self._planners:
                 self._planners = [Planner.from_placement(slots, ep_size=layout.ranks, n_logical=layout.n_logical, rank=rank,
                                                          n_nodes=layout.nodes, device="cpu", unit=self.cost.unit)
@@ -76,7 +76,7 @@ class Engine:
     def change(self, policy: str, loads: Int64Array, max_moves: int | None) -> tuple[NDArray[np.int32], int]:
         """Changes the placement in force by a policy of lplb.place, for loads [n_logical]: phy2log and the moves."""
         changed = place(loads[None].astype(np.float64), ep_size=self.layout.ranks, slots=self.layout.n_physical, policy=policy,
-                        previous=np.asarray(self._planners[0].phy2log)[None], max_moves=max_moves)
+                        previous=np.asarray(self._planners[0].phy2log)[None], max_moves=max_moves, nodes=self.layout.nodes)
         for planner in self._planners:
             planner.update_placement(changed.phy2log[0])
         return changed.phy2log[0], int(changed.n_moves.sum())
@@ -111,12 +111,12 @@ class Engine:
         return RankPlans(taken, np.asarray(first.split(), dtype=np.int64), first.info().groups, float(np.median(elapsed)))
 
 
-def placed(history: Int64Array, n_physical: int, ranks: int, name: str = "eplb", snapshots: Int64Array | None = None
-           ) -> NDArray[np.int32]:
+def placed(history: Int64Array, n_physical: int, ranks: int, name: str = "eplb", snapshots: Int64Array | None = None,
+           nodes: int = 1) -> NDArray[np.int32]:
     """A policy's placement of one layer: phy2log [n_physical]. Without history all experts count the same."""
     known = history[None] if snapshots is None else snapshots
     weight = (known if history.any() else np.ones_like(known))[:, None].astype(np.float64)
-    slots: NDArray[np.int32] = place(weight, ep_size=ranks, slots=n_physical, policy=PLACEMENTS[name]).phy2log[0]
+    slots: NDArray[np.int32] = place(weight, ep_size=ranks, slots=n_physical, policy=PLACEMENTS[name], nodes=nodes).phy2log[0]
     return slots
 
 

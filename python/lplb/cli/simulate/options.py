@@ -59,6 +59,7 @@ class Options:
     cost: cost.Cost
     json: str | None
     plot: str | None
+    beside_eplb: bool = True  # play EPLB's placement, too
 
     @property
     def every(self) -> int | None:
@@ -69,7 +70,8 @@ class Options:
     def eplb(self) -> Layout | None:
         """EPLB's placement in as many slots, to be played beside one by another policy or from a file that fills all of them."""
         layout = self.layout
-        if layout.r2o is not None or layout.name == "eplb" or (layout.slots is not None and (layout.slots < 0).any()):
+        has_empty_slots = layout.slots is not None and bool((layout.slots < 0).any())
+        if not self.beside_eplb or layout.r2o is not None or layout.name == "eplb" or has_empty_slots:
             return None
         return replace(layout, name="eplb", slots=None)
 

@@ -135,15 +135,14 @@ def _footnotes(played: Played) -> list[str]:
     trace, layout = played.options.trace, played.options.layout
     lines = ["max/mean: load of the busiest rank over the mean of the ranks, averaged over the micro-batches, its percentiles and its maximum. "
              "solver gap: busiest rank over the proven optimum of its placement, minus 1 (largest); placement gap: that optimum over the mean "
-             "load, minus 1 (mean). at optimum: micro-batches whose busiest rank equals the proven optimum."
-             + (" own rank, own node: tokens that stay on their GPU, or on its host." if played.options.cut.has_sources and layout.nodes > 1
-                else " own rank: tokens that stay on their GPU." if played.options.cut.has_sources else "")
-             + " plan us: time of one rank's plan, microseconds (median).",
+             "load, minus 1 (mean). at optimum: micro-batches whose busiest rank equals the proven optimum. "
+             "plan us: time of one rank's plan, microseconds (median).",
              f"'{NO_REPLICAS}' has the same EPLB reordering by the same history, without copies." if played.of(NO_REPLICAS) else
              f"'{NO_REPLICAS}' is left out: {layout.n_logical} experts cannot be dealt out evenly to {layout.ranks} ranks.",
              f"'{PROPORTIONAL}' is lplb's split dispatched as LPLB does: every source rank sends the same share to each replica, rounded."]
-    lines.append("leaves rank: tokens whose replica is on another rank than they are; lplb serves a rank's own tokens first, then those of its "
-                 "host.")
+    node = "; leaves node: on another host" if layout.nodes > 1 else ""
+    lines.append(f"leaves rank: tokens whose replica is on another rank than they are{node}. lplb serves a rank's own tokens first, then "
+                 "those of its host.")
     if played.of(TOKENS):
         lines.append(f"'{TOKENS}' has as few tokens on the busiest rank as can be, and is measured by the same cost as the others.")
     if played.of(GREEDY):
@@ -151,6 +150,8 @@ def _footnotes(played: Played) -> list[str]:
                      "fewest so far, as METRO's routing (arXiv 2512.09277) does.")
     if played.of(EPLB_EXACT):
         lines.append(f"'{EPLB_EVEN}' and '{EPLB_EXACT}': EPLB's placement by the same history in as many slots, which stays as it is.")
+    if played.options.every:
+        lines.append("moves: experts that the changes of the placement brought new to a rank.")
     if trace.kind == "steps":
         lines.append("The counts name no source ranks: every rank was given an equal share of each expert's tokens.")
     if trace.kind == "snapshot":
