@@ -10,8 +10,9 @@ import pytest
 
 from lplb import eplb, solve
 from lplb.cli.main import main
-from lplb.cli.bench import cases, cpu, kit, peers, plot
+from lplb.cli.bench import cases, compare, cpu, drift, kit, peers, plot, sglang
 from lplb.planner import Planner
+from lplb.cli.terminal import UsageError
 from lplb.cli.selfcheck import EPLB_RESULT, EPLB_WEIGHT
 from lplb.cli.simulate.options import topology
 
@@ -23,6 +24,8 @@ def few(monkeypatch):
     chosen = tuple(cases.CASES[i] for i in (0, 2, 3, 4, 5, 5, 5, 5))
     monkeypatch.setattr(cpu, "CASES", chosen)
     monkeypatch.setattr(cpu, "instances", lambda case, family, device: honest(case, family, device, 8))
+    monkeypatch.setattr(drift, "SHAPES", {(8, 264): (10, 14)})
+    monkeypatch.setattr(drift, "MOST", 4)
     monkeypatch.setattr(cpu, "BATCHES", 3)
     monkeypatch.setattr(cpu, "ROUNDS", 2)
 
@@ -43,13 +46,23 @@ def test_all_suites_write_rows_with_machine_and_date(few, tmp_path, capsys):
     assert "targets met" in said.out and "| case" in said.out
     assert [kit.Row.from_json(row).as_json() | {"machine": row["machine"], "date": row["date"]} for row in result["rows"]] == result["rows"]
     assert plot.main([str(out), str(tmp_path / "again.png")]) == 0 and (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+    drifted = [row for row in result["rows"] if "drift" in row["case"]]
+    assert len(drifted) == 4 and all(row["certified_fraction"] == 1 and row["instances"] == 4 for row in drifted)
+    faster = tmp_path / "faster.json"
+    faster.write_text(json.dumps(result | {"rows": [row | {"p50_us": row["p50_us"] / 10**9} for row in result["rows"]]}))
+    assert main(["bench", "run", "--compare", str(faster), "--fail-slower"]) == 1
+    assert "6 rows are in both runs; 6 became slower by more than 3%" in capsys.readouterr().out
+    assert main(["bench", "run", "--compare", str(faster), "--json", str(faster)]) == 2
     (tmp_path / "bad.json").write_text("{}")
     assert plot.main([str(tmp_path / "bad.json"), str(tmp_path / "again.png")]) == 2
 
 
 def test_what_cannot_be_timed_gets_one_sentence(capsys):
     for words, says in ((["dancing"], "no suite 'dancing'"), (["--json", "nowhere/x.json"], "does not exist"),
-                        (["--plot", "x.txt"], ".png"), (["exchange", "solve"], "torchrun"), (["--device", "tpu"], "invalid choice")):
+                        (["--plot", "x.txt"], ".png"), (["exchange", "solve"], "torchrun"), (["--device", "tpu"], "invalid choice"),
+                        (["solve", "--peers"], "--device cuda"), (["--fail-slower"], "--compare"), (["--compare", "nowhere.json"], "no such"),
+                        (["eplb", "--counts", "x.npy"], "solve and run"), (["run", "--counts", "nowhere.npz"], "no such file"),
+                        (["exchange", "--peers"], "no option of bench exchange")):
         assert main(["bench", *words]) == 2
         said = capsys.readouterr()
         assert says in said.err and said.err.count("\n") == 1 and said.out == ""
@@ -72,6 +85,62 @@ def test_instances_differ_and_repeat(case, family):
         assert len({row.tobytes() for row in first.loads}) == 64
         total = first.loads.sum(axis=1) / (cases.TOKENS_PER_EXPERT * case.n_logical)
         assert (total > 0.8).all() and (total < 1.3).all()
+
+
+def test_counts_of_files_are_checked_and_scaled(tmp_path):
+    rng = np.random.default_rng(9)
+    counts = rng.integers(1, 10**6, (3, 2, 256))
+    path = str(tmp_path / "counts.npz")
+    np.savez(path, counts=counts)
+    read = drift.read(path)
+    assert (read.history == counts[0]).all() and (read.arriving[1, 0] == counts[1, 1]).all()
+    with drift.instances(drift.cases()[0], read, "cpu") as todo:
+        assert len(todo.loads) == 4 and (todo.loads.sum(axis=1) == drift.TOKENS * drift.TOP_K).all() and list(todo.planner) == [0, 0, 1, 1]
+        ids = drift.batches(todo.loads)
+        assert all((np.bincount(each.ravel(), minlength=256) == row).all() for each, row in zip(ids, todo.loads))
+        assert np.abs(todo.loads[0] - counts[1, 0] * (drift.TOKENS * drift.TOP_K / counts[1, 0].sum())).max() <= 1
+    for wrong in (counts[:1], counts[..., :255], counts * 0, counts - 10**6, counts.astype(float)):
+        np.savez(path, counts=wrong)
+        with pytest.raises(UsageError, match="--counts"):
+            drift.read(path)
+    sample = drift.read(None)
+    assert sample.history.shape == (7, 256) and sample.arriving.shape == (7, 4, 256) and (sample.arriving.sum(axis=2) == 4 * 1024 * 6).all()
+
+
+def test_what_became_slower():
+    rows = [kit.Row("solve", name, 1, p50, p50) for name, p50 in (("a", 10.2), ("b", 10.4), ("c", 30), ("new", 1))]
+    earlier = compare.Earlier({("solve", "a"): 10.0, ("solve", "b"): 10.0, ("solve", "c"): 10.0, ("run", "a"): 1.0}, "one machine")
+    assert [(row.case, was) for row, was in compare.slower(earlier, rows)] == [("c", 10.0), ("b", 10.0)]
+    text, slower = compare.report(earlier, rows, "another")
+    assert slower == 2 and "3 rows are in both runs; 2 became slower" in text and "1 rows are in this run alone, 1 in the earlier" in text
+    assert "another machine: one machine" in text and "3.000" in text
+
+
+def test_sglangs_problem_has_our_optimum():
+    linprog = pytest.importorskip("scipy.optimize").linprog
+    rng = np.random.default_rng(6)
+    loads = rng.integers(0, 1000, 64)
+    for slots in (72, 80):
+        with Planner.from_placement(drift.place(loads[None].astype(float), ep_size=8, slots=slots).phy2log[0], ep_size=8, n_logical=64,
+                                    device="cpu") as planner:
+            matrix, bounds, base, ranks_of = sglang.matrices(np.asarray(planner.phy2log), loads, 8)
+            bound = solve(loads, np.asarray(planner.phy2log), 8).bound
+        assert np.allclose(matrix @ np.ones(matrix.shape[1]), bounds)  # x = 1 is a point to start from
+        cost = np.zeros(matrix.shape[1])
+        cost[-2:] = 1, sglang.PENALTY
+        found = linprog(cost, A_eq=matrix, b_eq=bounds, method="highs")
+        assert bound - 1 < found.x[-2] * loads.sum() <= bound + 1e-6 and found.x[-1] < 1e-9
+        shares = base.copy()
+        np.add.at(shares, ranks_of, found.x[: len(ranks_of)])
+        assert shares.max() == pytest.approx(found.x[-2], abs=1e-9)
+
+
+def test_a_missing_peer_gets_one_sentence(monkeypatch):
+    said = sglang.load()
+    if isinstance(said, str):
+        assert "no module sglang" in said and "pip install sglang nvidia-mathdx" in said
+    monkeypatch.setattr(sglang.importlib, "import_module", lambda name: 1 / 0)
+    assert "cannot be imported: division by zero" in sglang.load()
 
 
 def test_proven_believes_nothing():

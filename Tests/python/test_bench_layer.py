@@ -337,7 +337,7 @@ def test_what_cannot_be_measured_gets_one_sentence(capsys, monkeypatch):
     cases = [(["layer"], "torchrun"), (["layer", "solve"], "runs alone"), (["layer", "--emulate", "1"], "at least 2"),
              (["layer", "--emulate", "7"], "must divide the 64 experts"), (["layer", "--case", "v4"], "must be of v3-32"),
              (["layer", "--emulate", "4", "--policies", "best"], "must be of none"),
-             (["solve", "--compare"], "is an option of bench layer"),
+             (["solve", "--compare"], "is an option of bench layer"), (["layer", "--compare", "x.json"], "takes no file"),
              (["layer", "--emulate", "4", "--case", "tiny-drift"], "needs a second task"),
              (["layer", "--emulate", "4", "--case", "v3-32"], "has 64 experts, 256 are needed")]
     for words, says in cases:

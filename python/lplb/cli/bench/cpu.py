@@ -12,8 +12,8 @@ from ...eplb import rebalance_experts
 from ...planner import Planner
 from ..common import progress
 from ..simulate.options import topology
-from . import peers
-from .cases import CASES, FAMILIES, Case, draw, instances, proven
+from . import drift, peers
+from .cases import CASES, FAMILIES, Instances, draw, instances, proven
 from .kit import REFUSED, Row, time_calls, time_one
 
 ROUNDS = 7
@@ -22,12 +22,13 @@ PEER = "scipy HiGHS LP"
 N_REFUSED = 128
 
 
-def solve(overhead_us: float) -> Iterator[Row]:
-    """lplb_planner_solve from counts to plan, one row for each case and load family."""
+def solve(overhead_us: float, counts: drift.Counts | None = None) -> Iterator[Row]:
+    """lplb_planner_solve from counts to plan, one row for each case and load family, and one for each placement under drift."""
     todo = [(case, family) for case in CASES for family in FAMILIES]
     rows: dict[tuple[str, str], Row] = {}
     for case, family in progress(todo, len(todo), "solve"):
-        row = rows[case.name, family] = _solve(case, family)
+        with instances(case, family, "cpu") as drawn:
+            row = rows[case.name, family] = _solve(drawn)
         yield row
     for family in FAMILIES:
         small, large = rows[CASES[5].name, family], rows[CASES[-1].name, family]
@@ -35,27 +36,33 @@ def solve(overhead_us: float) -> Iterator[Row]:
         large.extra["growth"] = ratio
         large.note = f"16 times the experts and ranks cost {ratio:.1f} times the solve ({family}; target 40: " \
                      f"{'met' if ratio <= 40 else 'MISSED'})"
+    counts = counts or drift.read(None)
+    for case in drift.cases():
+        with drift.instances(case, counts, "cpu") as drawn:
+            yield _solve(drawn, beside=False)
 
 
-def _solve(case: Case, family: str) -> Row:
-    with instances(case, family, "cpu") as todo:
-        solve_c = todo.planners[0]._handle.library.planner_solve
-        pointers = [planner._handle.pointer for planner in todo.planners]
-        calls = [(pointers[which], loads.ctypes.data, _c.INT64, 1, None, None, None, _c.INT64, None)
-                 for which, loads in zip(todo.planner, todo.loads)]
-        # Calls that are refused at once run in the same rounds: what is taken off was measured under the same load of the machine.
-        together = time_calls(solve_c, calls + [REFUSED] * N_REFUSED, ROUNDS if case.ranks < 512 else 3)
-        raw, overhead_us = together[: len(calls)], float(np.median(together[len(calls) :]))
-        n_proven = 0
-        for call, which, loads in zip(calls, todo.planner, todo.loads):
-            todo.planners[which]._handle.check(solve_c(*call))
-            n_proven += proven(todo.planners[which], loads)
-        mine = np.flatnonzero(todo.planner == 0)[: 3 if case.ranks < 512 else 1]
-        peer_us = peers.highs_us(todo.planners[0], [todo.loads[i] for i in mine])
+def _solve(todo: Instances, beside: bool = True) -> Row:
+    """beside: another program is timed too."""
+    case = todo.case
+    solve_c = todo.planners[0]._handle.library.planner_solve
+    pointers = [planner._handle.pointer for planner in todo.planners]
+    calls = [(pointers[which], loads.ctypes.data, _c.INT64, 1, None, None, None, _c.INT64, None)
+             for which, loads in zip(todo.planner, todo.loads)]
+    # Calls that are refused at once run in the same rounds: what is taken off was measured under the same load of the machine.
+    together = time_calls(solve_c, calls + [REFUSED] * N_REFUSED, ROUNDS if case.ranks < 512 else 3)
+    raw, overhead_us = together[: len(calls)], float(np.median(together[len(calls) :]))
+    n_proven = 0
+    for call, which, loads in zip(calls, todo.planner, todo.loads):
+        todo.planners[which]._handle.check(solve_c(*call))
+        n_proven += proven(todo.planners[which], loads)
+    mine = np.flatnonzero(todo.planner == 0)[: 3 if case.ranks < 512 else 1]
+    peer_us = peers.highs_us(todo.planners[0], [todo.loads[i] for i in mine]) if beside else None
     net = np.maximum(raw - overhead_us, 0)
-    return Row("solve", f"{case.name}, {family}", len(calls), *percentiles(net), target_p50_us=case.cpu,
+    name = case.name if todo.family == drift.FAMILY else f"{case.name}, {todo.family}"
+    return Row("solve", name, len(calls), *percentiles(net), target_p50_us=case.cpu,
                certified_fraction=n_proven / len(calls), peer="" if peer_us is None else PEER, peer_us=peer_us,
-               extra={"raw_p50_us": float(np.median(raw)), "call_us": overhead_us, "loads": family})
+               extra={"raw_p50_us": float(np.median(raw)), "call_us": overhead_us, "loads": todo.family})
 
 
 def percentiles(times: NDArray[np.float64]) -> tuple[float, float]:
@@ -69,8 +76,8 @@ def batches(n_tokens: int, top_k: int, n_logical: int, n: int) -> NDArray[np.int
     return np.stack([rng.choice(n_logical, (n_tokens, top_k), p=row / row.sum()) for row in shares]).astype(np.int64)
 
 
-def run(overhead_us: float) -> Iterator[Row]:
-    """Count, solve and redirect in one call; through C alone, and from Python as a training job calls it."""
+def run(overhead_us: float, counts: drift.Counts | None = None) -> Iterator[Row]:
+    """Count, solve and redirect in one call; through C alone, and from Python as a training job calls it; under drift through C."""
     n_logical = 256
     with Planner(topology("cube"), n_logical + 16, n_logical, 8, device="cpu") as planner:
         handle = planner._handle
@@ -91,6 +98,27 @@ def run(overhead_us: float) -> Iterator[Row]:
             counter = np.zeros(1, dtype=np.int64)
             eager = time_calls(planner.run, [(each, counter) for each in ids], ROUNDS)
             yield Row("run", f"{n_tokens:,} x 8 ids, Planner.run from Python", BATCHES, *percentiles(eager))
+    counts = counts or drift.read(None)
+    for case in drift.cases():
+        with drift.instances(case, counts, "cpu") as todo:
+            yield _run_drifted(todo, overhead_us)
+
+
+def _run_drifted(todo: Instances, overhead_us: float) -> Row:
+    batches = drift.batches(todo.loads)
+    out = np.empty_like(batches[0])
+    planners = [todo.planners[which] for which in todo.planner]
+    run_c = planners[0]._handle.library.planner_run
+    calls = [(planner._handle.pointer, each.ctypes.data, _c.INT64, each.size, None, out.ctypes.data, None, _c.INT64, 0, None)
+             for planner, each in zip(planners, batches)]
+    net = np.maximum(time_calls(run_c, calls, ROUNDS) - overhead_us, 0)
+    n_proven = 0
+    for planner, call, loads in zip(planners, calls, todo.loads):
+        planner._handle.check(run_c(*call))
+        n_proven += proven(planner, loads) and bool(
+            (np.bincount(out.ravel(), minlength=planner.n_routed_experts) == np.asarray(planner.split())).all())
+    return Row("run", f"{drift.TOKENS:,} x {drift.TOP_K} ids, {todo.case.name}", len(calls), *percentiles(net),
+               certified_fraction=n_proven / len(calls))
 
 
 def eplb(overhead_us: float) -> Iterator[Row]:

@@ -20,7 +20,8 @@ from ... import _c
 from ...planner import Planner
 from ..common import progress
 from ..simulate.options import topology
-from .cases import CASES, FAMILIES, Case, draw, instances, proven, to_host
+from . import drift, sglang
+from .cases import CASES, FAMILIES, Instances, draw, instances, proven, to_host
 from .cpu import batches, percentiles
 from .kit import Row, time_calls, time_one
 
@@ -102,31 +103,67 @@ def _checked(planner: Planner, function: Callable[..., int], *arguments: Any) ->
     return call
 
 
-def solve(overhead_us: float) -> Iterator[Row]:
-    """lplb_planner_solve from counts on the device to plan, one row for each case and load family."""
+def solve(overhead_us: float, counts: drift.Counts | None = None, beside: sglang.Peer | None = None) -> Iterator[Row]:
+    """
+    lplb_planner_solve from counts on the device to plan, one row for each case and load family, and one for each placement under drift.
+    beside: SGLang's kernel, timed in turn with each case's first instances.
+    """
     todo = [(case, family) for case in CASES if case.n_logical <= _c.MAX_LOGICAL_CUDA for family in FAMILIES]
     for case, family in progress(todo, len(todo), "solve"):
-        yield _solve(case, family)
+        with instances(case, family, "cuda") as each:
+            yield _solve(each, beside)
+    counts = counts or drift.read(None)
+    for case in progress(drift.cases(), len(drift.SHAPES) * len(drift.POLICIES), "solve under drift"):
+        with drift.instances(case, counts, "cuda") as each:
+            yield _solve(each, beside)
 
 
-def _solve(case: Case, family: str) -> Row:
-    with instances(case, family, "cuda") as todo:
-        counts = torch.from_numpy(todo.loads.astype(np.int32)).cuda()
-        calls = [_checked(todo.planners[which], todo.planners[which]._handle.library.planner_solve, counts[i].data_ptr(), _c.INT32, 1,
-                          None, None, None, _c.INT64) for i, which in enumerate(todo.planner)]
-        alone, together = timed(calls)
-        n_proven = 0
-        for call, which, loads in zip(calls, todo.planner, todo.loads):
-            call()
-            n_proven += proven(todo.planners[which], loads)
-    target = case.cuda_target(family)
-    return Row("solve", f"{case.name}, {family}", len(calls), *percentiles(alone), target_p50_us=target[0], target_p99_us=target[1],
-               certified_fraction=n_proven / len(calls),
-               extra={"rotation_us": together, "loads": family, "published": SGLANG if case.sglang else None, "published_us": case.sglang})
+def _solve(todo: Instances, beside: sglang.Peer | None) -> Row:
+    case = todo.case
+    counts = torch.from_numpy(todo.loads.astype(np.int32)).cuda()
+    calls = [_checked(todo.planners[which], todo.planners[which]._handle.library.planner_solve, counts[i].data_ptr(), _c.INT32, 1,
+                      None, None, None, _c.INT64) for i, which in enumerate(todo.planner)]
+    alone, together = timed(calls)
+    n_proven = 0
+    for call, which, loads in zip(calls, todo.planner, todo.loads):
+        call()
+        n_proven += proven(todo.planners[which], loads)
+    target = case.cuda_target(todo.family)
+    name = case.name if todo.family == drift.FAMILY else f"{case.name}, {todo.family}"
+    row = Row("solve", name, len(calls), *percentiles(alone), target_p50_us=target[0], target_p99_us=target[1],
+              certified_fraction=n_proven / len(calls),
+              extra={"rotation_us": together, "loads": todo.family, "published": SGLANG if case.sglang else None,
+                     "published_us": case.sglang})
+    if beside is not None:
+        _time_beside(row, beside, todo, calls)
+    return row
 
 
-def run(overhead_us: float) -> Iterator[Row]:
-    """Count, solve and redirect: in one call, one by one, in a graph and eager."""
+def _time_beside(row: Row, beside: sglang.Peer, todo: Instances, calls: Sequence[Call]) -> None:
+    """Fills in what SGLang's kernel takes for the first instances, its graphs and ours taking turns, and how far above the optimum it is."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    gaps: list[float] = []
+    for i in range(min(sglang.INSTANCES, len(calls))):
+        planner, loads = todo.planners[todo.planner[i]], todo.loads[i]
+        problem = beside.problem(planner, loads)
+        if isinstance(problem, str):
+            row.note = f"{row.case}: not beside SGLang's kernel: {problem}"
+            return
+        with torch.cuda.stream(_stream()):
+            problem.solve()
+        graphs = capture([calls[i]] * REPEATS), capture([problem.solve] * sglang.REPEATS)
+        turns = [(replay_us(graphs[0], REPEATS, 1), replay_us(graphs[1], sglang.REPEATS, 1)) for _ in range(ROUNDS)]
+        for times, column in ((ours, 0), (theirs, 1)):
+            times.append(float(np.median([turn[column] for turn in turns])))
+        calls[i]()
+        gaps.append(problem.busiest() / planner.info().groups[0].max_load - 1)
+    row.peer, row.peer_us = "SGLang's LP kernel", float(np.median(theirs))
+    row.extra |= {"in_turn_us": float(np.median(ours)), "peer_gap_mean": float(np.mean(gaps)), "peer_gap_max": float(np.max(gaps))}
+
+
+def run(overhead_us: float, counts: drift.Counts | None = None) -> Iterator[Row]:
+    """Count, solve and redirect: in one call, one by one, in a graph and eager; in one call under drift."""
     small: Row | None = None
     for n_tokens in (4096, 16384):
         with Planner(topology("cube"), 272, 256, 8, device="cuda") as planner:
@@ -139,6 +176,35 @@ def run(overhead_us: float) -> Iterator[Row]:
                         row.target_p50_us = 1.6 * small.p50_us
                         row.note = f"four times the tokens cost {ratio:.2f} times as much (target 1.6)"
                 yield row
+    counts = counts or drift.read(None)
+    for case in progress(drift.cases(), len(drift.SHAPES) * len(drift.POLICIES), "run under drift"):
+        with drift.instances(case, counts, "cuda") as todo:
+            yield from _run_drifted(todo)
+
+
+def _run_drifted(todo: Instances) -> Iterator[Row]:
+    host = drift.batches(todo.loads)
+    ids = torch.from_numpy(host).cuda()
+    out = torch.empty_like(ids[0])
+    planners = [todo.planners[which] for which in todo.planner]
+    name, size = f"{drift.TOKENS:,} x {drift.TOP_K} ids, {todo.case.name}", ids[0].numel()
+    calls = [_checked(planner, planner._handle.library.planner_run, each.data_ptr(), _c.INT64, size, None, out.data_ptr(), None, _c.INT64, 0)
+             for planner, each in zip(planners, ids)]
+    alone, together = timed(calls)
+    n_proven = 0
+    for planner, call, loads in zip(planners, calls, todo.loads):
+        call()
+        realised = torch.bincount(out.flatten(), minlength=planner.n_routed_experts)
+        n_proven += bool((to_host(realised) == to_host(planner.split())).all()) and proven(planner, loads)
+    target = drift.SHAPES[todo.case.ranks, todo.case.n_physical]
+    yield Row("run", name, len(calls), *percentiles(alone), target_p50_us=target[0], target_p99_us=target[1],
+              certified_fraction=n_proven / len(calls), extra={"rotation_us": together})
+    redirects = [_checked(planner, planner._handle.library.planner_redirect, each.data_ptr(), _c.INT64, size, out.data_ptr(), 0)
+                 for planner, each in zip(planners, ids)][:8]
+    for planner, call in zip(planners[:8], calls):
+        call()
+    alone, together = timed(redirects)
+    yield Row("run", f"{name}, redirect alone", len(redirects), *percentiles(alone), extra={"rotation_us": together})
 
 
 def _run(planner: Planner, n_tokens: int) -> Iterator[Row]:

@@ -101,7 +101,7 @@ def _fill(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_title(" ")          # its room
 
 
-def _rows_of(path: str, result: Any) -> list[Row]:
+def rows_of(path: str, result: Any) -> list[Row]:
     """The rows of a file that `bench --json` wrote. UsageError for any other."""
     given = result.get("rows") if isinstance(result, dict) else None
     if not isinstance(given, list) or not 1 <= len(given) <= MAX_ROWS or not all(isinstance(row, dict) for row in given):
@@ -128,7 +128,7 @@ def _main(words: Sequence[str]) -> int:
         from .layer import plot as layer
         layer.redraw(result, source, path)
         return 0
-    rows = _rows_of(source, result)
+    rows = rows_of(source, result)
     machine = shown(rows[0].extra.get("machine", ""), 200)
     draw(rows, str(result.get("device")), f"{machine}, {shown(result.get('date', ''))}", path)
     return 0

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 DEFAULT_CASES = ("v3-32", "qwen3-32", "v2-lite")
 MOST_TOKENS, MOST_BATCHES, MOST_RANKS = 65536, 256, 512
 EMULATED_TOKENS = {True: (2048,), False: (1024, 4096)}  # quick?
-OPTIONS = ("case", "tokens", "batches", "rounds", "policies", "slots", "routing", "traces", "emulate", "compare", "quick", "limit", "step",
-           "bandwidth")
+OPTIONS = ("case", "tokens", "batches", "rounds", "policies", "slots", "routing", "traces", "emulate", "quick", "limit", "step", "bandwidth")
 
 
 def add_arguments(parser: Any) -> None:
@@ -48,7 +47,6 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--routing", choices=ROUTINGS, help="real: traces (default); else loads are drawn")
     group.add_argument("--traces", metavar="DIR", help="deepseek_v3_counts.npz and deepseek_v2_lite_*.npz, instead of the package's sample")
     group.add_argument("--emulate", metavar="RANKS", help="e.g. 8,16,32,64: ranks one after another on one device")
-    group.add_argument("--compare", action="store_true", default=None, help="also the layer without replicas beside plain torch")
     group.add_argument("--quick", action="store_true", default=None, help="fewer sizes and rounds")
     group.add_argument("--limit", type=whole(1, 600), help="seconds for the micro-batches of one case (default 30)")
     group.add_argument("--step", type=whole(1, 64), help="micro-batches of an optimizer step (default 4)")
@@ -202,7 +200,7 @@ def _asked(arguments: argparse.Namespace, cuda: bool) -> Asked:
         batches=arguments.batches or (2 if emulate else 4 if quick and not cuda else 16), rounds=arguments.rounds or (1 if quick else 3),
         policies=_names("--policies", arguments.policies, list(POLICIES)) or POLICIES,
         slots=_numbers("--slots", arguments.slots, 1, 8) or (1, 2), routing=arguments.routing or "real", traces=arguments.traces,
-        emulate=emulate, compare=bool(arguments.compare), quick=quick, limit=float(arguments.limit or 30), step=arguments.step or 4,
+        emulate=emulate, compare=arguments.compare is not None, quick=quick, limit=float(arguments.limit or 30), step=arguments.step or 4,
         bandwidth=float(arguments.bandwidth or 350), json=arguments.json, plot=arguments.plot)
 
 
