@@ -51,6 +51,7 @@ cudaError_t rewrite_plainly(const lplbk_planner &planner, const void *ids, int32
 // Let the kernels have the shared memory that this planner needs; LPLBK_UNSUPPORTED where they cannot.
 int32_t prepare_solve(const lplbk_planner &planner);
 int32_t prepare_rewrite(const lplbk_planner &planner);
+int32_t prepare_redirect(const lplbk_planner &planner);
 // Also sets fused_ids, and max_cluster of info.
 int32_t prepare_run(lplbk_planner &planner);
 

@@ -34,6 +34,7 @@ int32_t prepare(lplbk_planner &planner) {
     if (on.error() != cudaSuccess) return taken(on.error());
     int32_t error = prepare_solve(planner);
     if (error == 0) error = prepare_rewrite(planner);
+    if (error == 0) error = prepare_redirect(planner);
     if (error == 0) error = prepare_layout(planner);
     return error != 0 ? error : prepare_run(planner);
 }

@@ -1,79 +1,31 @@
 // Rewriting ids by a plan, in launches of many blocks. A block owns a chunk of ids and takes it tile by tile; within a tile every warp owns
 // consecutive rows of 32 ids.
-#include "ids.cuh"
 #include "backend.cuh"
 #include "launch.cuh"
 #include "metrics.cuh"
-#include "multi.cuh"
-#include "solve/tables.cuh"
+#include "rewrite.cuh"
 
 namespace lplb {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
+constexpr int kThreads = kRewriteThreads;
+constexpr int kWarps = kRewriteWarps;
 constexpr int kTile = 4096;  // ids
 constexpr int kRowsOfWarp = kTile / 32 / kWarps;
 constexpr int kOfThread = ceil_div(LPLBK_MAX_LOGICAL, kThreads);  // experts
 
-// Shared memory of a rewriting block.
-struct RewriteSpace {
-    int *code;        // [n_logical]
-    int2 *range;      // [max_replicated] first cut and one past the last
-    int2 *cut;        // [n_physical] places: tokens up to and with it, slot
-    unsigned *base;   // [max_replicated] occurrences before the tile
-    unsigned *counts; // [kWarps][counter_words(max_replicated)]
-    int row_words;
-
-    static __host__ __device__ int words_of(const lplbk_shape &shape) {
-        const int n = Tables::max_replicated(shape);
-        return round_up(shape.n_logical, 2) + 2 * n + 2 * shape.n_physical + n + kWarps * counter_words(n);
-    }
-    __device__ RewriteSpace(int *memory, const Tables &t) {
-        code = memory;
-        range = reinterpret_cast<int2 *>(memory + round_up(t.shape.n_logical, 2));
-        cut = range + t.max_replicated();
-        base = reinterpret_cast<unsigned *>(cut + t.shape.n_physical);
-        counts = base + t.max_replicated();
-        row_words = counter_words(t.max_replicated());
-    }
-};
-
-// Where the occurrences of replicated expert i go: fills cuts and returns the range of them.
-struct ByPlan {
-    const int32_t *take;  // [n_physical]
-
-    __device__ int2 cuts(const Tables &t, int i, const Expert &expert, int2 *cut) const {
-        if (!expert.bundled()) {
-            cut[2 * i] = make_int2(INT32_MAX, expert.slot());
-            return make_int2(2 * i, 2 * i + 1);
-        }
-        const int group = expert.bundle() / t.shape.max_bundles, bundle = expert.bundle() - group * t.shape.max_bundles;
-        const Image image(t.image(group), t.at);
-        const bool pair = t.shape.n_redundant > 0;  // the expert knows its two places
-        const int first = pair ? 0 : image.bundle_start[bundle], n = pair ? 2 : image.bundle_start[bundle + 1] - first;
-        // Arcs and pairs of replicated experts are never more than slots.
-        const int start = pair ? 2 * i : group * t.shape.max_arcs + first;
-        int sum = 0;
-        for (int j = 0; j < n; ++j) {
-            const int slot = !pair ? image.slot(first + j) : j == 0 ? expert.slot() : expert.copy_slot();
-            sum += take[slot];
-            cut[start + j] = make_int2(sum, slot);
-        }
-        return make_int2(start, start + n);
-    }
-};
 struct ByRatio {
     const float *ratios;
     const int32_t *totals;  // [n_logical]
 
-    __device__ int2 cuts(const Tables &, int i, const Expert &expert, int2 *cut) const {
+    __device__ int2 places(const Tables &, int i, int2 *) const { return make_int2(2 * i, 2 * i + 2); }
+    __device__ void cuts(const Tables &t, int i, const int2 &, int2 *cut) const {
+        const Expert expert = t.replicated(i);
         const float ratio = ratios[expert.slot_class()];
         const double share = ratio != ratio ? 1.0 : min(max((double)ratio, 0.0), 1.0);
         const int kept = (int)floor(__dadd_rn(__dmul_rn(share, (double)totals[expert.id()]), 0.5));
         cut[2 * i] = make_int2(kept, expert.slot());
         cut[2 * i + 1] = make_int2(INT32_MAX, expert.copy_slot());
-        return make_int2(2 * i, 2 * i + 2);
     }
 };
 
@@ -93,10 +45,11 @@ __global__ void __launch_bounds__(kThreads) rewrite(const void *ids, int ids64, 
     RewriteSpace space(reinterpret_cast<int *>(memory), t);
     const int n_replicated = t.n_replicated(), n_logical = t.shape.n_logical;
     for (int e = threadIdx.x; e < n_logical; e += kThreads) space.code[e] = t.code(e);
+    for (int i = threadIdx.x; i < n_replicated; i += kThreads) space.range[i] = rule.places(t, i, space.cut);
     wait_for_stream();
     let_next_start();
     const int bits = bits_for(n_replicated);
-    for (int i = threadIdx.x; i < n_replicated; i += kThreads) space.range[i] = rule.cuts(t, i, t.replicated(i), space.cut);
+    for (int i = threadIdx.x; i < n_replicated; i += kThreads) rule.cuts(t, i, space.range[i], space.cut);
     int bad = 0;
     for (int chunk = blockIdx.x; chunk < chunks.n; chunk += gridDim.x) {
         __syncthreads();
@@ -135,20 +88,11 @@ __global__ void __launch_bounds__(kThreads) rewrite(const void *ids, int ids64, 
             }
             __syncthreads();
             // Counts of warps -> occurrences before each warp; base is that of the whole tile until the next one.
-            uint16_t *const columns = reinterpret_cast<uint16_t *>(space.counts);
             unsigned in_tile[kOfThread] = {};
 #pragma unroll
             for (int n = 0; n < kOfThread; ++n) {
                 const int i = threadIdx.x + n * kThreads;
-                if (i >= n_replicated) break;
-                unsigned sum = 0;
-                for (int w = 0; w < kWarps; ++w) {
-                    uint16_t *at = columns + 2 * w * space.row_words + i;
-                    const unsigned count = *at;
-                    *at = (uint16_t)sum;
-                    sum += count;
-                }
-                in_tile[n] = sum;
+                if (i < n_replicated) in_tile[n] = space.number_warps(i);
             }
             __syncthreads();
 #pragma unroll
@@ -158,18 +102,7 @@ __global__ void __launch_bounds__(kThreads) rewrite(const void *ids, int ids64, 
                 if (__any_sync(kFullWarp, replicated)) {
                     const int i = replicated ? -1 - code[r] : 0;
                     const unsigned k = occurrence(replicated, i, bits, reinterpret_cast<uint16_t *>(mine));
-                    if (replicated) {
-                        const int2 range = space.range[i];
-                        const int64_t number = (int64_t)space.base[i] + k;
-                        slot = space.cut[range.x].y;
-                        for (int p = range.x; p < range.y; ++p) {
-                            const int2 cut = space.cut[p];
-                            if (number < cut.x) {
-                                slot = cut.y;
-                                break;
-                            }
-                        }
-                    }
+                    if (replicated) slot = space.slot_of(i, (int64_t)space.base[i] + k);
                 }
                 if (first + 32 * r < chunk_end) store_id(out, ids64, first + 32 * r, slot);
             }
@@ -250,19 +183,6 @@ int32_t prepare_rewrite(const lplbk_planner &planner) {
 }
 
 }  // namespace lplb
-
-extern "C" int32_t lplbk_redirect(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, void *out,
-                                  int64_t max_blocks, void *stream) {
-    using namespace lplb;
-    if (n_ids == 0) return 0;
-    OnDevice on(planner->device);
-    if (on.error() != cudaSuccess) return taken(on.error());
-    const auto queue = static_cast<cudaStream_t>(stream);
-    if (!planner->has_replicas) return taken(rewrite_plainly(*planner, ids, ids64, n_ids, out, nullptr, 0, max_blocks, queue));
-    const Chunks chunks = chunks_of(*planner, n_ids, max_blocks);
-    const cudaError_t error = count_chunks(*planner, ids, ids64, n_ids, chunks, false, queue);
-    return taken(error != cudaSuccess ? error : rewrite_chunks(*planner, ids, ids64, n_ids, chunks, out, false, queue));
-}
 
 extern "C" int32_t lplbk_redirect_by_ratio(const lplbk_planner *planner, const void *ids, int32_t ids64, int64_t n_ids, const float *ratios,
                                            const int32_t *cumulative, int64_t n_chunks, void *out, void *stream) {

@@ -60,7 +60,8 @@ def test_all_suites_write_rows_with_machine_and_date(few, tmp_path, capsys):
 def test_what_cannot_be_timed_gets_one_sentence(capsys):
     for words, says in ((["dancing"], "no suite 'dancing'"), (["--json", "nowhere/x.json"], "does not exist"),
                         (["--plot", "x.txt"], ".png"), (["exchange", "solve"], "torchrun"), (["--device", "tpu"], "invalid choice"),
-                        (["solve", "--peers"], "--device cuda"), (["--fail-slower"], "--compare"), (["--compare", "nowhere.json"], "no such"),
+                        (["solve", "--peers"], "--device cuda"), (["--fail-slower"], "--compare"),
+                        (["--compare", "nowhere.json"], "no such"),
                         (["eplb", "--counts", "x.npy"], "solve and run"), (["run", "--counts", "nowhere.npz"], "no such file"),
                         (["exchange", "--peers"], "no option of bench exchange")):
         assert main(["bench", *words]) == 2

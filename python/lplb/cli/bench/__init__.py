@@ -38,7 +38,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write machine, date and rows; -: to stdout, and all words to stderr")
     parser.add_argument("--plot", "--png", metavar="FILE.png", help="draw the times beside targets and other programs")
     parser.add_argument("--counts", metavar="FILE",
-                        help="solve, run: counts [workloads, layers, 256] for the rows under drift, .npz or .npy (default: from the sample)")
+                        help="solve, run: counts [workloads, layers, 256] for the rows under drift, .npz or .npy (default: the sample's)")
     parser.add_argument("--compare", metavar="OLD.json", nargs="?", const="",
                         help="say what became slower by more than 3%% since that run's --json; bench layer, without a file: also the layer "
                         "without replicas beside plain torch")

@@ -140,7 +140,7 @@ def _solve(todo: Instances, beside: sglang.Peer | None) -> Row:
 
 
 def _time_beside(row: Row, beside: sglang.Peer, todo: Instances, calls: Sequence[Call]) -> None:
-    """Fills in what SGLang's kernel takes for the first instances, its graphs and ours taking turns, and how far above the optimum it is."""
+    """What SGLang's kernel takes for the first instances, its graphs and ours taking turns, and how far above the optimum its plans are."""
     ours: list[float] = []
     theirs: list[float] = []
     gaps: list[float] = []
@@ -188,8 +188,8 @@ def _run_drifted(todo: Instances) -> Iterator[Row]:
     out = torch.empty_like(ids[0])
     planners = [todo.planners[which] for which in todo.planner]
     name, size = f"{drift.TOKENS:,} x {drift.TOP_K} ids, {todo.case.name}", ids[0].numel()
-    calls = [_checked(planner, planner._handle.library.planner_run, each.data_ptr(), _c.INT64, size, None, out.data_ptr(), None, _c.INT64, 0)
-             for planner, each in zip(planners, ids)]
+    calls = [_checked(planner, planner._handle.library.planner_run, each.data_ptr(), _c.INT64, size, None, out.data_ptr(), None, _c.INT64,
+                      0) for planner, each in zip(planners, ids)]
     alone, together = timed(calls)
     n_proven = 0
     for planner, call, loads in zip(planners, calls, todo.loads):

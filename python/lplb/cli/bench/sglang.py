@@ -1,5 +1,6 @@
 """
-SGLang's LP kernel (the wheels sglang and nvidia-mathdx), for `bench --peers`. It is compiled for each number of replicas and ranks, 20 to 40 s.
+SGLang's LP kernel (the wheels sglang and nvidia-mathdx), for `bench --peers`. It is compiled for each number of replicas and ranks, which
+takes 20 to 40 s.
 
 It solves in 32-bit floats what `lplb` splits exactly: the share of all tokens x >= 0 of each replica of a replicated expert, a slack s >= 0
 of each rank, and the level M: minimise M with sum of x over an expert's replicas = its share, and sum of x on a rank + s - M = minus the
