@@ -75,14 +75,16 @@ template <bool kGathered>
 cudaError_t run_fused(const lplbk_planner &planner, const Call &call, const int32_t *rows, bool compare,
                       const ExchangeView<kGathered> &view, cudaStream_t stream) {
     const Solver solver = solver_of(planner);
-    return records(planner)
-               ? run_fused_by<kGathered, true>(run_kernel<kGathered, true>(solver), planner, call, rows, compare, view, stream)
-               : run_fused_by<kGathered, false>(run_kernel<kGathered, false>(solver), planner, call, rows, compare, view, stream);
+    if (records(planner)) {
+        return run_fused_by<kGathered, true>(run_kernel<kGathered, true>(solver), planner, call, rows, compare, view, stream);
+    }
+    const auto kernel = planner.ranked ? run_kernel<kGathered, false, true>(solver) : run_kernel<kGathered, false>(solver);
+    return run_fused_by<kGathered, false>(kernel, planner, call, rows, compare, view, stream);
 }
 
-template <bool kGathered, bool kRecords>
+template <bool kGathered, bool kRecords, bool kRanked>
 int32_t prepare_kernel(lplbk_planner &planner) {
-    const auto kernel = run_kernel<kGathered, kRecords>(solver_of(planner));
+    const auto kernel = run_kernel<kGathered, kRecords, kRanked>(solver_of(planner));
     // It has no other static shared memory: fused_fits() reckons with all that a block can have.
     const int32_t refused = allow_shared(planner.info, kernel, most_shared_bytes(planner));
     if (refused != 0 || planner.info.max_cluster == 1) return refused;
@@ -134,11 +136,13 @@ int32_t prepare_run(lplbk_planner &planner) {
     if (!fused_shape(planner)) return 0;
     if (planner.info.max_cluster > 1) planner.info.max_cluster = 16;
     if (records(planner)) {
-        const int32_t error = prepare_kernel<false, true>(planner);
-        return error != 0 ? error : prepare_kernel<true, true>(planner);
+        const int32_t error = prepare_kernel<false, true, false>(planner);
+        return error != 0 ? error : prepare_kernel<true, true, false>(planner);
     }
-    const int32_t error = prepare_kernel<false, false>(planner);
-    return error != 0 ? error : prepare_kernel<true, false>(planner);
+    int32_t error = prepare_kernel<false, false, false>(planner);
+    if (error == 0) error = prepare_kernel<true, false, false>(planner);
+    if (error == 0) error = prepare_kernel<false, false, true>(planner);
+    return error != 0 ? error : prepare_kernel<true, false, true>(planner);
 }
 
 }  // namespace lplb

@@ -336,7 +336,11 @@ struct ClusterRun {
                 if (group != warp) {
                     Image(t.image(group), t.at).load_lanes(column);
                     flow.open(column, shape.group_size);
-                    if constexpr (kRanked) open_ranks(flow, t.speed(group), t.fixed(group), shape.group_size);
+                    if constexpr (kRanked) {
+                        RankNumbers numbers;
+                        numbers.fetch(t, group);
+                        numbers.open(flow, shape.group_size);
+                    }
                 }
                 solve_by_lanes(flow, shape.group_size, space.sums.base + group * shape.group_size,
                                space.sums.sum + group * shape.max_bundles, space.sums.x + group * shape.max_arcs);
@@ -541,9 +545,14 @@ __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const 
     int column[kColours] = {};
     LaneFlow<kColours, false, CapacityOf<kRanked, 1>> flow;
     if (Run::kLanes && run.warp < run.n_solvers) Image(t.image(run.warp), t.at).load_lanes(column);
+    [[maybe_unused]] RankNumbers numbers;
+    if constexpr (kRanked && Run::kLanes) {
+        if (run.warp < min(run.n_solvers, t.shape.n_groups)) numbers.fetch(t, run.warp);
+    }
     run.open();
     if constexpr (!kRanked) {
-        if (ranked) return run_ranked<kSolver, kGathered, kRecords>(ids, rewritten, t, in, given, out, view, record);  // begins anew
+        // A vote, which the compiler knows to be one number for the warp. What is called begins anew.
+        if (__any_sync(kFullWarp, ranked)) return run_ranked<kSolver, kGathered, kRecords>(ids, rewritten, t, in, given, out, view, record);
     }
     record.open();
     wait_for_stream();
@@ -564,7 +573,7 @@ __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const 
     cluster_arrive();
     if constexpr (Run::kLanes) flow.open(column, t.shape.group_size);
     if constexpr (Run::kLanes && kRanked) {
-        if (run.warp < min(run.n_solvers, t.shape.n_groups)) open_ranks(flow, t.speed(run.warp), t.fixed(run.warp), t.shape.group_size);
+        if (run.warp < min(run.n_solvers, t.shape.n_groups)) numbers.open(flow, t.shape.group_size);
     }
     cluster_wait();
     MARK(4);
@@ -614,41 +623,44 @@ __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const 
     MARK(20);
 }
 
-// Where the ranks differ: a call, so that it costs the others nothing.
+// Where the ranks differ, in a kernel that was launched for others (it records, or its graph is older): a call, so that it costs the others
+// nothing.
 template <Solver kSolver, bool kGathered, bool kRecords>
 __device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
                                         const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
     run_all<kSolver, kGathered, kRecords, true>(ids, rewritten, t, in, given, out, view, record);
 }
 
-template <Solver kSolver, bool kGathered, bool kRecords>
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
 __global__ void __launch_bounds__(kRunThreads, 1)
     run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
                    const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
                    const __grid_constant__ ExchangeView<kGathered> view, const __grid_constant__ RecordingOf<kRecords> record) {
-    run_all<kSolver, kGathered, kRecords, false>(ids, rewritten, t, in, given, out, view, record);
+    run_all<kSolver, kGathered, kRecords, kRanked>(ids, rewritten, t, in, given, out, view, record);
 }
 
 template <bool kGathered, bool kRecords>
 using RunKernel = void (*)(const void *, void *, Tables, RunIds, CountMatrix<false>, PlanOut, ExchangeView<kGathered>, RecordingOf<kRecords>);
 
-template <bool kGathered, bool kRecords>
+template <bool kGathered, bool kRecords, bool kRanked = false>
 RunKernel<kGathered, kRecords> run_kernel(Solver solver) {
     switch (solver) {
     case kTwoColours:
     case kFourColours:
-        return run_in_cluster<kFourColours, kGathered, kRecords>;
+        return run_in_cluster<kFourColours, kGathered, kRecords, kRanked>;
     case kEightColours:
-        return run_in_cluster<kEightColours, kGathered, kRecords>;
+        return run_in_cluster<kEightColours, kGathered, kRecords, kRanked>;
     case kOneWord:
-        return run_in_cluster<kOneWord, kGathered, kRecords>;
+        return run_in_cluster<kOneWord, kGathered, kRecords, kRanked>;
     default:
-        return run_in_cluster<kTwoWords, kGathered, kRecords>;
+        return run_in_cluster<kTwoWords, kGathered, kRecords, kRanked>;
     }
 }
 
 // Compiled in a file of their own.
 extern template RunKernel<false, true> run_kernel<false, true>(Solver);
 extern template RunKernel<true, true> run_kernel<true, true>(Solver);
+extern template RunKernel<false, false> run_kernel<false, false, true>(Solver);
+extern template RunKernel<true, false> run_kernel<true, false, true>(Solver);
 
 }  // namespace lplb

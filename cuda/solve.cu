@@ -61,6 +61,7 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int32_t coun
                       Tables(planner), loads, out, record);
     };
     if (records(planner)) return start(solve_kernel<false, true>(solver), Recording::of(planner));
+    if (planner.ranked) return start(plain ? solve_kernel<true, false, true>(solver) : solve_kernel<false, false, true>(solver), NoRecording());
     return start(plain ? solve_kernel<true, false>(solver) : solve_kernel<false, false>(solver), NoRecording());
 }
 
@@ -81,8 +82,12 @@ int32_t prepare_solve(const lplbk_planner &planner) {
     if (solver == kInterior && planner.shape.group_size > LPLBK_MAX_INTERIOR_GROUP) return LPLBK_UNSUPPORTED;
     const int64_t bytes = shared_bytes(planner, solver);
     if (records(planner)) return allow_shared(planner.info, solve_kernel<false, true>(solver), bytes);
-    const int32_t error = allow_shared(planner.info, solve_kernel<false, false>(solver), bytes);
-    return error != 0 ? error : allow_shared(planner.info, solve_kernel<true, false>(solver), bytes);
+    int32_t error = 0;
+    for (const auto kernel : {solve_kernel<false, false>(solver), solve_kernel<true, false>(solver), solve_kernel<false, false, true>(solver),
+                              solve_kernel<true, false, true>(solver)}) {
+        if (error == 0) error = allow_shared(planner.info, kernel, bytes);
+    }
+    return error;
 }
 
 }  // namespace lplb

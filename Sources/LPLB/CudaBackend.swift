@@ -117,13 +117,14 @@ final class CudaBackend: PlannerBackend {
 
     func set(_ capacities: RankCapacities?, digest: Int32?, stream: UnsafeMutableRawPointer?) throws(Failure) {
         if let digest {
-            let alike = [Int32](repeating: 0, count: 2 * shape.epSize)
+            let alike = [Int32](repeating: RankCapacities.normalSpeed, count: shape.epSize) + [Int32](repeating: 0, count: shape.epSize)
             let error = (capacities.map { $0.speed + $0.fixed } ?? alike).withUnsafeBufferPointer {
                 cuda.set_capacity(state, capacities == nil ? 0 : 1, $0.baseAddress, digest, stream)
             }
             try check(error, "setting capacities on device \(device)")
         }
         self.capacities = capacities
+        state.pointee.ranked = capacities == nil ? 0 : 1
     }
 
     /// The layout and the memory, with the first placement: they stay.

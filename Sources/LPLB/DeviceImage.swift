@@ -95,11 +95,10 @@ struct DeviceImage {
 
     /// ranked, speed and fixed.
     private func ranks() {
-        guard let capacities else { return }
-        put(layout.ranked, 0, 1)
+        put(layout.ranked, 0, capacities == nil ? 0 : 1)
         for rank in 0..<network.shape.epSize {
-            put(layout.speed, rank, capacities.speed[rank])
-            put(layout.fixed, rank, capacities.fixed[rank])
+            put(layout.speed, rank, capacities?.speed[rank] ?? RankCapacities.normalSpeed)
+            put(layout.fixed, rank, capacities?.fixed[rank] ?? 0)
         }
     }
 

@@ -1,17 +1,26 @@
 // Balanced: the placement with the best even split over replicas, for dispatch that gives every replica of an expert the same.
 
 /// Copies by the heaviest share, the copies to ranks by longest processing time, then swaps until the heaviest rank is within the
-/// tolerance of the mean.
+/// tolerance of the mean. Where there are few slots, other numbers of copies are tried, too.
 /// - Parameters:
 ///   - weight: [nLogical]
 ///   - tolerance: by how much of the mean, or of a higher target, the heaviest rank may exceed it.
 func placeBalanced(_ board: Board, weight: UnsafePointer<Double>, tolerance: Double, target: Double = 0) {
-    board.clear()
     let limit = max(board.live.count, (board.nSlots + board.nLogical - 1) / board.nLogical)
     replicate(board, weight: weight, limit: limit)
-    packHeaviestFirst(board, copiesByShare(board))
     let mean = (0..<board.nLogical).reduce(0.0) { $0 + weight[$1] } / Double(max(1, board.live.count))
-    SwapSearch(board).refine(to: max(mean, target) * (1 + tolerance))
+    let level = max(mean, target) * (1 + tolerance)
+    arrangeCopies(board, to: level)
+    if board.nSlots > JointSearch.mostSlots || board.heaviest <= level * JointSearch.worthwhile { return }
+    var search = JointSearch(board, weight: weight, level: level)
+    search.run()
+}
+
+/// Places copies that are given with their shares.
+func arrangeCopies(_ board: Board, to level: Double) {
+    board.clear()
+    packHeaviestFirst(board, copiesByShare(board))
+    SwapSearch(board).refine(to: level)
 }
 
 /// Each copy to the lightest rank that has room and does not hold its expert. Where there is none, a copy of another expert makes way to a

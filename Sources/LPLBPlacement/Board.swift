@@ -83,6 +83,9 @@ final class Board {
         load[rank] = sum
     }
 
+    /// The load of the heaviest rank.
+    var heaviest: Double { live.reduce(0.0) { max($0, load[$1]) } }
+
     /// mean / max load of the live ranks; 1 without any load.
     var balance: Double {
         var most = 0.0, sum = 0.0

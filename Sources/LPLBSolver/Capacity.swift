@@ -24,6 +24,14 @@ struct RankCosts {
     let fixed: UnsafePointer<Int64>
     /// The largest `fixed`, in 1/1024 unit: no level is below it.
     let least: Int64
+    /// The ranks of the group that are alike, counted together.
+    let kinds: UnsafeBufferPointer<Kind>
+
+    struct Kind: BitwiseCopyable {
+        var speed: Int64 = 0
+        var fixed: Int64 = 0
+        var times: Int64 = 0
+    }
 
     /// Bits of speed and of the fraction of T: a unit takes a rank 2^20 / speed.
     static let bits: Int64 = 20
@@ -33,9 +41,12 @@ struct RankCosts {
 
     /// floor((T - start) * speed / 2^20) for a T of at least `least`.
     @inline(__always)
-    func cap(_ rank: Int, at level: Int64) -> Int64 {
-        let product = (level &- start(rank)).multipliedFullWidth(by: speed[rank])
-        return product.high &<< (64 &- RankCosts.bits) | Int64(bitPattern: UInt64(product.low) &>> UInt64(RankCosts.bits))
+    func cap(_ rank: Int, at level: Int64) -> Int64 { RankCosts.units(level &- start(rank), speed[rank]) }
+
+    @inline(__always)
+    private static func units(_ time: Int64, _ speed: Int64) -> Int64 {
+        let product = time.multipliedFullWidth(by: speed)
+        return product.high &<< (64 &- bits) | Int64(bitPattern: UInt64(product.low) &>> UInt64(bits))
     }
 
     /// The least T with cap(rank) >= units.
@@ -46,26 +57,36 @@ struct RankCosts {
     /// The least T at which the ranks of a set, which is not empty, may hold `units` together.
     func level(of units: Int64, on ranks: RankSet) -> Int64 {
         var count: Int64 = 0, speeds: Int64 = 0, starts: Int64 = 0
-        ranks.forEach { rank in
-            count &+= 1
-            speeds &+= speed[rank]
-            starts &+= start(rank) &* speed[rank]
+        forEach(ranks) { speed, start, times in
+            count &+= times
+            speeds &+= speed &* times
+            starts &+= start &* speed &* times
         }
         // Without rounding it would be this, or `least`. Each cap is rounded down, by less than a unit, so a unit more for each is enough.
         var low = max(least, ceiling(units &<< RankCosts.bits &+ starts, speeds))
-        if holds(ranks, at: low, units) { return low }
+        if sum(ranks, at: low) >= units { return low }
         var high = low &+ ceiling(count &<< RankCosts.bits, speeds)
         while high &- low > 1 {
             let middle = low &+ (high &- low) / 2
-            if holds(ranks, at: middle, units) { high = middle } else { low = middle }
+            if sum(ranks, at: middle) >= units { high = middle } else { low = middle }
         }
         return high
     }
 
-    private func holds(_ ranks: RankSet, at level: Int64, _ units: Int64) -> Bool {
+    private func sum(_ ranks: RankSet, at level: Int64) -> Int64 {
         var sum: Int64 = 0
-        ranks.forEach { sum &+= cap($0, at: level) }
-        return sum >= units
+        forEach(ranks) { speed, start, times in sum &+= RankCosts.units(level &- start, speed) &* times }
+        return sum
+    }
+
+    /// Visits speeds and starts of a set; of all ranks each kind once, with how many ranks are of it.
+    @inline(__always)
+    private func forEach(_ ranks: RankSet, _ visit: (_ speed: Int64, _ start: Int64, _ times: Int64) -> Void) {
+        if ranks.count == ranks.size {
+            for kind in 0..<kinds.count { visit(kinds[kind].speed, kinds[kind].fixed &<< 10, kinds[kind].times) }
+        } else {
+            ranks.forEach { visit(speed[$0], start($0), 1) }
+        }
     }
 
     @inline(__always)

@@ -112,15 +112,7 @@ public final class FlowSolver {
     /// What the ranks may hold from the next solve on; nil: they are alike.
     public func set(_ capacities: RankCapacities?) {
         ranked = capacities != nil
-        guard let capacities else { return }
-        let size = network.shape.groupSize
-        for rank in 0..<network.shape.epSize {
-            memory.speed[rank] = Int64(capacities.speed[rank])
-            memory.fixed[rank] = Int64(capacities.fixed[rank])
-        }
-        for group in 0..<network.shape.nGroups {
-            memory.least[group] = 1024 * Int64(capacities.fixed[group * size..<(group + 1) * size].max() ?? 0)
-        }
+        if let capacities { memory.set(capacities) }
     }
 
     /// Bit r of the words: rank r of the group is in the witness. `witnessWords` words.

@@ -56,7 +56,7 @@ struct Group {
         base = memory.base + firstRank
         rankStart = network.rankStart.baseAddress! + firstRank
         witness = RankSet(words: memory.witness + index &* FlowSolver.witnessWords, size: size)
-        costs = ranked ? RankCosts(speed: memory.speed + firstRank, fixed: memory.fixed + firstRank, least: memory.least[index]) : nil
+        costs = ranked ? memory.costs(ofGroup: index) : nil
     }
 
     /// Rounds of the loop after which it gives up, a guard that is never met.
@@ -152,8 +152,13 @@ struct Group {
 
     func result(_ state: GroupState) -> GroupResult {
         var result = GroupResult()
-        for r in 0..<size { result.maxLoad = max(result.maxLoad, state.capacity.level(of: load[r], on: r)) }
         result.bound = state.capacity.level
+        if costs != nil && !exceeds(state.capacity) {
+            // T is the least level that its witness can have, so no split that keeps within T has a lower one.
+            result.maxLoad = result.bound
+        } else {
+            for r in 0..<size { result.maxLoad = max(result.maxLoad, state.capacity.level(of: load[r], on: r)) }
+        }
         result.total = state.total
         result.rounds = Int64(state.rounds)
         result.witnessSize = witness.count

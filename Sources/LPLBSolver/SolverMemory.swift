@@ -54,6 +54,9 @@ struct SolverMemory {
     let speed: UnsafeMutablePointer<Int64>
     let fixed: UnsafeMutablePointer<Int64>
     let least: UnsafeMutablePointer<Int64>
+    /// [epSize] of which each group uses its own part as far as it has kinds, [nGroups].
+    let kinds: UnsafeMutablePointer<RankCosts.Kind>
+    let nKinds: UnsafeMutablePointer<Int>
     /// [groupSize], see Capacity.
     let caps: UnsafeMutablePointer<Int64>
     /// [groupSize] each.
@@ -94,6 +97,8 @@ struct SolverMemory {
         speed = arena.filled(shape.epSize, 0)
         fixed = arena.filled(shape.epSize, 0)
         least = arena.filled(shape.nGroups, 0)
+        kinds = arena.filled(shape.epSize, RankCosts.Kind())
+        nKinds = arena.filled(shape.nGroups, 0)
         caps = arena.filled(shape.groupSize, 0)
         incoming = arena.filled(shape.groupSize, 0)
         distance = arena.filled(shape.groupSize, 0)
@@ -105,6 +110,32 @@ struct SolverMemory {
         results = arena.filled(shape.nGroups, GroupResult())
         levels = arena.filled(shape.nGroups, GroupLevel())
         witness = arena.filled(shape.nGroups * FlowSolver.witnessWords, 0)
+    }
+
+    /// What the ranks may hold.
+    func set(_ capacities: RankCapacities) {
+        let size = network.shape.groupSize
+        for group in 0..<network.shape.nGroups {
+            var numbers: [UInt64: Int] = [:], latest: Int64 = 0
+            let kinds = kinds + group * size
+            for rank in group * size..<(group + 1) * size {
+                (speed[rank], fixed[rank]) = (Int64(capacities.speed[rank]), Int64(capacities.fixed[rank]))
+                latest = max(latest, fixed[rank])
+                let key = UInt64(speed[rank]) << 32 | UInt64(fixed[rank]), number = numbers[key] ?? numbers.count
+                if number == numbers.count { kinds[number] = RankCosts.Kind(speed: speed[rank], fixed: fixed[rank]) }
+                numbers[key] = number
+                kinds[number].times += 1
+            }
+            nKinds[group] = numbers.count
+            least[group] = latest << 10
+        }
+    }
+
+    func costs(ofGroup group: Int) -> RankCosts {
+        let first = group * network.shape.groupSize
+        return RankCosts(
+            speed: speed + first, fixed: fixed + first, least: least[group],
+            kinds: UnsafeBufferPointer(start: kinds + first, count: nKinds[group]))
     }
 
     /// Fixed loads of the ranks and loads of the bundles, in units.

@@ -127,6 +127,22 @@ def test_flow_is_made_for_exact_dispatch():
     assert (balanced.even_balance > 0.999).all() and not balanced.duplicates.any()
 
 
+def test_flow_keeps_what_the_history_itself_allows():
+    """Without drift it is hardly worse than the balanced placement, and with too few replicas for hubs it is that placement or better."""
+    history, _ = drifted(2, experts=64)
+    for ranks, slots in ((16, 80), (16, 72)):
+        flow, balanced = (place(history, ep_size=ranks, slots=slots, policy=policy) for policy in ("flow", "balanced"))
+        assert (flow.exact_balance > 0.99 * balanced.exact_balance - 1e-9).all()
+
+
+def test_copies_and_places_are_chosen_together_where_there_are_few():
+    """Greedy copies (five of each heavy expert) make the heaviest rank 232 here, whatever the places are."""
+    loads = np.array([[600, 560, 120, 120, 20, 10, 10, 10.]])
+    placed = place(loads, ep_size=8, slots=16, policy="balanced")
+    check(placed, loads, [2] * 8)
+    assert loads.sum() / 8 / placed.even_balance[0] == pytest.approx(560 / 3 + 10)
+
+
 def test_repair_recovers_what_drift_took():
     history, arriving = drifted(1)
     placed = place(history, ep_size=32, slots=160)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from ast import literal_eval
@@ -15,7 +16,7 @@ torch = pytest.importorskip("torch")
 import both_devices
 
 import lplb
-from lplb import InvalidArgument, Planner, WrongOrder
+from lplb import InvalidArgument, Planner, Unsupported, WrongOrder
 from lplb.topology import CUBE_8P2E
 
 RECORDS = {"history": True, "metrics": True}
@@ -119,6 +120,18 @@ def test_refused_in_words():
         lplb.history(plain)
     with pytest.raises(InvalidArgument, match="planners: must be a sequence of planners"):
         lplb.history([plain, 3])
+
+
+def test_costs_other_than_tokens():
+    """A history is of tokens whatever is balanced; metrics know tokens only, and say so."""
+    planner, ids = cube(metrics=False, unit=16), torch.arange(64).repeat(3)
+    planner.set_capacity(speed=[1024] * 7 + [512])
+    planner.run(ids, None)
+    assert copy.deepcopy(planner).history(at=0).sum() == 0 and planner.history(at=1).tolist() == [3] * 64
+    with pytest.raises(Unsupported, match="unit: must be 0 or 1 with LPLB_RECORD_METRICS"):
+        cube(unit="experts")
+    with pytest.raises(Unsupported, match="lplb_planner_set_capacity: needs a planner without LPLB_RECORD_METRICS"):
+        cube().set_capacity(speed=[1024] * 7 + [512])
 
 
 def test_metrics_by_name():

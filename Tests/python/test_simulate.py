@@ -462,3 +462,41 @@ def test_placements_from_files(tmp_path, capsys):
                       (["--placement", "best"], "--placement: must be flow, balanced, eplb or a .npy file")):
         code, said = simulate(capsys, trace, *words[:-2], *more)
         assert code == 2 and why in said.err
+
+
+# ---- other costs than tokens ----
+
+def test_units_active_experts_and_speeds(ids_file, tmp_path, capsys):
+    """The plans are optimal in what is counted, recomputed from the witnesses; splits by tokens and the greedy choice are never better."""
+    slow = tmp_path / "slow.txt"
+    slow.write_text("1024, 922\n1024 1024")
+    quick = ("--topology", "square", "--tokens-per-rank", 32)
+    for words, others in ((("--unit", 16), ["lplb by tokens"]), (("--unit", "experts"), ["greedy, fewest experts", "lplb by tokens"]),
+                          (("--speed", slow), ["lplb by tokens"]), (("--unit", 8, "--speed", slow), ["lplb by tokens"])):
+        code, out = simulate(capsys, ids_file, *quick, *words, "--json", tmp_path / "a.json")
+        assert code == 0 and "cost of a rank:" in out.out
+        rows = {row["policy"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+        assert [name for name in rows if name not in POLICIES] == others
+        assert rows["lplb"]["certified_fraction"] == 1 and rows["lplb"]["gap_solver_max"] == 0
+        for name in [*others, "even split", "random replica", "proportional"]:
+            assert rows[name]["imbalance_mean"] >= rows["lplb"]["imbalance_mean"] and rows[name]["gap_solver_max"] >= 0, name
+    _, config = simulate(capsys, ids_file, *quick), json.loads((tmp_path / "a.json").read_text())["config"]
+    assert (config["unit"], config["speed"]) == (8, [1024, 922, 1024, 1024])
+
+
+def test_the_greedy_choice_takes_the_rank_with_the_fewest_active_experts():
+    log2phy = np.array([[0, -1], [1, 4], [5, 3], [2, -1]], dtype=np.int32)  # 3 ranks of 2 slots
+    taken = policies.fewest_experts(np.array([[5, 1, 1, 0], [0, 2, 0, 0], [1, 0, 0, 0]]), policies.Replicas(log2phy, 6, 3, 1))
+    # expert 0 on rank 0; expert 1 then on rank 2 rather than 0; expert 2 on rank 1, which has none
+    assert taken.tolist() == [[5, 0, 0, 1, 1, 0], [0, 0, 0, 0, 2, 0], [1, 0, 0, 0, 0, 0]]
+
+
+def test_costs_that_cannot_be_are_refused(ids_file, tmp_path, capsys):
+    wrong = {"many.txt": "1 2 3 4 5", "zero.json": "[0, 1, 1, 1]", "word.txt": "1 2 3 four", "float.json": "[1.5, 1, 1, 1]"}
+    for name, content in wrong.items():
+        (tmp_path / name).write_text(content)
+    asked = [("--unit", "0"), ("--unit", "tokens"), ("--unit", str(2**31)), ("--speed", tmp_path / "none.txt"),
+             *(("--speed", tmp_path / name) for name in wrong)]
+    for words in asked:
+        code, out = simulate(capsys, ids_file, "--topology", "square", *words)
+        assert code == 2 and words[0] in out.err and out.err.count("\n") == 1, words

@@ -51,8 +51,10 @@ struct RankedCapacity {
     int64_t level;  // T
     int64_t mean;   // the first one, which all ranks together force
     int64_t least;  // no T is below: the latest start of a rank
+    bool differ;    // the ranks do; else each is of normal speed, since this is a graph of a time when they differed
     int total;      // tokens of all ranks; caps above it count as that
     int *caps;      // [ranks] in shared memory, or nullptr
+    bool writes;    // this thread writes its ranks' caps there
     int first;      // this thread's first rank
     int speed[kWords];  // 0: there is no such rank. It passes for one with room
     int64_t start[kWords];
@@ -68,17 +70,20 @@ struct RankedCapacity {
     __device__ __forceinline__ int more_at(int rank, int load) const { return load - caps[rank]; }
     __device__ static __forceinline__ int evened(int more, int other_more) { return (int)(((int64_t)more - other_more) / 2); }
 
-    // speeds, fixed: [n_ranks]. max_of(value), sum(value): of all ranks' values. All that can be done before the loads are known.
-    template <class Max, class Sum>
-    __device__ __forceinline__ void open(const int *speeds, const int *fixed, int n_ranks, int first_rank, int *shared, Max max_of, Sum sum) {
+    // speed_of(rank), fixed_of(rank): of those that there are. max_of(value), sum(value): of all ranks' values. All that can be done before the loads are known.
+    template <class SpeedOf, class FixedOf, class Max, class Sum>
+    __device__ __forceinline__ void open(bool they_differ, SpeedOf speed_of, FixedOf fixed_of, int n_ranks, int first_rank, int *shared,
+                                         bool writes_shared, Max max_of, Sum sum) {
+        differ = they_differ;
         caps = shared;
+        writes = writes_shared;
         first = first_rank;
         int latest = 0;
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
             const int rank = first + 32 * w;
-            speed[w] = rank < n_ranks ? speeds[rank] : 0;
-            const int units = rank < n_ranks ? fixed[rank] : 0;
+            speed[w] = rank < n_ranks ? speed_of(rank) : 0;
+            const int units = rank < n_ranks ? fixed_of(rank) : 0;
             start[w] = (int64_t)units << 10;
             latest = max(latest, units);
         }
@@ -139,7 +144,7 @@ private:
     __device__ __forceinline__ void set_cap(int w, const Held &at, int rise) {
         const uint64_t units = at.units + ((at.part + (uint64_t)(unsigned)rise * (unsigned)speed[w]) >> kBits);
         cap[w] = speed[w] > 0 ? (int)min(units, (uint64_t)total) : INT32_MAX;
-        if (caps != nullptr && speed[w] > 0) caps[first + 32 * w] = cap[w];
+        if (writes && speed[w] > 0) caps[first + 32 * w] = cap[w];
     }
 
     template <class Inside, class Sum>

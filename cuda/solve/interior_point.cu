@@ -5,7 +5,7 @@ namespace lplb {
 
 template <bool kRecords>
 SolveKernel<kRecords> interior_kernel() {
-    return solve_groups<kInterior, false, kRecords>;
+    return solve_groups<kInterior, false, kRecords, false>;
 }
 template SolveKernel<false> interior_kernel<false>();
 template SolveKernel<true> interior_kernel<true>();

@@ -38,7 +38,11 @@ public:
         const int chunk = ceil_div(most, kRows);
         n_rows_ = most > 0 ? ceil_div(most, chunk) : 1;
         single_ = chunk <= 1;
-        if constexpr (Cap::kRanked) end.open(space.speed, space.fixed, n_ranks, lane_id(), space.caps, warp_max, warp_sum);
+        if constexpr (Cap::kRanked) {
+            end.open(
+                *space.differ != 0, [&](int r) { return space.speed[r]; }, [&](int r) { return space.fixed[r]; }, n_ranks, lane_id(),
+                space.caps, warp_id() == 0, warp_max, warp_sum);  // every warp comes to the same
+        }
         n_arcs_ = max(min(degree - row_ * chunk, chunk), 0);
         arcs_ = t_.rank_arc + (n_arcs_ > 0 ? t_.rank_start[rank_] + row_ * chunk : 0);
         first_ = arc_at(0);

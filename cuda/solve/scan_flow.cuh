@@ -96,7 +96,9 @@ private:
     __device__ void begin_ranked(int base) {
         const auto max_of = [&](int value) { return across(value, true); };
         const auto sum = [&](int value) { return across(value, false); };
-        end.open(s_.speed, s_.fixed, n_ranks_, rank_, s_.caps, max_of, sum);
+        end.open(
+            *s_.differ != 0, [&](int r) { return s_.speed[r]; }, [&](int r) { return s_.fixed[r]; }, n_ranks_, rank_, s_.caps,
+            true, max_of, sum);
         end.begin(total, n_ranks_, sum);
         const bool over = valid_ && end.over(rank_, base);
         if (!__syncthreads_or(over)) return;

@@ -172,6 +172,8 @@ struct GroupSolve {
 template <Solver kSolver, bool kRecords>
 __device__ __noinline__ void solve_ranked(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
                                           const RecordingOf<kRecords> &record);
+template <bool kRanked, Solver kSolver>
+constexpr bool kMayFindRanked = !kRanked && kSolver != kInterior;
 
 template <Solver kSolver, bool kPlain, bool kRecords, bool kRanked>
 __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
@@ -179,7 +181,7 @@ __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<tru
     using Work = GroupSolve<kSolver, kPlain, kRecords, kRanked>;
     extern __shared__ int4 memory[];
     MARK(0);
-    const bool ranked = !kRanked && kSolver != kInterior && t.ranked();
+    const bool ranked = kMayFindRanked<kRanked, kSolver> && t.ranked();
     Work work(memory, t, loads, out, record);
     const SolveSpace &space = work.space;
     const int group = work.group;
@@ -187,15 +189,18 @@ __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<tru
     constexpr int kColours = Work::kLanes ? (int)kSolver : 1;
     int column[kColours] = {};
     LaneFlow<kColours, false, CapacityOf<kRanked, 1>> flow;
+    [[maybe_unused]] RankNumbers numbers;
     if (solves) {
         Image(t.image(group), t.at).load_lanes(column);
+        if constexpr (kRanked) numbers.fetch(t, group);
     } else {
         if (work.first < work.experts.n) work.first_expert = t.expert(work.experts.first + work.first);
         space.sums.clear(t.shape, 1, work.first, work.stride);
     }
     if constexpr (!Work::kLanes) space.open_group(t, group);
-    if constexpr (!kRanked && kSolver != kInterior) {
-        if (ranked) return solve_ranked<kSolver, kRecords>(t, loads, out, record);  // begins anew
+    if constexpr (kMayFindRanked<kRanked, kSolver>) {
+        // A vote, which the compiler knows to be one number for the warp.
+        if (__any_sync(kFullWarp, ranked)) return solve_ranked<kSolver, kRecords>(t, loads, out, record);  // begins anew
     }
     record.open();
     wait_for_stream();
@@ -204,7 +209,7 @@ __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<tru
     work.fetch();
     if constexpr (Work::kLanes) flow.open(column, t.shape.group_size);
     if constexpr (Work::kLanes && kRanked) {
-        if (solves) open_ranks(flow, t.speed(group), t.fixed(group), t.shape.group_size);
+        if (solves) numbers.open(flow, t.shape.group_size);
     }
     MARK(1);
     __syncthreads();
@@ -269,18 +274,19 @@ __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<tru
     MARK(7);
 }
 
-// Where the ranks differ: a call, so that it costs the others nothing.
+// Where the ranks differ, in a kernel that was launched for others (it records, or its graph is older): a call, so that it costs the others
+// nothing.
 template <Solver kSolver, bool kRecords>
 __device__ __noinline__ void solve_ranked(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
                                           const RecordingOf<kRecords> &record) {
     solve_all<kSolver, false, kRecords, true>(t, loads, out, record);
 }
 
-template <Solver kSolver, bool kPlain, bool kRecords>
+template <Solver kSolver, bool kPlain, bool kRecords, bool kRanked>
 __global__ void __launch_bounds__(512, 1)
     solve_groups(const __grid_constant__ Tables t, const __grid_constant__ CountMatrix<true> loads, const __grid_constant__ PlanOut out,
                  const __grid_constant__ RecordingOf<kRecords> record) {
-    solve_all<kSolver, kPlain, kRecords, false>(t, loads, out, record);
+    solve_all<kSolver, kPlain, kRecords, kRanked>(t, loads, out, record);
 }
 
 template <bool kRecords>
@@ -292,28 +298,30 @@ SolveKernel<kRecords> interior_kernel();
 extern template SolveKernel<false> interior_kernel<false>();
 extern template SolveKernel<true> interior_kernel<true>();
 
-// The one table of solvers.
-template <bool kPlain, bool kRecords>
+// The one table of solvers. kRanked: for planners whose ranks differ.
+template <bool kPlain, bool kRecords, bool kRanked = false>
 SolveKernel<kRecords> solve_kernel(Solver solver) {
     switch (solver) {
     case kTwoColours:
-        return solve_groups<kTwoColours, kPlain, kRecords>;
+        return solve_groups<kTwoColours, kPlain, kRecords, kRanked>;
     case kFourColours:
-        return solve_groups<kFourColours, kPlain, kRecords>;
+        return solve_groups<kFourColours, kPlain, kRecords, kRanked>;
     case kEightColours:
-        return solve_groups<kEightColours, kPlain, kRecords>;
+        return solve_groups<kEightColours, kPlain, kRecords, kRanked>;
     case kOneWord:
-        return solve_groups<kOneWord, kPlain, kRecords>;
+        return solve_groups<kOneWord, kPlain, kRecords, kRanked>;
     case kTwoWords:
-        return solve_groups<kTwoWords, kPlain, kRecords>;
+        return solve_groups<kTwoWords, kPlain, kRecords, kRanked>;
     case kInterior:
         return interior_kernel<kRecords>();
     default:
-        return solve_groups<kScan, kPlain, kRecords>;
+        return solve_groups<kScan, kPlain, kRecords, kRanked>;
     }
 }
 
-// Compiled in a file of its own.
+// Compiled in files of their own.
 extern template SolveKernel<true> solve_kernel<false, true>(Solver);
+extern template SolveKernel<false> solve_kernel<true, false, true>(Solver);
+extern template SolveKernel<false> solve_kernel<false, false, true>(Solver);
 
 }  // namespace lplb

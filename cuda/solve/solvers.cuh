@@ -54,6 +54,7 @@ struct SolveSpace {
     __device__ __forceinline__ void open_group(const Tables &t, int group) const {
 #pragma unroll 1
         for (int i = threadIdx.x; i < t.shape.group_size; i += blockDim.x) flow.speed[i] = t.speed(group)[i], flow.fixed[i] = t.fixed(group)[i];
+        if (threadIdx.x == 0) *flow.differ = t.ranked();
         const int4 *from = reinterpret_cast<const int4 *>(t.image(group));
 #pragma unroll 2
         for (int i = threadIdx.x; i < t.at.image_words / 4; i += blockDim.x) reinterpret_cast<int4 *>(image_copy)[i] = from[i];
@@ -75,11 +76,22 @@ __device__ __forceinline__ void solve_by_lanes(LaneFlow<kColours, kLateCall, Cap
     }
 }
 
-// What the ranks of a group may hold, where they differ; before its loads are known.
-template <class Flow>
-__device__ __forceinline__ void open_ranks(Flow &flow, const int *speed, const int *fixed, int n_ranks) {
-    flow.end.open(speed, fixed, n_ranks, lane_id(), nullptr, warp_max, warp_sum);
-}
+// What this lane's rank of a group may hold, where the ranks differ. Fetched with the lane's column.
+struct RankNumbers {
+    bool differ = false;
+    int speed = 0, fixed = 0;
+
+    __device__ __forceinline__ void fetch(const Tables &t, int group) {
+        differ = t.ranked();
+        if (lane_id() < t.shape.group_size) speed = t.speed(group)[lane_id()], fixed = t.fixed(group)[lane_id()];
+    }
+    // Before the loads are known. By a whole warp.
+    template <class Flow>
+    __device__ __forceinline__ void open(Flow &flow, int n_ranks) const {
+        flow.end.open(
+            differ, [&](int) { return speed; }, [&](int) { return fixed; }, n_ranks, lane_id(), nullptr, false, warp_max, warp_sum);
+    }
+};
 
 // The group's information, by the warp that solved it.
 template <int kColours, bool kLateCall, class Cap>
@@ -113,7 +125,10 @@ __device__ __forceinline__ void solve_pairs(const Tables &t, const SolveSpace &s
     space.image.load_lanes(column);
     LaneFlow<LPLBK_MAX_COLOURS, true, CapacityOf<kRanked, 1>> flow;
     flow.open(column, t.shape.group_size);
-    if constexpr (kRanked) open_ranks(flow, space.flow.speed, space.flow.fixed, t.shape.group_size);
+    if constexpr (kRanked) {
+        const int rank = min(lane_id(), t.shape.group_size - 1);
+        RankNumbers{*space.flow.differ != 0, space.flow.speed[rank], space.flow.fixed[rank]}.open(flow, t.shape.group_size);
+    }
     solve_by_lanes(flow, t.shape.group_size, space.flow.base, space.flow.sum, space.flow.x);
     if (write) write_lane_info(out, group, flow);
 }

@@ -74,6 +74,7 @@ struct FlowSpace {
     int *speed;     // [ranks] of the group, see RankedCapacity; set by SolveSpace::open_group
     int *fixed;     // [ranks]
     int *caps;      // [ranks]
+    int *differ;    // [1] 1: the ranks differ
     int *end;
 
     __host__ __device__ static int ranks(int group_size) { return round_up(group_size, 32); }
@@ -87,7 +88,7 @@ struct FlowSpace {
     // A multiple of 4.
     __host__ __device__ static int words_of(const lplbk_shape &shape) {
         const int n = ranks(shape.group_size);
-        return round_up(cleared_words(shape) + extra_words(shape) + 3 * n, 4);
+        return round_up(cleared_words(shape) + extra_words(shape) + 3 * n + 1, 4);
     }
     __host__ __device__ static int extra_words(const lplbk_shape &shape) {
         return shape.group_size <= 64 ? 32 * kMaskWarps : ranks(shape.group_size) + shape.max_bundles;
@@ -105,6 +106,7 @@ struct FlowSpace {
           speed(extra + extra_words(shape)),
           fixed(speed + ranks(shape.group_size)),
           caps(fixed + ranks(shape.group_size)),
+          differ(caps + ranks(shape.group_size)),
           end(memory + words_of(shape)) {}
 };
 

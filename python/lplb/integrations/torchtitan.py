@@ -94,8 +94,10 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
         if self.copies is None or not self.slots:
             return
         planner = self.copies.planner
-        with _disable_current_modes():  # torchtitan's SelectiveAC keeps results of copies to the host by their order, which is another when
-            history = torch.as_tensor(planner.history(reset=True))  # activations are recomputed, where none of this happens
+        # torchtitan's SelectiveAC keeps results of copies to the host by their order, which is another when activations are recomputed, where
+        # none of this happens.
+        with _disable_current_modes():
+            history = torch.as_tensor(planner.history(reset=True))
             planner.update_placement(natural_placement(self.num_experts, planner.ep_size, self.slots, history))
             self.copies.update()
 

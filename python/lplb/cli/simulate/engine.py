@@ -13,6 +13,7 @@ from ...placing import place
 from ...planner import Planner
 from .. import check
 from ..terminal import UsageError
+from .cost import Cost
 from .options import PLACEMENTS, Layout
 from .policies import Replicas
 
@@ -34,8 +35,8 @@ class RankPlans:
 class Engine:
     """One placement at a time; `place` replaces it for the next layer."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, cost: Cost = Cost()) -> None:
+        self.layout, self.cost = layout, cost
         self._planners: list[Planner] = []
 
     def close(self) -> None:
@@ -50,7 +51,8 @@ class Engine:
         if layout.r2o is not None:
             if not self._planners:
                 self._planners = [Planner(layout.r2o, layout.n_physical, layout.n_logical, layout.ranks, rank=rank, n_nodes=layout.nodes,
-                                          device="cpu") for rank in range(layout.ranks)]
+                                          device="cpu", unit=self.cost.unit) for rank in range(layout.ranks)]
+                self._set_speed()
             for planner in self._planners:
                 planner.update_redundancy_mapping(history if history.any() else None)
         else:
@@ -60,10 +62,16 @@ class Engine:
                 slots = placed(history, layout.n_physical, layout.ranks, layout.name, snapshots, layout.nodes)
             if not self._planners:
                 self._planners = [Planner.from_placement(slots, ep_size=layout.ranks, n_logical=layout.n_logical, rank=rank,
-                                                         n_nodes=layout.nodes, device="cpu") for rank in range(layout.ranks)]
+                                                         n_nodes=layout.nodes, device="cpu", unit=self.cost.unit)
+                                  for rank in range(layout.ranks)]
+                self._set_speed()
             for planner in self._planners:
                 planner.update_placement(slots)
         return np.asarray(self._planners[0].phy2log, dtype=np.int32)
+
+    def _set_speed(self) -> None:
+        for planner in self._planners if self.cost.speed is not None else []:
+            planner.set_capacity(speed=self.cost.speed)
 
     def change(self, policy: str, loads: Int64Array, max_moves: int | None) -> tuple[NDArray[np.int32], int]:
         """Changes the placement in force by a policy of lplb.place, for loads [n_logical]: phy2log and the moves."""

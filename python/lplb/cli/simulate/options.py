@@ -15,6 +15,7 @@ from ...topology import _COLUMNS, NAMES
 from ..common import Parser, check_results, whole
 from ..files import DEFAULT_LIMIT, read_npy
 from ..terminal import UsageError, shown
+from . import cost
 from .trace import TRACES, Cut, Trace, cut, load, load_sample
 
 DEFAULT_RANKS = 8
@@ -55,6 +56,7 @@ class Options:
     replace: int | None  # micro-batches between two placements by the policy
     max_moves: int | None  # of each repair or new placement of a layer
     seed: int
+    cost: cost.Cost
     json: str | None
     plot: str | None
     beside_eplb: bool = True  # play EPLB's placement, too
@@ -81,6 +83,7 @@ class Options:
             "n_logical": self.layout.n_logical, "n_physical": self.layout.n_physical,
             "tokens_per_rank": self.cut.tokens_per_rank, "history_length": self.cut.n_history,
             "history": self.history if isinstance(self.history, float) else ",".join(trace.name for trace in self.history),
+            "unit": self.cost.unit, "speed": None if self.cost.speed is None else self.cost.speed.tolist(),
             "repair": self.repair, "replace": self.replace, "max_moves": self.max_moves,
             "micro_batches": self.cut.n_batches, "layers": self.layers, "seed": self.seed,
         }
@@ -113,6 +116,7 @@ def add_arguments(parser: Parser) -> None:
                              "in a new placement)")
     parser.add_argument("--compare", action="store_true",
                         help="play topologies and placements with as many slots, and recommend one of them")
+    cost.add_arguments(parser)
     parser.add_argument("--layers", metavar="LIST", help="e.g. 0,3,5-7 (default: all)")
     parser.add_argument("--experts", type=positive, metavar="N",
                         help="logical experts (default: n_experts of the file, else the largest id + 1)")
@@ -128,7 +132,7 @@ def add_arguments(parser: Parser) -> None:
 def check(arguments: argparse.Namespace, given: Trace | None = None) -> Options:
     """Raises UsageError for whatever cannot be simulated. given: the trace, where it is in no file."""
     read = {"the trace": arguments.trace, "the history": arguments.history, "the topology": arguments.topology,
-            "the placement": arguments.placement}
+            "the placement": arguments.placement, "the speeds": arguments.speed}
     check_results(arguments, {what: path for what, path in read.items() if path is not None and os.path.isfile(path)})
     limit = arguments.unpack_limit * MIB
     if given is not None:
@@ -141,6 +145,7 @@ def check(arguments: argparse.Namespace, given: Trace | None = None) -> Options:
     return Options(
         trace=trace, layout=layout, layers=_layers(arguments.layers, trace.n_layers), history=history, seed=arguments.seed,
         repair=arguments.repair, replace=arguments.replace, max_moves=arguments.max_moves,
+        cost=cost.check(arguments.unit, arguments.speed, layout.ranks, limit),
         cut=cut(trace, layout.ranks, arguments.tokens_per_rank, history, arguments.seed), json=arguments.json, plot=arguments.plot)
 
 

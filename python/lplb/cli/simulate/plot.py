@@ -8,11 +8,11 @@ import numpy as np
 
 from ..common import use_pyplot, write_picture
 from ..terminal import harmless
-from .play import EPLB_EVEN, EPLB_EXACT, EVEN, LPLB, NO_REPLICAS, Played, Series
+from .play import EPLB_EVEN, EPLB_EXACT, EVEN, GREEDY, LPLB, NO_REPLICAS, TOKENS, Played, Series
 from .report import imbalance
 
 COLOURS = {"no replicas": "#9aa0a6", "even split": "#e8a33d", "random replica": "#c9784a", "fixed replica": "#a8628c",
-           "proportional": "#5f7fbf", "lplb": "#14866d", EPLB_EVEN: "#b0563f", EPLB_EXACT: "#3f7d95"}
+           GREEDY: "#7a8f3a", TOKENS: "#3f8f8a", "proportional": "#5f7fbf", "lplb": "#14866d", EPLB_EVEN: "#b0563f", EPLB_EXACT: "#3f7d95"}
 INK = "#30343a"
 MOST_LABELS = 24  # of ranks below the bars: more would touch each other
 
@@ -61,12 +61,12 @@ def _typical(axes: Any, played: Played) -> None:
         loads = series.loads[index][order]
         axes.bar(ranks + shift, loads, width, color=COLOURS[series.policy], label=f"{series.policy} (busiest {loads.max():,})", zorder=2)
         axes.axhline(loads.max(), color=COLOURS[series.policy], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    mean = before.loads[index].mean()
+    mean = before.mean[index]
     axes.axhline(mean, color=INK, linewidth=1, zorder=3, label=f"mean {mean:,.0f}")
     every = -(-order.size // MOST_LABELS)
     axes.set_xticks(ranks[::every], [str(rank) for rank in order[::every]])
     axes.set_xlabel(f"rank, busiest first {before.policy.replace('no replicas', 'without replicas')}")
-    axes.set_ylabel("tokens in this micro-batch")
+    axes.set_ylabel(f"{played.options.cost.words} in this micro-batch")
     axes.set_ylim(0, max(before.loads[index].max(), after.loads[index].max()) * 1.28)
     handles, labels = axes.get_legend_handles_labels()
     bars_first = sorted(range(len(labels)), key=lambda i: labels[i].startswith("mean"))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..common import table, wrapped
 from ..terminal import harmless, shown
-from .play import EPLB_EVEN, EPLB_EXACT, EVEN, LPLB, NO_REPLICAS, OTHER_PLACEMENTS, PROPORTIONAL, Played, Series
+from .play import EPLB_EVEN, EPLB_EXACT, EVEN, GREEDY, LPLB, NO_REPLICAS, OTHER_PLACEMENTS, PROPORTIONAL, TOKENS, Played, Series
 
 Float64Array = NDArray[np.float64]
 
@@ -17,13 +17,13 @@ Float64Array = NDArray[np.float64]
 def imbalance(series: Series) -> Float64Array:
     """max/mean load of the ranks, one figure a play."""
     loads = np.stack(series.loads)
-    return np.asarray(loads.max(axis=1) / loads.mean(axis=1), dtype=np.float64)
+    return np.asarray(loads.max(axis=1) / np.array(series.mean), dtype=np.float64)
 
 
 def idle(series: Series) -> float:
     """Share of the expert layers' time that the average rank waits for the busiest one, time being proportional to tokens."""
     loads = np.stack(series.loads)
-    return float(1 - loads.mean(axis=1).sum() / loads.max(axis=1).sum())
+    return float(1 - sum(series.mean) / loads.max(axis=1).sum())
 
 
 def rows(played: Played) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def rows(played: Played) -> list[dict[str, Any]]:
     result = []
     for series in played.series:
         ratio = imbalance(series)
-        tokens = sum(int(loads.sum()) for loads in series.loads)
+        tokens = series.tokens
         placement = _placement_gap(series)
         result.append({
             "policy": series.policy,
@@ -57,8 +57,7 @@ def rows(played: Played) -> list[dict[str, Any]]:
 
 
 def _placement_gap(series: Series) -> Float64Array:
-    mean = np.stack(series.loads).mean(axis=1)
-    return np.asarray(np.array(series.bound) / mean - 1, dtype=np.float64)
+    return np.asarray(np.array(series.bound) / np.array(series.mean) - 1, dtype=np.float64)
 
 
 def as_json(played: Played) -> dict[str, Any]:
@@ -124,6 +123,8 @@ def _heading(played: Played) -> list[str]:
     else:
         history = f"the first {cut.n_history} {unit}" if cut.n_history else "none"
     lines.append(f"history: {history}; played: {batch}")
+    if not options.cost.is_tokens:
+        lines.append(f"cost of a rank: {options.cost.words}; loads, optimum and mean are in it")
     if options.every:
         what, times = ("repaired", "repairs") if options.repair else ("placed anew", "placements")
         lines.append(f"{what} after every {options.every} micro-batches of a layer: {played.moves} moves in {len(played.changes)} {times}")
@@ -142,6 +143,11 @@ def _footnotes(played: Played) -> list[str]:
     node = "; leaves node: on another host" if layout.nodes > 1 else ""
     lines.append(f"leaves rank: tokens whose replica is on another rank than they are{node}. lplb serves a rank's own tokens first, then "
                  "those of its host.")
+    if played.of(TOKENS):
+        lines.append(f"'{TOKENS}' has as few tokens on the busiest rank as can be, and is measured by the same cost as the others.")
+    if played.of(GREEDY):
+        lines.append(f"'{GREEDY}': each active expert, those with the fewest replicas first, goes to the rank that holds it and has the "
+                     "fewest so far, as METRO's routing (arXiv 2512.09277) does.")
     if played.of(EPLB_EXACT):
         lines.append(f"'{EPLB_EVEN}' and '{EPLB_EXACT}': EPLB's placement by the same history in as many slots, which stays as it is.")
     if played.options.every:
@@ -170,8 +176,9 @@ def sentence(played: Played) -> str:
     assert exact is not None
     proven = sum(exact.at_optimum)
     versus = [f"{busiest(other) / busiest(LPLB):.2f} times as fast as {words}"
-              for other, words in ((NO_REPLICAS, "without replicas"), (EVEN, "with the even split")) if played.of(other)]
+              for other, words in ((NO_REPLICAS, "without replicas"), (EVEN, "with the even split"), (TOKENS, "with the split by tokens"),
+                                    (GREEDY, "with the greedy choice")) if played.of(other)]
     left = "all that is left is the placement's" if proven == len(exact.at_optimum) else "NOT all of what is left is the placement's"
     return (f"Of the time of the expert layers the average GPU waits for the busiest one {', '.join(waits)}: they run "
-            f"{' and '.join(versus)} (time taken as proportional to tokens, communication not counted).\n"
+            f"{' and '.join(versus)} (time taken as proportional to {played.options.cost.words}, communication not counted).\n"
             f"{proven} of {len(exact.at_optimum)} plans are proven optimal; {left}.")
