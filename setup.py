@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -38,7 +39,7 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 SONAME = "liblplb.so.0"
-DEFAULT_ARCHS = ["80", "90", "100", "120"]
+DEFAULT_ARCHS = ["80", "90", "100", *(["110"] if platform.machine() == "aarch64" else []), "120"]  # 110: Thor, which has no x86 host
 CUDA_WHEELS = "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.*"
 SWIFT_TIMEOUT = NVCC_TIMEOUT = 1800  # seconds; a hung compiler must not hang an installation for ever
 
@@ -130,6 +131,8 @@ def compile_cuda(toolkit: Toolkit) -> list[Path]:
     """Objects of cuda/*.cu, in build/cuda under the hash of all that they depend on, so that only what changed is compiled again."""
     archs = choose_archs(toolkit.nvcc)
     flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti"]
+    if platform.machine() != "x86_64":
+        flags += ["-Xcompiler", "-ffp-contract=off"]  # so that the host rounds as it does on x86-64, where gcc fuses nothing by default
     for arch in archs:
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     last = archs[-1].rstrip("af")  # sm_90a and the like have no PTX that later GPUs could use
@@ -345,8 +348,7 @@ class BdistWheel(_bdist_wheel):
     """One wheel serves every Python 3: the library does not link to Python. Its tag is manylinux_2_34 where the libraries keep to that."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        platform = self.plat_name or sysconfig.get_platform()
-        tag = platform.replace("-", "_").replace(".", "_")
+        tag = (self.plat_name or sysconfig.get_platform()).replace("-", "_").replace(".", "_")
         native = [path for path in self.get_finalized_command("build_py").native if ".so" in path.name]
         if tag.startswith("linux_") and native:
             beyond = [f"{path.name} needs {what}" for path in native for what in beyond_manylinux(path)]

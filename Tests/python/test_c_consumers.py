@@ -52,6 +52,7 @@ def test_the_headers_first_lines_plan_a_batch(installed: Installed, run: Run, tm
     lines = re.search(TEN_LINES, (ROOT / "include/lplb.h").read_text())
     assert lines is not None, "the header must begin with ten lines of C that plan one batch"
     body = re.sub(r"^ \*", "", lines[1], flags=re.MULTILINE)
+    assert all(line.strip() in (ROOT / "README.md").read_text() for line in body.splitlines()), "README.md shows the same program"
     (tmp_path / "ten.c").write_text(f"#include <lplb.h>\n#include <stdio.h>\nint main(void) {{\n{body}    for (int i = 0; i < 8; i++)"
                                     ' printf("%d", (int)(ids[i] / 3));\n    printf(" %d %d %d\\n", (int)plan.max_load, (int)plan.bound,'
                                     " plan.certified);\n    return 0;\n}\n")

@@ -8,6 +8,8 @@
 
 Placing (host, rarely)
     place             which expert goes where, for all layers at once: Placed, SlotMove
+    placement_report  what any placement gives: balance, tokens that leave ranks and hosts, copies to move: PlacementReport
+    history           tokens per expert of all layers, as planners with history=True have added them up
     topology          ready topologies, "cube" and others, for planners that may be placed again by a history of their own
     eplb              rebalance_experts of DeepSeek's EPLB, and vLLM's form of it
     homes             which replica of each expert owns its weights
