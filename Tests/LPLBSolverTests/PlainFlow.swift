@@ -71,11 +71,12 @@ struct PlainFlow {
     /// Units that rank r in EP may hold at level T, as the header says it.
     private func cap(_ rank: Int, _ level: Int64) -> Int64 {
         guard let capacities else { return level }
-        return max(0, Int64((Int128(level) - 1024 * Int128(capacities.fixed[rank])) * Int128(capacities.speed[rank]) >> 20))
+        return max(0, Int64(((Int128(level) - 1024 * Int128(capacities.fixed[rank])) * Int128(capacities.speed[rank])) >> 20))
     }
 
     /// The least level at which the ranks of a set hold so many units, by trying.
     private func raise(_ ranks: [Int], _ units: Int64, atLeast least: Int64) -> Int64 {
+        if capacities == nil { return ceiling(units, ranks.count) }
         var low = least - 1, high = max(1, least)
         func holds(_ level: Int64) -> Bool { ranks.reduce(Int128(0)) { $0 + Int128(cap($1, level)) } >= Int128(units) }
         while !holds(high) { high *= 2 }

@@ -60,7 +60,7 @@ def test_structs_equal_the_header(header):
     c_types = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "const int32_t *": ctypes.c_void_p,
                "const void *": ctypes.c_void_p, "const int64_t *": ctypes.c_void_p, "const double *": ctypes.c_void_p,
                "double *": ctypes.c_void_p, "double": ctypes.c_double, "int32_t *": ctypes.c_void_p, "int64_t *": ctypes.c_void_p, "lplb_dtype": ctypes.c_int32}
-    for name, struct in (("lplb_config", _c.Config), ("lplb_group_info", _c.GroupInfoStruct), ("lplb_plan_info", _c.PlanInfoStruct),
+    for name, struct in (("lplb_config", _c.Config), ("lplb_level", _c.LevelStruct), ("lplb_group_info", _c.GroupInfoStruct), ("lplb_plan_info", _c.PlanInfoStruct),
                          ("lplb_layout", _c.LayoutStruct), ("lplb_place_config", _c.PlaceConfig),
                          ("lplb_placement_report", _c.PlacementReportStruct), ("lplb_metrics", _c.MetricsStruct)):
         body = re.search(rf"typedef struct {name} \{{(.*?)\}}", header, flags=re.S).group(1)
@@ -83,7 +83,7 @@ def test_constants_equal_the_header(header):
     statuses = dict(re.findall(r"LPLB_ERROR_(\w+) = (\d+)", header))
     assert sorted(errors.BY_STATUS) == sorted(int(number) for number in statuses.values())
     assert _c.ERROR_BUSY == int(statuses["BUSY"])
-    for name in ("INT32", "INT64", "DEVICE_CPU", "WHOLE_BATCH", "RECORD_HISTORY", "RECORD_METRICS", "ANY_PLAN"):
+    for name in ("INT32", "INT64", "DEVICE_CPU", "WHOLE_BATCH", "RECORD_HISTORY", "RECORD_METRICS", "ANY_PLAN", "UNIT_EXPERTS", "SPEED_NORMAL"):
         assert getattr(_c, name) == constant(header, f"LPLB_{name}"), name
     assert f"#define LPLB_METRICS_ONE (INT64_C(1) << {_c.METRICS_ONE.bit_length() - 1})\n" in header
     assert _c.SOLVERS == {"flow": constant(header, "LPLB_SOLVER_FLOW"), "ipm": constant(header, "LPLB_SOLVER_IPM")}
@@ -165,7 +165,7 @@ def test_a_limit_of_one_solver_is_named_with_its_value():
 
 
 def test_limits_equal_the_header(header):
-    for name in ("RANKS", "EP_SIZE", "LOGICAL", "PHYSICAL", "LOGICAL_CUDA"):
+    for name in ("RANKS", "EP_SIZE", "LOGICAL", "PHYSICAL", "LOGICAL_CUDA", "SPEED", "FIXED"):
         assert getattr(_c, f"MAX_{name}") == int(re.search(rf"#define LPLB_MAX_{name} (\d+)", header).group(1)), name
     assert int(re.search(r"#define LPLB_MAX_LOAD \(INT64_C\(1\) << (\d+)\)", header).group(1)) == _c.MAX_LOAD.bit_length() - 1
     powers = {2**20: "2^20", 2**31 - 1: "2^31 - 1"}  # limits that the header gives in words
