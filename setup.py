@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -201,11 +202,23 @@ def compile_plugin(toolkit: Toolkit, nvshmem: Path) -> Path:
 # ---- The library -----------------------------------------------------------------------------------------------------------------
 
 
-def swift_build(objects: list[Path]) -> Path:
-    """Builds liblplb.so with Swift's own libraries linked in and with nothing exported but lplb.map's list."""
+def find_swift() -> str:
+    """The path of Swift. Asked for first: compiling the kernels takes minutes."""
+    needs = "lplb needs Swift 6.3 or later on PATH (https://www.swift.org/install/linux)"
     swift = shutil.which("swift")
     if swift is None:
-        raise SystemExit("swift not found: lplb needs Swift 6.3 or later on PATH (https://www.swift.org/install/linux)")
+        raise SystemExit(f"swift not found: {needs}")
+    said = subprocess.run([swift, "--version"], capture_output=True, text=True, timeout=120)
+    version = re.search(r"Swift version (\d+)\.(\d+)", said.stdout + said.stderr)
+    if said.returncode != 0 or version is None:
+        raise SystemExit(f"{swift} --version does not work: {needs}; it says: {' '.join((said.stdout + said.stderr).split())[:300]}")
+    if (int(version[1]), int(version[2])) < (6, 3):
+        raise SystemExit(f"{swift} is {version[0]}: {needs}")
+    return swift
+
+
+def swift_build(swift: str, objects: list[Path]) -> Path:
+    """Builds liblplb.so with Swift's own libraries linked in and with nothing exported but lplb.map's list."""
     # relro and now: all addresses of functions are looked up when the library is loaded, and the table of them cannot be written then.
     linker = [f"--version-script={ROOT / 'include/lplb.map'}", f"-soname={SONAME}", "-z", "defs", "-z", "relro", "-z", "now", "-s"]
     command = [swift, "build", "-c", "release", "--product", "lplb", "--package-path", str(ROOT), "-Xswiftc", "-static-stdlib",
@@ -223,9 +236,10 @@ def swift_build(objects: list[Path]) -> Path:
 
 def build_native(package: Path) -> list[Path]:
     """Writes the library, its header and its pkg-config and CMake files into `package`, the lplb package's folder; returns them all."""
+    swift = find_swift()
     toolkit = find_toolkit()
     objects = [*compile_cuda(toolkit), toolkit.cudart] if toolkit else []
-    library = swift_build(objects)
+    library = swift_build(swift, objects)
 
     written = []
 
@@ -251,6 +265,48 @@ def build_native(package: Path) -> list[Path]:
     place("lib/cmake/lplb/lplb-config.cmake", fill("lplb-config.cmake.in"))
     place("lib/cmake/lplb/lplb-config-version.cmake", fill("lplb-config-version.cmake.in"))
     return written
+
+
+# ---- What the libraries need of a system --------------------------------------------------------------------------------------------
+
+# PEP 600's manylinux_2_34: the newest versions of symbols, as auditwheel lists them, and the libraries that every such system has. NVSHMEM's
+# own library is looked for by the plugin alone, which is loaded only where NVSHMEM is.
+NEWEST = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13), "GCC": (7, 0, 0)}
+SYSTEM = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2",
+          "ld-linux-aarch64.so.1", "libnvshmem_host.so.3"}
+
+
+def beyond_manylinux(library: Path) -> list[str]:
+    """The libraries and versions of symbols that a 64-bit ELF file needs and manylinux_2_34 does not promise."""
+    data = library.read_bytes()
+    start, (size, number) = struct.unpack_from("<Q", data, 32)[0], struct.unpack_from("<HH", data, 54)
+    headers = [struct.unpack_from("<IIQQQQQQ", data, start + size * index) for index in range(number)]
+
+    def at(address: int) -> int:
+        return next(address - vaddr + offset for kind, _, offset, vaddr, _, length, *_ in headers
+                    if kind == 1 and vaddr <= address < vaddr + length)
+
+    offset, length = next((header[2], header[5]) for header in headers if header[0] == 2)
+    entries = [struct.unpack_from("<QQ", data, place) for place in range(offset, offset + length, 16)]
+    dynamic = dict(entries)
+    strings = at(dynamic[5])
+
+    def word(place: int) -> str:
+        return data[strings + place:data.index(b"\0", strings + place)].decode()
+
+    found = [name for name in (word(value) for tag, value in entries if tag == 1) if name not in SYSTEM]
+    place = at(dynamic[0x6FFFFFFE]) if 0x6FFFFFFE in dynamic else 0
+    for _ in range(dynamic.get(0x6FFFFFFF, 0)):  # of each library the versions that are needed
+        _, count, _, first, after = struct.unpack_from("<HHIII", data, place)
+        version = place + first
+        for _ in range(count):
+            name, following = struct.unpack_from("<II", data, version + 8)
+            family, _, digits = word(name).partition("_")
+            if digits[:1].isdigit() and tuple(map(int, digits.split("."))) > NEWEST.get(family, (999,)):
+                found.append(word(name))
+            version += following
+        place += after
+    return found
 
 
 # ---- setuptools ------------------------------------------------------------------------------------------------------------------
@@ -286,11 +342,17 @@ class BuildPy(_build_py):
 
 
 class BdistWheel(_bdist_wheel):
-    """One wheel serves every Python 3: the library does not link to Python."""
+    """One wheel serves every Python 3: the library does not link to Python. Its tag is manylinux_2_34 where the libraries keep to that."""
 
     def get_tag(self) -> tuple[str, str, str]:
         platform = self.plat_name or sysconfig.get_platform()
-        return "py3", "none", platform.replace("-", "_").replace(".", "_")
+        tag = platform.replace("-", "_").replace(".", "_")
+        native = [path for path in self.get_finalized_command("build_py").native if ".so" in path.name]
+        if tag.startswith("linux_") and native:
+            beyond = [f"{path.name} needs {what}" for path in native for what in beyond_manylinux(path)]
+            print(f"lplb: {'; '.join(beyond)}: the wheel is for systems like this one" if beyond else "lplb: manylinux_2_34", flush=True)
+            tag = tag if beyond else tag.replace("linux", "manylinux_2_34", 1)
+        return "py3", "none", tag
 
 
 class Develop(_develop):
@@ -307,15 +369,23 @@ class BinaryDistribution(Distribution):
 
 
 CLI = ["matplotlib>=3.5", "tqdm>=4.60"]
-TEST = [*CLI, "torch>=2.4", "scipy>=1.8", "pytest>=7", "pytest-timeout>=2.3", "mypy>=1.10", "setuptools>=64"]
+TEST = [*CLI, "torch>=2.4", "scipy>=1.8", "pytest>=7", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "mypy>=1.10", "setuptools>=64"]
 TEST += ["cmake>=3.20", "ninja", "pkgconf"]  # for the tests of the installed CMake and pkg-config files
+TEST += ["auditwheel>=6", "twine>=5", "check-wheel-contents>=0.6"]  # what PyPI and others would say of the wheel
 
-needs_wheels = cuda_mode() != "0" and cuda_sources() and not installed_nvcc()
+# Without Swift nothing is built: then pip need not fetch gigabytes of nvcc before it is told so.
+needs_wheels = cuda_mode() != "0" and cuda_sources() and not installed_nvcc() and shutil.which("swift") is not None
 
 setup(
     name="lplb",
     version=read_version(),
-    description="Exact, certified load balancing for Mixture-of-Experts training",
+    description="Exact, certified load balancing for Mixture-of-Experts training and serving",
+    keywords=["mixture of experts", "MoE", "expert parallelism", "load balancing", "EPLB", "LPLB", "CUDA"],
+    classifiers=[  # the licence is the owner's to choose
+        "Development Status :: 4 - Beta", "Environment :: GPU :: NVIDIA CUDA :: 13", "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research", "Operating System :: POSIX :: Linux", "Programming Language :: C",
+        "Programming Language :: Python :: 3", *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence", "Topic :: System :: Distributed Computing", "Typing :: Typed"],
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
@@ -325,6 +395,12 @@ setup(
     package_dir={"": "python"},
     packages=find_packages("python"),
     package_data={"lplb": ["py.typed"], "lplb.cli": ["data/*"]},
+    entry_points={
+        "console_scripts": ["lplb = lplb.cli.main:script"],
+        # each of the others does nothing before its environment variable asks for it
+        "vllm.general_plugins": ["lplb = lplb.integrations.vllm:register"],
+        "sglang.srt.plugins": ["lplb = lplb.integrations.sglang:register"],
+    },
     cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel, "develop": Develop},
     distclass=BinaryDistribution,
     zip_safe=False,

@@ -23,8 +23,10 @@ LPLBK_FUNCTION(free_mapped, free_mapped);
 LPLBK_FUNCTION(open, open);
 LPLBK_FUNCTION(close, close);
 LPLBK_FUNCTION(place, place);
+LPLBK_FUNCTION(set_capacity, set_capacity);
 LPLBK_FUNCTION(set_digest, set_digest);
 LPLBK_FUNCTION(read, read);
+LPLBK_FUNCTION(read_history, read_history);
 // count.cu, solve.cu, rewrite.cu, run.cu, layout.cu
 LPLBK_FUNCTION(count, count);
 LPLBK_FUNCTION(count_row, count_row);
@@ -36,6 +38,8 @@ LPLBK_FUNCTION(redirect_by_ratio, redirect_by_ratio);
 LPLBK_FUNCTION(run, run);
 LPLBK_FUNCTION(run_exchanging, run_exchanging);
 LPLBK_FUNCTION(lay_out, lay_out);
+// metrics.cu
+LPLBK_FUNCTION(reset, reset);
 // exchange.cu
 LPLBK_FUNCTION(exchange_alloc, exchange_alloc);
 LPLBK_FUNCTION(exchange_fill, exchange_fill);

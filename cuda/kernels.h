@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "exchange_view.h"
+#include "metrics_view.h"
 #include "replicas_view.h"
 #include "tables.h"
 
@@ -42,6 +43,8 @@ typedef struct lplbk_planner {
     int32_t solver;          /* LPLB_SOLVER_* */
     int32_t has_replicas;    /* 0: n_physical == n_logical, so that there is nothing to plan under any placement of this planner */
     int32_t fused_ids;       /* set by open: as many ids at most are planned in one launch */
+    int32_t ranked;          /* 1: the ranks differ. Chooses the kernels; what counts is the word in the tables, which graphs follow */
+    int32_t unused;
     lplbk_shape shape;
     lplbk_layout layout;     /* the rest is set by open, but for info */
     lplbk_device_info info;
@@ -59,6 +62,11 @@ typedef struct lplbk_planner {
     /* for rows whose digests differ */
     uint64_t report;         /* device address of an lplbk_report, 0: rows are never compared */
     int32_t traps;           /* 1: the kernel traps after reporting */
+    /* what is recorded */
+    int32_t keeps_history;
+    uint64_t page;           /* device address of an lplbk_metrics_page, 0: no metrics are kept */
+    int64_t *history;        /* [n_logical] and the number of plans, or NULL; set by open, as the next one */
+    uint64_t *metrics;       /* [LPLBK_METRICS] totals, and a ticket; or NULL */
 } lplbk_planner;
 
 /* One lplb_layout, checked; pointers on the device. What its parts do not use may be anything. */
@@ -108,10 +116,15 @@ typedef struct lplbk_backend {
     /* Another placement: tables [layout.words] in host memory, which all groups take over at once; quota, take and group_info become 0.
        Waits for the stream. A failure leaves the placement and the plan as they were. No capture. */
     int32_t (*LPLBK_SET place)(const lplbk_planner *planner, const int32_t *tables, void *stream);
+    /* What the ranks may hold: numbers [2][ep_size] in host memory, speeds and what is fixed; ranked 0: they are alike. And the digest that
+       goes with it. The plan stays. Waits for the stream. No capture. */
+    int32_t (*LPLBK_SET set_capacity)(const lplbk_planner *planner, int32_t ranked, const int32_t *numbers, int32_t digest, void *stream);
     /* Waits for the device to be idle, then writes the digest. */
     int32_t (*LPLBK_SET set_digest)(const lplbk_planner *planner, int32_t digest);
     /* The plan [lplbk_plan_words()] as the stream leaves it. Waits. */
     int32_t (*LPLBK_SET read)(const lplbk_planner *planner, int32_t *plan, void *stream);
+    /* The history [n_logical + 1] as the stream leaves it. Waits. */
+    int32_t (*LPLBK_SET read_history)(const lplbk_planner *planner, int64_t *history, void *stream);
 
     /* ---- Launches: nothing waits, nothing allocates, all can be captured ---- */
     /* `..64`: 0 for int32, 1 for int64. Shapes and rules are those of lplb.h. n_ids < 2^31. */
@@ -138,6 +151,8 @@ typedef struct lplbk_backend {
     int32_t (*LPLBK_SET run_exchanging)(const lplbk_planner *planner, const lplbk_exchange_view *view, const void *ids, int32_t ids64,
                                         int64_t n_ids, void *out, void *counter, int32_t counter64, int64_t max_blocks, void *stream);
     int32_t (*LPLBK_SET lay_out)(const lplbk_planner *planner, const lplbk_dispatch *dispatch, void *stream);
+    /* Zeroes the history, the metrics, or both; what is not kept is left out. */
+    int32_t (*LPLBK_SET reset)(const lplbk_planner *planner, int32_t history, int32_t metrics, void *stream);
 
     /* ---- Buffers of an exchange, which peers write ---- */
     /* Memory of its own 2 MiB pages, so that exporting it shows the peers nothing else, filled by exchange_fill. */

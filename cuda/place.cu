@@ -18,6 +18,17 @@ __global__ void __launch_bounds__(kThreads) adopt(const __grid_constant__ lplbk_
     for (int i = lplbk_plan_info() + first; i < words; i += stride) planner.plan[i] = 0;
 }
 
+// Takes over staged capacities and the digest that goes with them.
+__global__ void __launch_bounds__(kThreads) adopt_capacity(const __grid_constant__ lplbk_planner planner) {
+    wait_for_stream();
+    const lplbk_layout &at = planner.layout;
+    if (threadIdx.x == 0) planner.tables[at.digest] = planner.staged[at.digest], planner.tables[at.ranked] = planner.staged[at.ranked];
+    for (int r = threadIdx.x; r < planner.shape.ep_size; r += kThreads) {
+        planner.tables[at.speed + r] = planner.staged[at.speed + r];
+        planner.tables[at.fixed + r] = planner.staged[at.fixed + r];
+    }
+}
+
 int32_t prepare(lplbk_planner &planner) {
     OnDevice on(planner.device);
     if (on.error() != cudaSuccess) return taken(on.error());
@@ -27,13 +38,15 @@ int32_t prepare(lplbk_planner &planner) {
     return error != 0 ? error : prepare_run(planner);
 }
 
-// All in one piece of memory: [plan][tables][staged][scratch][dispatch], each at 16 bytes.
+// All in one piece of memory: [plan][tables][staged][scratch][dispatch][history][metrics], each at 16 bytes.
 int32_t allocate(lplbk_planner &planner) {
     int32_t end = 0;
     const int32_t plan = lplbk_section(&end, lplbk_plan_words(&planner.shape));
     const int32_t tables = lplbk_section(&end, planner.layout.words), staged = lplbk_section(&end, planner.layout.words);
     const int32_t scratch = lplbk_section(&end, multi_scratch_words(planner.shape));
     const int32_t dispatch = lplbk_section(&end, dispatch_words(planner.shape));
+    const int32_t history = lplbk_section(&end, planner.keeps_history ? 2 * (planner.shape.n_logical + 1) : 0);
+    const int32_t metrics = lplbk_section(&end, planner.page != 0 ? 2 * (LPLBK_METRICS + 1) : 0);
     void *memory = nullptr;
     const int32_t error = lplbk_alloc(planner.device, 4ll * end, &memory);
     if (error != 0) return error;
@@ -49,6 +62,8 @@ int32_t allocate(lplbk_planner &planner) {
     planner.staged = words + staged;
     planner.scratch = words + scratch;
     planner.dispatch = words + dispatch;
+    planner.history = planner.keeps_history ? reinterpret_cast<int64_t *>(words + history) : nullptr;
+    planner.metrics = planner.page != 0 ? reinterpret_cast<uint64_t *>(words + metrics) : nullptr;
     return 0;
 }
 
@@ -80,6 +95,25 @@ int32_t lplbk_place(const lplbk_planner *planner, const int32_t *tables, void *s
     return taken(error != cudaSuccess ? error : cudaStreamSynchronize(queue));
 }
 
+int32_t lplbk_set_capacity(const lplbk_planner *planner, int32_t ranked, const int32_t *numbers, int32_t digest, void *stream) {
+    using namespace lplb;
+    OnDevice on(planner->device);
+    if (on.error() != cudaSuccess) return taken(on.error());
+    const auto queue = static_cast<cudaStream_t>(stream);
+    const lplbk_layout &at = planner->layout;
+    cudaError_t error = cudaSuccess;
+    const auto stage = [&](int32_t section, const int32_t *words, int32_t n) {
+        if (error != cudaSuccess) return;
+        error = cudaMemcpyAsync(planner->staged + section, words, 4 * (size_t)n, cudaMemcpyHostToDevice, queue);
+    };
+    stage(at.digest, &digest, 1);
+    stage(at.ranked, &ranked, 1);
+    stage(at.speed, numbers, planner->shape.ep_size);
+    stage(at.fixed, numbers + planner->shape.ep_size, planner->shape.ep_size);
+    if (error == cudaSuccess) error = launch(planner->info, adopt_capacity, 1, kThreads, 0, 0, queue, *planner);
+    return taken(error != cudaSuccess ? error : cudaStreamSynchronize(queue));
+}
+
 int32_t lplbk_set_digest(const lplbk_planner *planner, int32_t digest) {
     using namespace lplb;
     OnDevice on(planner->device);
@@ -94,5 +128,9 @@ int32_t lplbk_set_digest(const lplbk_planner *planner, int32_t digest) {
 
 int32_t lplbk_read(const lplbk_planner *planner, int32_t *plan, void *stream) {
     return lplbk_download(planner->device, plan, planner->plan, 4ll * lplbk_plan_words(&planner->shape), stream);
+}
+
+int32_t lplbk_read_history(const lplbk_planner *planner, int64_t *history, void *stream) {
+    return lplbk_download(planner->device, history, planner->history, 8ll * (planner->shape.n_logical + 1), stream);
 }
 }

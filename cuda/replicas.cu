@@ -154,13 +154,13 @@ __device__ bool meet(const lplbk_exchange_view &view, const exchange::Call &call
 // Calls work() between two meetings of all ranks; ends the call.
 template <class Work>
 __device__ __forceinline__ void between_meetings(const lplbk_exchange_view &view, int32_t digest, Work &&work) {
-    __shared__ int32_t word;
+    __shared__ alignas(8) int32_t word[2];  // one is sent; the compiler loads it as a pair, as it does with counts
     __shared__ bool is_last;
     auto *state = reinterpret_cast<lplbk_exchange_state *>(view.state);
     const exchange::Call before = exchange::begin(view);
-    if (threadIdx.x == 0) word = digest;
+    if (threadIdx.x < 2) word[threadIdx.x] = threadIdx.x == 0 ? digest : 0;
     __syncthreads();
-    if (meet(view, before, &word, blockIdx.x == 0)) work();
+    if (meet(view, before, word, blockIdx.x == 0)) work();
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
@@ -171,7 +171,7 @@ __device__ __forceinline__ void between_meetings(const lplbk_exchange_view &view
     if (!is_last) return;
     // A rank on which a block gave up says nothing, so that all others give up, too.
     const exchange::Call after = {before.epoch + 1, *reinterpret_cast<volatile uint32_t *>(&state->fault)};
-    meet(view, after, &word, true);
+    meet(view, after, word, true);
     if (threadIdx.x == 0) {
         state->ticket = 0;
         exchange::end(view, after);

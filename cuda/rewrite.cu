@@ -3,6 +3,7 @@
 #include "ids.cuh"
 #include "backend.cuh"
 #include "launch.cuh"
+#include "metrics.cuh"
 #include "multi.cuh"
 #include "solve/tables.cuh"
 
@@ -82,7 +83,7 @@ struct RewriteChunks {
     const int32_t *rows;      // [n][n_logical] counts of each chunk, or running sums
     bool rows_are_sums;
     int32_t *cleared;         // [n_logical] or nullptr
-    int64_t *invalid;
+    InvalidIds invalid;
 };
 
 template <class Rule>
@@ -179,15 +180,14 @@ __global__ void __launch_bounds__(kThreads) rewrite(const void *ids, int ids64, 
             }
         }
     }
-    bad = warp_sum(bad);
-    if (lane_id() == 0 && bad != 0) atomicAdd(reinterpret_cast<unsigned long long *>(chunks.invalid), (unsigned long long)bad);
+    chunks.invalid.add(bad);
     if (chunks.cleared != nullptr && blockIdx.x == 0) {
         for (int e = threadIdx.x; e < n_logical; e += kThreads) chunks.cleared[e] = 0;
     }
 }
 
 __global__ void __launch_bounds__(kThreads) rewrite_slots(const void *ids, int ids64, void *out, int64_t n_ids, const int *code,
-                                                          int n_logical, int64_t *invalid, void *counter, int counter64, int n_groups) {
+                                                          int n_logical, InvalidIds invalid, void *counter, int counter64, int n_groups) {
     extern __shared__ int slots[];
     for (int e = threadIdx.x; e < n_logical; e += kThreads) slots[e] = code[e];
     wait_for_stream();
@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(kThreads) rewrite_slots(const void *ids, int i
             static_cast<Id *>(out)[i] = (Id)(id < kBadId ? slots[id] : -1);
         }
     });
-    bad = warp_sum(bad);
-    if (lane_id() == 0 && bad != 0) atomicAdd(reinterpret_cast<unsigned long long *>(invalid), (unsigned long long)bad);
+    invalid.add(bad);
     if (counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
         if (counter64) {
             atomicAdd(static_cast<unsigned long long *>(counter), (unsigned long long)n_groups);
@@ -230,8 +229,7 @@ cudaError_t rewrite_chunks(const lplbk_planner &planner, const void *ids, int32_
                          bool clear_totals, cudaStream_t stream) {
     const MultiScratch scratch = multi_scratch(planner);
     const RewriteChunks work{
-        n_ids, chunks.length, chunks.n, scratch.rows, false, clear_totals ? scratch.totals : nullptr,
-        planner.counters + LPLBK_COUNTER_INVALID};
+        n_ids, chunks.length, chunks.n, scratch.rows, false, clear_totals ? scratch.totals : nullptr, InvalidIds::of(planner)};
     return launch_rewrite(planner, ids, ids64, out, work, ByPlan{planner.take}, stream);
 }
 
@@ -242,9 +240,8 @@ cudaError_t rewrite_plainly(const lplbk_planner &planner, const void *ids, int32
     blocks = max(blocks, (int64_t)1);
     const int n_logical = planner.shape.n_logical;
     const int *code = planner.tables + planner.layout.code;
-    int64_t *invalid = planner.counters + LPLBK_COUNTER_INVALID;
     return launch(planner.info, rewrite_slots, (int)blocks, kThreads, 4 * n_logical, 0, stream, ids, ids64, out, n_ids, code,
-                  n_logical, invalid, counter, counter64, planner.shape.n_groups);
+                  n_logical, InvalidIds::of(planner), counter, counter64, planner.shape.n_groups);
 }
 
 int32_t prepare_rewrite(const lplbk_planner &planner) {
@@ -274,7 +271,7 @@ extern "C" int32_t lplbk_redirect_by_ratio(const lplbk_planner *planner, const v
     OnDevice on(planner->device);
     if (on.error() != cudaSuccess) return taken(on.error());
     const int64_t length = ceil_div64(ceil_div64(n_ids, n_chunks), 1024) * 1024;
-    const RewriteChunks chunks{n_ids, length, (int)n_chunks, cumulative, true, nullptr, planner->counters + LPLBK_COUNTER_INVALID};
+    const RewriteChunks chunks{n_ids, length, (int)n_chunks, cumulative, true, nullptr, InvalidIds::of(*planner)};
     const ByRatio rule{ratios, cumulative + (n_chunks - 1) * planner->shape.n_logical};
     return taken(launch_rewrite(*planner, ids, ids64, out, chunks, rule, static_cast<cudaStream_t>(stream)));
 }

@@ -10,24 +10,6 @@ namespace {
 constexpr int kFusedIds = 1 << 17;        // beyond, three launches are faster (measured on an H200)
 constexpr int kMaxWithoutCluster = 2048;  // ids that one block takes alone where there are no clusters
 
-template <bool kGathered>
-using RunKernel = void (*)(const void *, void *, Tables, RunIds, CountMatrix<false>, PlanOut, ExchangeView<kGathered>);
-
-template <bool kGathered>
-RunKernel<kGathered> kernel_of(Solver solver) {
-    switch (solver) {
-    case kTwoColours:
-    case kFourColours:
-        return run_in_cluster<kFourColours, kGathered>;
-    case kEightColours:
-        return run_in_cluster<kEightColours, kGathered>;
-    case kOneWord:
-        return run_in_cluster<kOneWord, kGathered>;
-    default:
-        return run_in_cluster<kTwoWords, kGathered>;
-    }
-}
-
 bool fused_shape(const lplbk_planner &planner) {
     const lplbk_shape &shape = planner.shape;
     const Solver solver = solver_of(planner);
@@ -53,12 +35,15 @@ int64_t shared_bytes(const lplbk_planner &planner, const FusedSize &size, int n_
     return 4ll * RunSpace(planner.shape, planner.layout, lanes, size.blocks, size.per_block, n_sources).words;
 }
 
+// Dynamic shared memory that a block can have.
+int most_shared_bytes(const lplbk_planner &planner) { return planner.info.shared_bytes - (records(planner) ? Recording::shared_bytes() : 0); }
+
 // n_sources: as in RunSpace.
 bool fused_fits(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks, int n_sources) {
     if (!fused_shape(planner) || n_ids > planner.fused_ids) return false;
     if (planner.info.max_cluster == 1 && n_ids > kMaxWithoutCluster) return false;
     const FusedSize size = fused_size(planner, n_ids, max_blocks);
-    return size.per_block <= kMaxPerBlock && shared_bytes(planner, size, n_sources) <= planner.info.shared_bytes;
+    return size.per_block <= kMaxPerBlock && shared_bytes(planner, size, n_sources) <= most_shared_bytes(planner);
 }
 
 // What one call of `run` is given.
@@ -72,25 +57,36 @@ struct Call {
     int64_t max_blocks;
 };
 
-template <bool kGathered>
-cudaError_t run_fused(const lplbk_planner &planner, const Call &call, const int32_t *rows, bool compare,
+template <bool kGathered, bool kRecords>
+cudaError_t run_fused_by(RunKernel<kGathered, kRecords> kernel, const lplbk_planner &planner, const Call &call, const int32_t *rows, bool compare,
                       const ExchangeView<kGathered> &view, cudaStream_t stream) {
     const FusedSize size = fused_size(planner, call.n_ids, call.max_blocks);
     const int n_sources = kGathered ? planner.shape.ep_size : 1;
-    const RunIds ids{call.n_ids, size.per_block, call.ids64, planner.counters + LPLBK_COUNTER_INVALID};
+    const RunIds ids{call.n_ids, size.per_block, call.ids64, InvalidIds::of(planner)};
     const CountMatrix<false> given{rows, n_sources, planner.shape.n_logical, planner.shape.n_logical + 1, 0};
     PlanOut out = PlanOut::of(planner, nullptr, nullptr, call.counter, call.counter64);
     if (compare) out.compare(planner);
     const int64_t bytes = shared_bytes(planner, size, kGathered && rows == nullptr ? n_sources : 0);
-    return launch(planner.info, kernel_of<kGathered>(solver_of(planner)), size.blocks, kRunThreads, (int)bytes,
-                  planner.info.max_cluster > 1 ? size.blocks : 0, stream, call.ids, call.out, Tables(planner), ids, given, out, view);
+    return launch(planner.info, kernel, size.blocks, kRunThreads, (int)bytes, planner.info.max_cluster > 1 ? size.blocks : 0, stream,
+                  call.ids, call.out, Tables(planner), ids, given, out, view, RecordingOf<kRecords>::of(planner));
 }
 
 template <bool kGathered>
+cudaError_t run_fused(const lplbk_planner &planner, const Call &call, const int32_t *rows, bool compare,
+                      const ExchangeView<kGathered> &view, cudaStream_t stream) {
+    const Solver solver = solver_of(planner);
+    if (records(planner)) {
+        return run_fused_by<kGathered, true>(run_kernel<kGathered, true>(solver), planner, call, rows, compare, view, stream);
+    }
+    const auto kernel = planner.ranked ? run_kernel<kGathered, false, true>(solver) : run_kernel<kGathered, false>(solver);
+    return run_fused_by<kGathered, false>(kernel, planner, call, rows, compare, view, stream);
+}
+
+template <bool kGathered, bool kRecords, bool kRanked>
 int32_t prepare_kernel(lplbk_planner &planner) {
-    const auto kernel = kernel_of<kGathered>(solver_of(planner));
-    // It has no static shared memory: fused_fits() reckons with all that a block can have.
-    const int32_t refused = allow_shared(planner.info, kernel, planner.info.shared_bytes);
+    const auto kernel = run_kernel<kGathered, kRecords, kRanked>(solver_of(planner));
+    // It has no other static shared memory: fused_fits() reckons with all that a block can have.
+    const int32_t refused = allow_shared(planner.info, kernel, most_shared_bytes(planner));
     if (refused != 0 || planner.info.max_cluster == 1) return refused;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return taken(error);
@@ -102,7 +98,7 @@ int32_t prepare_kernel(lplbk_planner &planner) {
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3((unsigned)blocks);
         config.blockDim = dim3(kRunThreads);
-        config.dynamicSmemBytes = (size_t)planner.info.shared_bytes;
+        config.dynamicSmemBytes = (size_t)most_shared_bytes(planner);
         config.attrs = &attribute;
         config.numAttrs = 1;
         int clusters = 0;
@@ -139,8 +135,14 @@ int32_t prepare_run(lplbk_planner &planner) {
     planner.fused_ids = kFusedIds;
     if (!fused_shape(planner)) return 0;
     if (planner.info.max_cluster > 1) planner.info.max_cluster = 16;
-    const int32_t error = prepare_kernel<false>(planner);
-    return error != 0 ? error : prepare_kernel<true>(planner);
+    if (records(planner)) {
+        const int32_t error = prepare_kernel<false, true, false>(planner);
+        return error != 0 ? error : prepare_kernel<true, true, false>(planner);
+    }
+    int32_t error = prepare_kernel<false, false, false>(planner);
+    if (error == 0) error = prepare_kernel<true, false, false>(planner);
+    if (error == 0) error = prepare_kernel<false, false, true>(planner);
+    return error != 0 ? error : prepare_kernel<true, false, true>(planner);
 }
 
 }  // namespace lplb

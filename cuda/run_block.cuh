@@ -22,8 +22,8 @@ template <bool kGathered>
 using ExchangeView = std::conditional_t<kGathered, lplbk_exchange_view, NoExchange>;
 
 // kGathered: the plan is made for everybody's counts, `given` in global memory or, where the view has ranks, exchanged here; else for those
-// of the ids alone.
-template <Solver kSolver, bool kGathered>
+// of the ids alone. kRanked: the ranks differ.
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
 struct ClusterRun {
     static constexpr bool kLanes = by_lanes(kSolver);
 
@@ -31,6 +31,7 @@ struct ClusterRun {
     const RunIds &in;
     const PlanOut &out;
     const ExchangeView<kGathered> &view;
+    const RecordingOf<kRecords> &record;
     const bool exchanges;
     const int n_blocks, block, warp;
     const bool writes;  // this block writes the plan
@@ -57,11 +58,12 @@ struct ClusterRun {
     unsigned overflow = 0;  // bit g: the total of group g does not fit 31 bits
 
     __device__ ClusterRun(int4 *memory, const Tables &t, const RunIds &in, const CountMatrix<false> &given, const PlanOut &out,
-                          const ExchangeView<kGathered> &view)
+                          const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record)
         : t(t),
           in(in),
           out(out),
           view(view),
+          record(record),
           exchanges(exchanging(view)),
           n_blocks((int)cluster_size()),
           block((int)cluster_rank()),
@@ -94,6 +96,8 @@ struct ClusterRun {
     __device__ int rows_of_warp() const { return ceil_div(rows(), kRunWarps - n_solvers); }
     __device__ int4 *cuts() const { return reinterpret_cast<int4 *>(words + at.cut); }
     __device__ int *arc_take() const { return words + at.cut; }
+    // Every block needs every expert's tokens on this rank: to exchange them, or to count their units.
+    __device__ bool needs_totals() const { return exchanges || (!kGathered && !t.in_tokens()); }
     __device__ int bundle_of(int i) const { return kLanes ? words[at.bundle + i] : i; }
     __device__ int load_words() const { return round_up(n_ranks + max_replicated, 4); }
     __device__ bool overflows(int group) const { return overflow != 0 && (overflow >> group & 1) != 0; }
@@ -196,7 +200,7 @@ struct ClusterRun {
                 atomicAdd(&block_loads[rank], mine);
             }
         }
-        if (n_blocks == 1 && !exchanges) return;
+        if (n_blocks == 1 && !needs_totals()) return;
 #pragma unroll 1
         for (int i = threadIdx.x; i < counter_words(t.shape.n_logical); i += kRunThreads) {
             packed[i] = counts[2 * i] | (2 * i + 1 < t.shape.n_logical ? counts[2 * i + 1] << 16 : 0);
@@ -213,7 +217,7 @@ struct ClusterRun {
                 all_loads[b * (load_words() / 4) + i] = cluster_load(reinterpret_cast<const int4 *>(block_loads) + i, b);
             }
         }
-        if (!exchanges) return;
+        if (!needs_totals()) return;
         for (int i = threadIdx.x; i < counter_words(t.shape.n_logical); i += kRunThreads) {
             const int2 both = totals_of(i);
             words[at.totals + 2 * i] = both.x;
@@ -266,7 +270,7 @@ struct ClusterRun {
             if constexpr (!kGathered) {
                 if (i >= n_ranks) {
                     add_bundled(i - n_ranks, sum);
-                } else if (sum != 0) {
+                } else if (sum != 0 && t.in_tokens()) {
                     atomicAdd(&space.sums.base[i], sum);
                 }
             }
@@ -274,15 +278,23 @@ struct ClusterRun {
         if constexpr (kGathered) {
             add_up_gathered();
         } else {
+            if (!t.in_tokens()) add_units_of_singles();
             __syncthreads();
+        }
+    }
+    __device__ __forceinline__ void add_units_of_singles() const {
+#pragma unroll 1
+        for (int expert = threadIdx.x; expert < t.shape.n_logical; expert += kRunThreads) {
+            const int units = code[expert] < 0 ? 0 : t.units(words[at.totals + expert]);
+            if (units != 0) atomicAdd(&space.sums.base[rank_of[expert]], units);
         }
     }
     __device__ __forceinline__ void add_bundled(int i, int mine) const {
         space.tokens[i] = mine;
         if constexpr (kLanes) {
-            atomicAdd(&space.sums.sum[bundle_of(i)], mine);
+            atomicAdd(&space.sums.sum[bundle_of(i)], t.units(mine));
         } else {
-            space.sums.sum[i] = mine;
+            space.sums.sum[i] = t.units(mine);
         }
     }
     __device__ __forceinline__ void add_up_gathered() {
@@ -293,10 +305,11 @@ struct ClusterRun {
             const int64_t total = gathered.total<true>(expert);
             const int all = fitted(total), c = code[expert];
             large |= total > kSurelyFits;
+            if (writes) record.add_tokens(expert, total);
             if (c < 0) {
                 add_bundled(-1 - c, all);
             } else {
-                atomicAdd(&space.sums.base[rank_of[expert]], all);
+                atomicAdd(&space.sums.base[rank_of[expert]], t.units(all));
                 if (writes) write(c, rank_of[expert], all, gathered.of(out.rank, expert));
             }
         }
@@ -323,13 +336,18 @@ struct ClusterRun {
                 if (group != warp) {
                     Image(t.image(group), t.at).load_lanes(column);
                     flow.open(column, shape.group_size);
+                    if constexpr (kRanked) {
+                        RankNumbers numbers;
+                        numbers.fetch(t, group);
+                        numbers.open(flow, shape.group_size);
+                    }
                 }
                 solve_by_lanes(flow, shape.group_size, space.sums.base + group * shape.group_size,
                                space.sums.sum + group * shape.max_bundles, space.sums.x + group * shape.max_arcs);
                 if (writes && shape.n_groups > n_solvers) write_lane_info(out, group, flow);
             }
         } else {
-            if (overflow == 0) solve_group<kSolver>(t, space, 0, out, writes);
+            if (overflow == 0) solve_group<kSolver, kRanked>(t, space, 0, out, writes);
         }
         if (overflow == 0 || !writes) return;
 #pragma unroll 1
@@ -366,6 +384,8 @@ struct ClusterRun {
         for (int i = threadIdx.x - 32 * n_solvers; i < counter_words(t.shape.n_logical); i += kRunThreads - 32 * n_solvers) {
             const int2 both =
                 n_blocks > 1 ? totals_of(i) : make_int2(counts[2 * i], 2 * i + 1 < t.shape.n_logical ? counts[2 * i + 1] : 0);
+            record.add_tokens(2 * i, both.x);
+            if (2 * i + 1 < t.shape.n_logical) record.add_tokens(2 * i + 1, both.y);
             if (code[2 * i] >= 0) write(code[2 * i], rank_of[2 * i], both.x, both.x);
             if (2 * i + 1 < t.shape.n_logical && code[2 * i + 1] >= 0) write(code[2 * i + 1], rank_of[2 * i + 1], both.y, both.y);
         }
@@ -409,7 +429,7 @@ struct ClusterRun {
             const int slots[2] = {cuts()[i].z, cuts()[i].w};
             const int ranks[2] = {slots[0] / out.n_local, slots[1] / out.n_local};
             const int *const arcs = space.sums.x + group * shape.max_arcs + 2 * (bundle - group * shape.max_bundles);
-            const Split quota = Split::of(t, space.sums, bundle, arcs, space.tokens, i, overflows(group));
+            const Split quota = Split::of(t, space.sums, bundle, arcs, space.tokens, i, true, overflows(group));
             const int quotas[2] = {quota(0), quota(1)};
             int take[2] = {quotas[0], quotas[1]};
             if constexpr (kGathered) {
@@ -503,26 +523,38 @@ struct ClusterRun {
             return space.image.slot(there);
         }
     }
-    __device__ __forceinline__ void count_bad() const {
-        const int sum = warp_sum(bad);
-        if (lane_id() == 0 && sum != 0) atomicAdd(reinterpret_cast<unsigned long long *>(in.invalid), (unsigned long long)sum);
+    // The groups for the metrics, by the warps that solve, which have no ids; the rest of their information is still to come.
+    __device__ __forceinline__ void record_groups() const {
+        for (int group = warp; group < t.shape.n_groups; group += n_solvers) record.add_group(out.info(group), kLanes, overflows(group));
     }
 };
 
-template <Solver kSolver, bool kGathered>
-__global__ void __launch_bounds__(kRunThreads, 1)
-    run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
-                   const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
-                   const __grid_constant__ ExchangeView<kGathered> view) {
-    using Run = ClusterRun<kSolver, kGathered>;
+template <Solver kSolver, bool kGathered, bool kRecords>
+__device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record);
+
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
+__device__ __forceinline__ void run_all(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
+    using Run = ClusterRun<kSolver, kGathered, kRecords, kRanked>;
     extern __shared__ int4 memory[];
     MARK(0);
-    Run run(memory, t, in, given, out, view);
+    const bool ranked = !kRanked && t.ranked();
+    Run run(memory, t, in, given, out, view, record);
     constexpr int kColours = Run::kLanes ? (int)kSolver : 1;
     int column[kColours] = {};
-    LaneFlow<kColours> flow;
+    LaneFlow<kColours, false, CapacityOf<kRanked, 1>> flow;
     if (Run::kLanes && run.warp < run.n_solvers) Image(t.image(run.warp), t.at).load_lanes(column);
+    [[maybe_unused]] RankNumbers numbers;
+    if constexpr (kRanked && Run::kLanes) {
+        if (run.warp < min(run.n_solvers, t.shape.n_groups)) numbers.fetch(t, run.warp);
+    }
     run.open();
+    if constexpr (!kRanked) {
+        // A vote, which the compiler knows to be one number for the warp. What is called begins anew.
+        if (__any_sync(kFullWarp, ranked)) return run_ranked<kSolver, kGathered, kRecords>(ids, rewritten, t, in, given, out, view, record);
+    }
+    record.open();
     wait_for_stream();
     exchange::Call call{};
     if constexpr (kGathered) {
@@ -540,6 +572,9 @@ __global__ void __launch_bounds__(kRunThreads, 1)
     MARK(3);
     cluster_arrive();
     if constexpr (Run::kLanes) flow.open(column, t.shape.group_size);
+    if constexpr (Run::kLanes && kRanked) {
+        if (run.warp < min(run.n_solvers, t.shape.n_groups)) numbers.open(flow, t.shape.group_size);
+    }
     cluster_wait();
     MARK(4);
     run.fetch_loads();
@@ -567,15 +602,65 @@ __global__ void __launch_bounds__(kRunThreads, 1)
         const bool solved = run.warp < run.n_solvers && !run.overflows(run.warp);
         if (solved && run.writes && t.shape.n_groups <= run.n_solvers) write_lane_info(out, run.warp, flow);
     }
+    if constexpr (!Run::kLanes) {
+        if (!t.in_tokens() && run.overflow == 0) {
+            arcs_to_tokens(t, run.space.image, run.space.flow.x, run.space.tokens);
+            __syncthreads();
+        }
+    }
+    const bool recording = kRecords && run.writes && run.warp < run.n_solvers;
+    const unsigned long long before = recording && run.warp == 0 ? record.before() : 0;
+    if (recording) run.record_groups();
     run.number_warps();
     run.write_sums(Run::kLanes ? run.split_pairs() : run.split_arcs());
     __syncthreads();
     MARK(18);
+    if (recording && run.warp == 0) record.end_plan(before, run.space.sums.late_word(lane_id(), Run::kLanes, out.rank));
     with_ids(rewritten, in.wide, [&](auto *rewritten) { run.rewrite_queued(rewritten); });
-    run.count_bad();
+    in.invalid.add(run.bad);
     MARK(19);
     cluster_wait();
     MARK(20);
 }
+
+// Where the ranks differ, in a kernel that was launched for others (it records, or its graph is older): a call, so that it costs the others
+// nothing.
+template <Solver kSolver, bool kGathered, bool kRecords>
+__device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
+                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
+    run_all<kSolver, kGathered, kRecords, true>(ids, rewritten, t, in, given, out, view, record);
+}
+
+template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
+__global__ void __launch_bounds__(kRunThreads, 1)
+    run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
+                   const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
+                   const __grid_constant__ ExchangeView<kGathered> view, const __grid_constant__ RecordingOf<kRecords> record) {
+    run_all<kSolver, kGathered, kRecords, kRanked>(ids, rewritten, t, in, given, out, view, record);
+}
+
+template <bool kGathered, bool kRecords>
+using RunKernel = void (*)(const void *, void *, Tables, RunIds, CountMatrix<false>, PlanOut, ExchangeView<kGathered>, RecordingOf<kRecords>);
+
+template <bool kGathered, bool kRecords, bool kRanked = false>
+RunKernel<kGathered, kRecords> run_kernel(Solver solver) {
+    switch (solver) {
+    case kTwoColours:
+    case kFourColours:
+        return run_in_cluster<kFourColours, kGathered, kRecords, kRanked>;
+    case kEightColours:
+        return run_in_cluster<kEightColours, kGathered, kRecords, kRanked>;
+    case kOneWord:
+        return run_in_cluster<kOneWord, kGathered, kRecords, kRanked>;
+    default:
+        return run_in_cluster<kTwoWords, kGathered, kRecords, kRanked>;
+    }
+}
+
+// Compiled in a file of their own.
+extern template RunKernel<false, true> run_kernel<false, true>(Solver);
+extern template RunKernel<true, true> run_kernel<true, true>(Solver);
+extern template RunKernel<false, false> run_kernel<false, false, true>(Solver);
+extern template RunKernel<true, false> run_kernel<true, false, true>(Solver);
 
 }  // namespace lplb

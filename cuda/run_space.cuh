@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ids.cuh"
+#include "metrics.cuh"
 #include "solve/solvers.cuh"
 
 namespace lplb {
@@ -18,7 +19,7 @@ struct RunIds {
     int64_t n;
     int per_block;  // a multiple of 32
     int wide;       // 1: they are int64
-    int64_t *invalid;
+    InvalidIds invalid;
 };
 
 // A queued id: its place in the block's part, and which occurrence of its expert in the warp's part it is.
@@ -35,7 +36,8 @@ struct RunSpace {
     // cut: LaneFlow: [max_replicated][4] tokens at the first place, at both, their slots; else by arc, tokens taken from it.
     // bundle [max_replicated]: LaneFlow's, of a bundled expert. before: occurrences in earlier blocks.
     // counts [n_logical] of this block; packed: the same in 16 bits. block_loads [n_ranks + max_replicated]; all_loads: those of all
-    // blocks. With an exchange: totals [n_logical], and behind them the digest; everyone [sources][n_logical].
+    // blocks. totals [n_logical] with an exchange, and behind them the digest, or with
+    // units of several tokens. With an exchange: everyone [sources][n_logical].
     int code, rank_of, cut, bundle, counts, block_loads, packed, warp_counts, all_loads, before, queue, ids, totals, everyone, words;
 
     // n_sources: ranks whose counts are exchanged, 0: none are.
@@ -59,7 +61,7 @@ struct RunSpace {
         before = section(max_replicated);
         queue = section(per_block);
         ids = section(per_block / 2);
-        totals = section(n_sources > 0 ? n_logical + 1 : 0);
+        totals = section(n_sources > 0 || shape.unit > 1 ? n_logical + 1 : 0);
         everyone = section(n_sources * n_logical);
         words = end;
     }

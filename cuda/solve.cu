@@ -38,27 +38,6 @@ int64_t shared_bytes(const lplbk_planner &planner, Solver solver) {
     return 4 * words + (solver == kInterior ? 8 * IpmSpace::doubles_of(shape) : 0);
 }
 
-// The one table of solvers.
-template <bool kPlain>
-SolveKernel kernel_of(Solver solver) {
-    switch (solver) {
-    case kTwoColours:
-        return solve_groups<kTwoColours, kPlain>;
-    case kFourColours:
-        return solve_groups<kFourColours, kPlain>;
-    case kEightColours:
-        return solve_groups<kEightColours, kPlain>;
-    case kOneWord:
-        return solve_groups<kOneWord, kPlain>;
-    case kTwoWords:
-        return solve_groups<kTwoWords, kPlain>;
-    case kInterior:
-        return interior_kernel();
-    default:
-        return solve_groups<kScan, kPlain>;
-    }
-}
-
 // What is solved for: counts, or rows whose digests are compared or not.
 enum Kind { kCounts, kRows, kComparedRows };
 
@@ -77,8 +56,13 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int32_t coun
     const Solver solver = solver_of(planner);
     const bool plain = n_sources == 1 && kind == kCounts && shape.rank < 0 && ratios == nullptr && out.scaled == nullptr &&
                        (shape.bundle_experts == 1 || by_lanes(solver));
-    return launch(planner.info, plain ? kernel_of<true>(solver) : kernel_of<false>(solver), shape.n_groups, threads_of(shape, solver),
-                  (int)shared_bytes(planner, solver), 0, stream, Tables(planner), loads, out);
+    const auto start = [&](auto kernel, auto record) {
+        return launch(planner.info, kernel, shape.n_groups, threads_of(shape, solver), (int)shared_bytes(planner, solver), 0, stream,
+                      Tables(planner), loads, out, record);
+    };
+    if (records(planner)) return start(solve_kernel<false, true>(solver), Recording::of(planner));
+    if (planner.ranked) return start(plain ? solve_kernel<true, false, true>(solver) : solve_kernel<false, false, true>(solver), NoRecording());
+    return start(plain ? solve_kernel<true, false>(solver) : solve_kernel<false, false>(solver), NoRecording());
 }
 
 }  // namespace
@@ -97,8 +81,13 @@ int32_t prepare_solve(const lplbk_planner &planner) {
     const Solver solver = solver_of(planner);
     if (solver == kInterior && planner.shape.group_size > LPLBK_MAX_INTERIOR_GROUP) return LPLBK_UNSUPPORTED;
     const int64_t bytes = shared_bytes(planner, solver);
-    const int32_t error = allow_shared(planner.info, kernel_of<false>(solver), bytes);
-    return error != 0 ? error : allow_shared(planner.info, kernel_of<true>(solver), bytes);
+    if (records(planner)) return allow_shared(planner.info, solve_kernel<false, true>(solver), bytes);
+    int32_t error = 0;
+    for (const auto kernel : {solve_kernel<false, false>(solver), solve_kernel<true, false>(solver), solve_kernel<false, false, true>(solver),
+                              solve_kernel<true, false, true>(solver)}) {
+        if (error == 0) error = allow_shared(planner.info, kernel, bytes);
+    }
+    return error;
 }
 
 }  // namespace lplb

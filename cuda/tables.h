@@ -26,6 +26,8 @@ typedef struct lplbk_shape {
     int32_t rank;           /* of the planner; -1: whole batch */
     int32_t colours;        /* 2, 4 or 8: under every placement LaneFlow solves all groups, with so many colours at most; 0: not so */
     int32_t max_bundles, max_arcs; /* of one group, for every placement that this planner can have */
+    int32_t unit;           /* tokens of a unit, INT32_MAX: all that an expert has; 0 or 1: tokens are what is counted */
+    uint64_t unit_inverse;  /* floor(2^64 / unit) + 1, where there are units */
 } lplbk_shape;
 
 /*
@@ -37,11 +39,14 @@ typedef struct lplbk_layout {
     int32_t digest;       /* 1 word: what the last word of every rank's row of counts must be */
     int32_t n_bundled;    /* 1 word: experts in bundles */
     int32_t n_replicated; /* 1 word: these, and the experts whose copy is on the same rank as the original */
+    int32_t ranked;       /* 1 word: 1: the ranks differ, see speed and fixed; 0: they are alike */
     int32_t code;         /* [n_logical] slot of an expert's only replica, or -1 - i: it is replicated expert i */
     int32_t replicated;   /* [n_logical][4] lplbk_expert of the replicated: bundle by bundle, then those that are in none */
     int32_t expert;       /* [n_logical][4] lplbk_expert of all, group by group; in each bundle by bundle, then the others by slot */
     int32_t slot_expert;  /* [n_physical] the expert whose place a slot is; -1: of none, since another slot of its rank holds that expert */
     int32_t class_bundle; /* [ep_size * n_redundant] bundle of a slot class, -1: none */
+    int32_t speed;        /* [ep_size] of LPLB_SPEED_NORMAL */
+    int32_t fixed;        /* [ep_size] units */
     int32_t image;        /* [n_groups][image_words] */
     int32_t image_words;
     /* Offsets inside an image, behind its header. With colours > 0 there are lanes only. */
@@ -108,12 +113,14 @@ static inline lplbk_layout lplbk_layout_of(const lplbk_shape *shape) {
     at.digest = end++;
     at.n_bundled = end++;
     at.n_replicated = end++;
-    end = 4;
+    at.ranked = end++;
     at.code = lplbk_section(&end, shape->n_logical);
     at.replicated = lplbk_section(&end, 4ll * shape->n_logical);
     at.expert = lplbk_section(&end, 4ll * shape->n_logical);
     at.slot_expert = lplbk_section(&end, shape->n_physical);
     at.class_bundle = lplbk_section(&end, (int64_t)shape->ep_size * shape->n_redundant);
+    at.speed = lplbk_section(&end, shape->ep_size);
+    at.fixed = lplbk_section(&end, shape->ep_size);
     at.image = lplbk_section(&end, (int64_t)shape->n_groups * at.image_words);
     at.words = end;
     return at;
@@ -121,11 +128,13 @@ static inline lplbk_layout lplbk_layout_of(const lplbk_shape *shape) {
 
 /* ---- What a plan leaves: one block of int32, [counters][group_info][quota][take][kept][sources] ---------------------------------- */
 
-/* Words of the information of one group. */
+/* Words of the information of one group. Loads are units (of the lanes' experts, MOVED is too; of others it is tokens). Where the ranks
+   differ, RANKED is 1, LEVEL the bound in 1/1024 unit and MEAN its first value, low word first; BOUND is MAX_LOAD then. */
 enum {
     LPLBK_INFO_MAX_LOAD = 0, LPLBK_INFO_BOUND = 1, LPLBK_INFO_TOTAL = 2, LPLBK_INFO_MOVED = 3, LPLBK_INFO_ROUNDS = 4,
     LPLBK_INFO_CERTIFIED = 5, LPLBK_INFO_WITNESS_SIZE = 6,
     LPLBK_INFO_OWN_RANK = 7, LPLBK_INFO_OWN_NODE = 8, LPLBK_INFO_OTHER_NODES = 9, /* tokens of this planner's rank, by where they go */
+    LPLBK_INFO_RANKED = 10, LPLBK_INFO_LEVEL = 12, LPLBK_INFO_MEAN = 14,
     LPLBK_INFO_WITNESS = 16, /* 16 words, bit r: rank r of the group */
     LPLBK_INFO_WORDS = 32
 };

@@ -1,5 +1,19 @@
 /*
- * lplb: exact, certified load balancing for Mixture-of-Experts training.
+ * lplb: exact, certified load balancing for Mixture-of-Experts models. One batch is planned so:
+ *
+ *     const int32_t phy2log[6] = {0, 1, 2, 3, 0, 1};  // 4 experts on 2 ranks with 3 slots each: 0 and 1 have copies on rank 1
+ *     int64_t ids[8] = {0, 0, 0, 0, 0, 1, 2, 3};      // the experts that a router chose
+ *     lplb_config config = LPLB_CONFIG_INIT;
+ *     config.ep_size = 2, config.n_logical = 4, config.n_physical = 6;
+ *     char why[256]; lplb_planner *planner; lplb_group_info plan;
+ *     if (lplb_planner_create(&config, &planner, why, sizeof why) != LPLB_OK) return puts(why), 1;
+ *     lplb_planner_set_placement(planner, phy2log, 6, NULL);
+ *     lplb_planner_run(planner, ids, LPLB_INT64, 8, NULL, ids, NULL, LPLB_INT64, 0, NULL);  // the ids are slots now, 4 on each rank
+ *     lplb_planner_info(planner, NULL, &plan, 1, NULL);                                     // plan.max_load == plan.bound == 4: proven
+ *     lplb_planner_destroy(planner);
+ *
+ * Whole programs: Tests/c/example.c (a batch on a cube), planner.hpp (a C++ class that owns a planner and throws), consumer.cpp (placement
+ * by history, and the proof of a plan), connect.cpp (processes that join their GPUs).
  *
  * Every micro-batch routes a different number of tokens to each expert. Where an expert has replicas on several GPUs (ranks), lplb
  * decides which replica each token goes to, so that the busiest rank of each group has as little as is mathematically possible, and it
@@ -28,7 +42,8 @@
  *     middle of a call of section 3, LPLB_ERROR_CUDA, leaves a plan that nobody should use; the next solve or run makes a whole one.)
  *   - `stream` is a cudaStream_t (NULL: the default stream) and is ignored by CPU planners. On a CUDA planner all data pointers of sections 3
  *     and 8 are device pointers and the call returns before the work is done; on a CPU planner they are host pointers and the work is done
- *     when the call returns. The pointers of the sections 2, 4, 5 and 6 are always host pointers and these calls are synchronous.
+ *     when the call returns. The planner's device need not be the current one: a call makes it current while it works, and then the one
+ *     that was. The stream must be of that device. The pointers of the sections 2, 4, 5 and 6 are always host pointers and these calls are synchronous.
  *   - Section 3 allocates nothing, waits for nothing and can be captured in a CUDA graph; so does section 8.
  *   - Threads: different planners may be used from different threads at the same time. Two calls on one planner at the same time are
  *     refused with LPLB_ERROR_BUSY, never corrupted. On CUDA a planner's work belongs to one stream order: calls on several streams
@@ -104,6 +119,24 @@ enum { LPLB_WHOLE_BATCH = -1 };       /* lplb_config.rank: the ids are those of 
 enum { LPLB_SOLVER_FLOW = 0,          /* exact, integral, certified */
        LPLB_SOLVER_IPM = 1 };         /* interior point method, CUDA only: near-optimal, for comparison and cross-checks */
 
+enum { LPLB_RECORD_HISTORY = 1,       /* lplb_config.record: tokens of each logical expert, added up over all plans */
+       LPLB_RECORD_METRICS = 2 };     /* what the plans achieved, for lplb_planner_get_metrics; with unit 0 or 1 and without capacities */
+
+/*
+ * What a rank's work costs. Without more said, its tokens, and all ranks are alike. Two things can differ, and the plan stays exact:
+ *   unit        tokens that cost as one, such as the 64 or 128 rows to which a grouped product pads every expert. An expert with L tokens
+ *               has ceil(L / unit) units (L: of all sources together). It is split in whole units; the last of its replicas that gets any
+ *               takes the unit that is not full. LPLB_UNIT_EXPERTS: an expert that has tokens is one unit, and goes to one replica whole:
+ *               the active experts of a decode step
+ *   capacities  lplb_planner_set_capacity: ranks of different speed, or with other work of their own
+ * A level T is a time, in 1/1024 of what a rank of normal speed takes for a unit. A rank may hold floor((T / 1024 - fixed) * speed / 1024)
+ * units within T, which is at least the largest fixed of its group. The plan's level is as low as any split into units allows.
+ */
+enum { LPLB_UNIT_EXPERTS = -1 };      /* lplb_config.unit */
+enum { LPLB_SPEED_NORMAL = 1024 };    /* of a rank; speeds lie in 1 .. LPLB_MAX_SPEED */
+#define LPLB_MAX_SPEED 65536
+#define LPLB_MAX_FIXED 16777216       /* units; the largest fixed cost of a rank */
+
 typedef struct lplb_config {
     int64_t struct_size;   /* sizeof(lplb_config); LPLB_CONFIG_INIT sets it */
     int32_t device;        /* LPLB_DEVICE_CPU or a CUDA ordinal */
@@ -122,11 +155,12 @@ typedef struct lplb_config {
     int64_t number;        /* any number that tells planners of equal settings apart, such as the layer's; equal on all ranks */
     int32_t policy;        /* CUDA: LPLB_EXCHANGE_TRAP or _REPORT, what a kernel does that finds ranks disagreeing in rows that the
                               caller gathered. With an exchange attached, that one's policy counts */
-    int32_t unused;        /* 0 */
+    int32_t unit;          /* tokens that cost as one, or LPLB_UNIT_EXPERTS; 0 or 1: tokens. Above 1 or -1: with LPLB_SOLVER_FLOW alone */
+    int64_t record;        /* LPLB_RECORD_* added up: what the planner keeps beside its plans, see lplb_planner_history */
 } lplb_config;
 
 #define LPLB_CONFIG_INIT \
-    { (int64_t)sizeof(lplb_config), LPLB_DEVICE_CPU, LPLB_SOLVER_FLOW, 0, LPLB_WHOLE_BATCH, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+    { (int64_t)sizeof(lplb_config), LPLB_DEVICE_CPU, LPLB_SOLVER_FLOW, 0, LPLB_WHOLE_BATCH, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /*
  * Creates a planner. With r2o it is placed at once as lplb_planner_place(planner, NULL) would. Without r2o, and with as many physical
@@ -145,22 +179,33 @@ void lplb_planner_destroy(lplb_planner *planner);
 const char *lplb_planner_error(const lplb_planner *planner);
 
 /*
- * Places the experts by the topology. history NULL: logical experts in order. history [n_logical] (tokens per logical expert over some
- * past, finite, >= 0): EPLB reorders the experts over the ranks without replication (n_group groups, n_nodes nodes), then every rank
- * sorts its experts by history, heaviest first. The first m*n_redundant experts of each rank are replicated: local slot j*n_redundant+d
- * of rank r2o[q][d] is copied to rank q of the same group and stands there behind q's own experts at offset j*n_redundant + d.
- * Needs r2o. May allocate. On CUDA waits for the stream, then updates the tables in place, so captured graphs stay valid.
+ * Places the experts by the topology. It needs r2o.
+ * Without a history (NULL) the logical experts stand in order. With one, history [n_logical] (tokens of each expert over some past, finite,
+ * >= 0), EPLB reorders them over the ranks, without replication, by n_group groups and n_nodes nodes; then every rank sorts its experts,
+ * heaviest first. The first m*n_redundant experts of each rank have a copy: the expert in local slot j*n_redundant + d of rank r2o[q][d]
+ * is copied to rank q of the same group, where it stands behind q's own experts at offset j*n_redundant + d.
+ * The call may allocate. On CUDA it waits for the stream and then changes the tables in place, so captured graphs stay valid.
  */
 lplb_status lplb_planner_place(lplb_planner *planner, const double *history, void *stream);
 
 /*
- * Sets a general placement: phy2log [n_physical], the logical expert that each slot holds, -1 for an empty slot, to which no token goes
- * (a rank that is gone has only these); so in sections 5 and 6 too. Every logical expert at least once, all
- * replicas of an expert within one group. Several replicas of an expert on one rank are accepted: the first of them takes that rank's
- * share, since splitting it further would only cut that rank's work into smaller pieces. Replicas are ordered by slot, the first is the
- * original. Planners created without r2o only. May allocate at the first call; later ones update the tables in place.
+ * Sets a general placement, on planners that were created without r2o: phy2log [n_physical], the logical expert that each slot holds.
+ * It is int32, as lplb_place writes it; lplb_eplb_rebalance writes int64, as DeepSeek's EPLB does, whose values fit.
+ * A slot with -1 is empty: no token goes there, and a rank that is gone has only such slots; so in sections 5 and 6 too. Every logical
+ * expert stands at least once, and all replicas of an expert stand within one group. Several replicas of an expert on one rank are
+ * accepted. The first of them takes that rank's share, since splitting it further would only cut that rank's work into smaller pieces.
+ * Replicas are ordered by slot; the first is the original. The first call may allocate, later ones change the tables in place.
  */
 lplb_status lplb_planner_set_placement(lplb_planner *planner, const int32_t *phy2log, int64_t n_physical, void *stream);
+
+/*
+ * What the ranks may hold, from the next plan on: speed [n_ranks], 1 .. LPLB_MAX_SPEED, how many units a rank does in the time in which a
+ * normal one does 1024; fixed [n_ranks], 0 .. LPLB_MAX_FIXED units of a normal rank, the time that is gone before its first unit. NULL: all
+ * LPLB_SPEED_NORMAL; all 0. Both NULL: the ranks are alike, as in a new planner. n_ranks is ep_size; host pointers, copied; the same on all
+ * ranks, between the same plans (it is part of the digest). Stays through new placements; the latest plan stays readable.
+ * LPLB_ERROR_UNSUPPORTED with LPLB_SOLVER_IPM. On CUDA waits for the stream, then updates the tables in place, so captured graphs follow.
+ */
+lplb_status lplb_planner_set_capacity(lplb_planner *planner, const int32_t *speed, const int32_t *fixed, int64_t n_ranks, void *stream);
 
 /* The placement. phy2log [n_physical]; log2phy [n_logical][max_replicas], -1 padded, original first; logcnt [n_logical]: replicas. */
 lplb_status lplb_planner_max_replicas(lplb_planner *planner, int64_t *max_replicas);
@@ -169,11 +214,11 @@ lplb_status lplb_planner_log2phy(lplb_planner *planner, int32_t *log2phy, int64_
 lplb_status lplb_planner_logcnt(lplb_planner *planner, int32_t *logcnt, int64_t n_logical);
 
 /*
- * Ranks that plan together must have equal sizes, topology, solver, number, placement and history. Two things see to it:
+ * Ranks that plan together must have equal sizes, topology, solver, unit, number, placement, capacities and history. Two things see to it:
  *   - lplb_agree, before the planners are created: one gather of 1 KiB from each rank compares the settings, and says how the ranks lie
  *     on hosts.
- *   - The digest, at every exchange: a planner's digest is a number made from its settings and its placement, and, once an exchange is
- *     attached, from how many planners were attached to that exchange before it. It travels as the last count of every row, and whoever
+ *   - The digest, at every exchange: a planner's digest is a number made from its settings, placement and capacities, and, once an exchange
+ *     is attached, from how many planners were attached to that exchange before it. It travels as the last count of every row, and whoever
  *     plans from rows compares. So a rank with another placement is found, and so are equal layers that are called in another order. On
  *     the CPU the call fails with LPLB_ERROR_DISAGREEMENT on every rank; on CUDA the kernel traps or writes a report that the next call
  *     returns, by the policy.
@@ -187,7 +232,7 @@ typedef int32_t (*lplb_gather)(void *context, const void *mine, void *all, int64
 
 typedef struct lplb_agree_config {
     int64_t struct_size;       /* sizeof(lplb_agree_config); LPLB_AGREE_CONFIG_INIT sets it */
-    const lplb_config *planner; /* what the planner will be created with. All but device, number and unused is compared; rank:
+    const lplb_config *planner; /* what the planner will be created with. All but device, number and record is compared; rank:
                                    this rank's */
     const double *history;     /* NULL, or [n_logical] for lplb_planner_place: compared */
     const int32_t *phy2log;    /* NULL, or [n_physical] for lplb_planner_set_placement: compared */
@@ -255,7 +300,7 @@ lplb_status lplb_planner_make_row(lplb_planner *planner, const void *counts, lpl
  * same column sums; with ep_size sources the tokens of this planner's rank are assigned too: own rank first, then own node, then the rest.
  * With 1 source and a rank given in the config, the source is that rank alone.
  * ratios: NULL, or float32 [n_group][group_size][n_redundant]: the share of the tokens of slot class d of a rank that stays at the
- *   original (1 where there are none). Topology planners only.
+ *   original (1 where there are none). Topology planners only, without units of several tokens and without capacities.
  * scaled: NULL, or float32 [n_logical]: the column sums divided by their maximum (0 where that is 0).
  * counter: NULL, or one integer of dtype counter_dtype that grows by the number of groups solved.
  */
@@ -280,7 +325,8 @@ lplb_status lplb_planner_redirect(lplb_planner *planner, const void *ids, lplb_d
 /*
  * The same by ratios, without a plan: of the c occurrences of a replicated expert of slot class d of rank r in ids, the first
  * round(ratios[group][r][d] * c) go to the original and the others to the copy. Ratios are clamped to [0, 1]; NaN counts as 1.
- * ratios: float32 [n_group][group_size][n_redundant]. cumulative: as lplb_planner_count wrote it for the same ids and n_chunks.
+ * ratios: float32 [n_group][group_size][n_redundant]. cumulative: as lplb_planner_count wrote it for the same ids and n_chunks. Refused
+ * where units are not tokens, since shares are no whole units.
  */
 lplb_status lplb_planner_redirect_by_ratio(lplb_planner *planner, const void *ids, lplb_dtype ids_dtype, int64_t n_ids,
                                            const float *ratios, const int32_t *cumulative, int64_t n_chunks, void *out, void *stream);
@@ -298,18 +344,28 @@ lplb_status lplb_planner_run(lplb_planner *planner, const void *ids, lplb_dtype 
 
 /* ---- 4. Reading results ----------------------------------------------------------------------------------------------------- */
 
+/* In tokens, also where the cost is another one; lplb_level then says what was reached and proven. */
 typedef struct lplb_group_info {
-    int64_t max_load;      /* tokens of the busiest rank under the plan */
-    int64_t bound;         /* T: no split of these replicas can have a smaller maximum */
+    int64_t max_load;      /* the most tokens of a rank under the plan */
+    int64_t bound;         /* T: no split of these replicas can have a smaller maximum. With units or capacities, which need not have
+                              the fewest tokens at most: total / group_size, rounded up */
     int64_t total;         /* tokens of all ranks of the group; the mean is total / group_size */
     int64_t moved;         /* tokens that do not go to the original of their expert */
     int64_t rounds;        /* rounds of the solver's loop; a diagnosis of speed, no part of the result */
-    int32_t certified;     /* 1: max_load == bound, proven by the witness */
+    int32_t certified;     /* 1: max_load == bound, or with units or capacities reached == bound of lplb_level, proven by the witness */
     int32_t witness_size;  /* ranks in the witness */
     /* Bit r: rank r of the group is in the witness S. With load(S) = the tokens that cannot leave S (of experts whose replicas all lie in
-       S), ceil(load(S) / |S|) == bound. */
+       S), ceil(load(S) / |S|) == bound. In general, with the units that cannot leave S: bound of lplb_level is the least level at which
+       the ranks of S may hold them together. */
     uint32_t witness[LPLB_MAX_RANKS / 32];
 } lplb_group_info;
+
+/* What a group's plan costs, in 1/1024 of the time that a rank of normal speed takes for a unit. */
+typedef struct lplb_level {
+    int64_t reached;       /* of the rank that takes longest */
+    int64_t bound;         /* no split into units has a lower level */
+    int64_t mean;          /* what it would be if every expert had a replica on every rank */
+} lplb_level;
 
 typedef struct lplb_plan_info {
     int64_t struct_size;   /* sizeof(lplb_plan_info); LPLB_PLAN_INFO_INIT sets it */
@@ -332,19 +388,73 @@ typedef struct lplb_plan_info {
  */
 lplb_status lplb_planner_info(lplb_planner *planner, lplb_plan_info *plan, lplb_group_info *groups, int64_t n_groups, void *stream);
 
+/* The levels of the latest plan, [n_groups]; under the capacities that it was made for. As lplb_planner_info. */
+lplb_status lplb_planner_levels(lplb_planner *planner, lplb_level *levels, int64_t n_groups, void *stream);
+
 /* The latest plan's tokens per physical expert over all sources, [n_physical]. On CUDA waits for the stream. */
 lplb_status lplb_planner_split(lplb_planner *planner, int64_t *tokens, int64_t n_physical, void *stream);
 
 /* The part of it that comes from this planner's rank (LPLB_WHOLE_BATCH: all of it), [n_physical]. On CUDA waits for the stream. */
 lplb_status lplb_planner_assignment(lplb_planner *planner, int64_t *tokens, int64_t n_physical, void *stream);
 
+/*
+ * History: tokens[n_logical] = the tokens of each logical expert, summed over the ranks as the solves saw them and over all plans since
+ * the planner was created or its history was reset, for lplb_place. Needs LPLB_RECORD_HISTORY in the config and a planner with replicas
+ * (others count nothing). Plans of captured graphs are added up as well, since the kernels that plan add; new placements change nothing.
+ * at: how many plans must be in it, LPLB_ANY_PLAN: however many there are. plans: NULL, or their number.
+ * The ranks make the same plans in the same order, each in its own time. The history is read where the call stands in the stream, so
+ * ranks that call at the same place of their program read the same numbers, and ranks that do not would place experts differently; `at`
+ * is how a rank notices: LPLB_ERROR_WRONG_ORDER, and nothing is written, if there are more or fewer plans. On CUDA waits for the stream.
+ */
+#define LPLB_ANY_PLAN (-1)
+lplb_status lplb_planner_history(lplb_planner *planner, int64_t at, int64_t *tokens, int64_t n_logical, int64_t *plans, void *stream);
+
+/* Ratios of lplb_metrics are integers, in units of 1 / LPLB_METRICS_ONE and rounded down, so that their sums are exact. */
+#define LPLB_METRICS_ONE (INT64_C(1) << 22)
+
+/* What the plans have achieved since the planner was created or its metrics were reset, added up. */
+typedef struct lplb_metrics {
+    int64_t struct_size;   /* sizeof(lplb_metrics); LPLB_METRICS_INIT sets it */
+    int64_t plans;
+    int64_t groups;        /* groups that were solved and had tokens: those that the ratios are of */
+    int64_t imbalance_sum; /* of max_load / mean, see lplb_group_info */
+    int64_t imbalance_max;
+    int64_t gap_sum;       /* of bound / mean - 1: what only another placement could win */
+    int64_t gap_max;
+    int64_t tokens;        /* of all ranks */
+    int64_t moved;         /* of them, not to the original of their expert */
+    int64_t own_rank;      /* where the tokens of this planner's rank went, as in lplb_plan_info */
+    int64_t own_node;
+    int64_t other_nodes;
+    int64_t uncertified;   /* groups without a proof that no split is better: of LPLB_SOLVER_IPM only */
+    int64_t overflow;      /* CUDA: groups that were not solved, as in lplb_plan_info; counted in none of the above but own_rank and so on */
+    int64_t invalid_ids;   /* as in lplb_plan_info; also of calls that make no plan */
+} lplb_metrics;
+
+#define LPLB_METRICS_INIT { (int64_t)sizeof(lplb_metrics), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/*
+ * The metrics after the latest plan that is done; LPLB_RECORD_METRICS in the config, else all is 0. Reads host memory only: no CUDA call,
+ * no waiting, from any thread at any time, also while another one is inside a call on this planner and after the device has failed. All
+ * numbers but invalid_ids are of one moment.
+ */
+lplb_status lplb_planner_get_metrics(const lplb_planner *planner, lplb_metrics *metrics);
+
+/*
+ * Starts the history, the metrics, or both anew: record is LPLB_RECORD_* added up; what the planner does not keep is left out. Queued on
+ * the stream as a plan is: allocates nothing, waits for nothing, can be captured.
+ */
+lplb_status lplb_planner_reset(lplb_planner *planner, int64_t record, void *stream);
+
 /* ---- 5. Placement alone ----------------------------------------------------------------------------------------------------- */
 
 /*
  * EPLB for several layers at once: which expert each of n_physical slots on n_ranks ranks holds. weight: [n_layers][n_logical] float32,
- * finite, >= 0. If n_groups % n_nodes == 0 hierarchical (expert groups to nodes, replicas inside the node, slots to ranks), else global.
- * Ties go to the lowest index. phy2log [n_layers][n_physical], replica [n_layers][n_physical] (which replica of its expert a slot is,
- * from 0) and logcnt [n_layers][n_logical]; each may be NULL. log2phy follows: log2phy[layer][phy2log[p]][replica[p]] = p.
+ * finite, >= 0. Where n_nodes divides n_groups it is hierarchical (groups of experts to nodes, replicas inside the node, slots to ranks),
+ * otherwise global. Ties go to the lowest index.
+ * It writes phy2log [n_layers][n_physical], replica [n_layers][n_physical] (which replica of its expert a slot is, from 0) and logcnt
+ * [n_layers][n_logical]; each may be NULL. log2phy follows: log2phy[layer][phy2log[p]][replica[p]] = p. All are int64, as in DeepSeek's
+ * EPLB. lplb_place with LPLB_PLACE_DEEPSEEK writes the same placement as int32, which lplb_planner_set_placement takes.
  * n_logical <= n_physical <= 2^20; n_ranks divides n_physical; if hierarchical, n_nodes divides n_ranks and n_groups divides n_logical.
  * Host, synchronous, thread-safe.
  */
@@ -408,7 +518,8 @@ enum {
 typedef struct lplb_place_config {
     int64_t struct_size;
     int32_t policy;      /* LPLB_PLACE_... */
-    int32_t unused;
+    int32_t even_homes;  /* 1: for training, where every rank shall own equally many experts, or as many +-1 where they do not divide. flow
+                            and balanced swap a few slots where that is needed; a placement that does not allow it is refused; 0: no */
     int64_t n_snapshots; /* 0: one */
     int64_t n_layers;
     int64_t n_logical;
@@ -435,15 +546,48 @@ typedef struct lplb_place_report {
 /*
  * Places all layers by one policy. history: [n_snapshots][n_layers][n_logical] float64, tokens per expert, finite, >= 0. phy2log:
  * [n_layers][n_ranks * n_slots], written: the expert of each slot, -1 where a rank has no such slot or nothing to put there. reports:
- * NULL, which saves the solver's time for them, or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch: with an even split they can be worse
- * than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot; those that no rank holds any more get
- * a slot whatever max_moves is, and count. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots where max_moves is not given.
- * LPLB_PLACE_FLOW with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split. Equal inputs give equal placements. After an
- * error nothing is written.
- * Host, synchronous, allocates, thread-safe.
+ * NULL, which saves the solver's time for them, or [n_layers]. Placements of LPLB_PLACE_FLOW and LPLB_PLACE_REPAIR are for exact dispatch:
+ * with an even split they can be worse than those of LPLB_PLACE_BALANCED. With previous, experts that stay on a rank stay in their slot;
+ * those that no rank holds any more get a slot whatever max_moves is, and count. LPLB_PLACE_REPAIR needs previous, and moves 1% of the slots
+ * where max_moves is not given. LPLB_PLACE_FLOW with max_moves repairs, too, and LPLB_PLACE_BALANCED goes towards the best even split.
+ * What ranks with equally many slots are called is free (never with deepseek): with previous and without max_moves they are named so that
+ * many experts stay; without previous so that copies of an expert stand on different hosts and, with flow or even_homes, so that over all
+ * layers no rank has more copies to send or to get than others.
+ * Equal inputs give equal placements. After an error nothing is written. Host, synchronous, allocates, thread-safe.
  */
 lplb_status lplb_place(const lplb_place_config *config, const double *history, int32_t *phy2log, lplb_place_report *reports,
                        char *message, int64_t message_size);
+
+/*
+ * What a placement of all layers is worth, whoever made it, and what to know of it. The arguments come first; then the results, host,
+ * written, each NULL where it is not wanted. Begin with LPLB_PLACEMENT_REPORT_INIT.
+ */
+typedef struct lplb_placement_report {
+    int64_t struct_size;
+    int64_t n_snapshots;    /* 0: one */
+    int64_t n_layers;
+    int64_t n_logical;
+    int64_t n_ranks;
+    int64_t n_slots;        /* slots that a rank has in phy2log */
+    int64_t n_nodes;        /* hosts, whose ranks are consecutive; 0: one */
+    const int32_t *phy2log; /* [n_layers][n_ranks * n_slots], every expert at least once in each layer, -1 for an empty slot */
+    const double *history;  /* [n_snapshots][n_layers][n_logical] tokens per expert; NULL: no balance and nothing about tokens is wanted */
+    double *even_balance;   /* [n_layers]: mean / max load of the ranks that hold experts, with an even split over replicas */
+    double *exact_balance;  /* [n_layers]: the same with the exact split */
+    int64_t *duplicates;    /* [n_layers]: slots that hold an expert which their rank also holds in another slot */
+    int32_t *homes;         /* [n_layers][n_logical]: the slot of each expert's home, as by lplb_placement_homes */
+    int64_t *pulls;         /* [n_layers][n_ranks]: copies of other ranks' experts on the rank: weights that arrive in a pull, gradients that
+                               leave in a push */
+    int64_t *pushes;        /* [n_layers][n_ranks]: copies of the rank's experts on other ranks: gradients that arrive in a push, weights
+                               that leave in a pull */
+    double *leaves_rank;    /* [n_layers]: share of the tokens that leave their rank with the exact split, where every rank that holds experts */
+    double *leaves_node;    /*   brings the same number of tokens of each expert; and of those that leave their host */
+    double *inbound;        /* [n_layers][n_ranks]: the tokens that then reach the rank from others, over the mean load */
+} lplb_placement_report;
+#define LPLB_PLACEMENT_REPORT_INIT { (int64_t)sizeof(lplb_placement_report), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/* Writes the results that report names. After an error nothing is written. Host, synchronous, allocates, thread-safe. */
+lplb_status lplb_placement_judge(const lplb_placement_report *report, char *message, int64_t message_size);
 
 /* ---- 6. One-off solve ------------------------------------------------------------------------------------------------------- */
 
@@ -453,6 +597,28 @@ lplb_status lplb_place(const lplb_place_config *config, const double *history, i
  */
 lplb_status lplb_solve(const int64_t *loads, int64_t n_logical, const int32_t *phy2log, int64_t n_physical, int64_t ep_size,
                        int64_t *tokens, lplb_group_info *info, char *message, int64_t message_size);
+
+/* The same for other costs than tokens. */
+typedef struct lplb_solve_config {
+    int64_t struct_size;     /* sizeof(lplb_solve_config); LPLB_SOLVE_CONFIG_INIT sets it */
+    const int64_t *loads;    /* [n_logical]; with speed or fixed at most 2^42 tokens in all */
+    const int32_t *phy2log;  /* [n_physical] */
+    int64_t n_logical;
+    int64_t n_physical;
+    int64_t ep_size;
+    int32_t unit;            /* as in lplb_config */
+    int32_t unused;          /* 0 */
+    const int32_t *speed;    /* [ep_size] as in lplb_planner_set_capacity, or NULL */
+    const int32_t *fixed;
+    int64_t *tokens;         /* written: NULL or [n_physical], the tokens of each slot */
+    lplb_group_info *info;   /* written: NULL or one */
+    lplb_level *level;       /* written: NULL or one */
+} lplb_solve_config;
+
+#define LPLB_SOLVE_CONFIG_INIT { (int64_t)sizeof(lplb_solve_config), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/* Solves what the config says. Host, synchronous, allocates, thread-safe. */
+lplb_status lplb_solve_with(const lplb_solve_config *config, char *message, int64_t message_size);
 
 /* ---- 7. Exchange -------------------------------------------------------------------------------------------------------------- */
 

@@ -2,13 +2,14 @@
 
 import CLPLB
 import LPLBPlacement
+import LPLBSolver
 import LPLBTopology
 
 /// One rank's settings: 40 the planner's number; 160 the caller's settings [96]. Arrays travel as their hash; 0: there is none.
 struct AgreementRecord: MeetingRecord {
     static let magic: UInt32 = 0x4C_50_41_47
     static let numbers = [
-        "ep_size", "n_nodes", "group_size", "n_logical", "n_physical", "n_redundant", "solver", "policy", "r2o", "phy2log", "history",
+        "ep_size", "n_nodes", "group_size", "n_logical", "n_physical", "n_redundant", "solver", "policy", "r2o", "phy2log", "history", "unit",
     ]
     private static let arrays: Set = ["r2o", "phy2log", "history"]
     private static let settingsOffset = 160, settingsSize = 96
@@ -56,7 +57,7 @@ struct AgreementRecord: MeetingRecord {
             Int64(shape.epSize), given.nodesGiven, Int64(shape.groupSize), Int64(shape.nLogical), Int64(shape.nPhysical),
             Int64(given.topology?.nRedundant ?? -1), Int64(given.solver), Int64(given.policy),
             given.topology == nil ? 0 : Int64(r2o.folded), config.phy2log == nil ? 0 : Int64(phy2log.folded),
-            config.history == nil ? 0 : Int64(history.folded),
+            config.history == nil ? 0 : Int64(history.folded), given.unit == .expert ? Int64(LPLB_UNIT_EXPERTS) : given.unit.size,
         ])
     }
 

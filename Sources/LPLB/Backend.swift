@@ -74,6 +74,10 @@ protocol PlannerBackend: AnyObject {
     /// Another digest for the placement that is loaded. Waits for the device.
     func setDigest(_ digest: Int32) throws(Failure)
 
+    /// What the ranks may hold from the next plan on, nil: they are alike; and the digest that goes with it, nil before the first placement.
+    /// Stays through new placements. Waits for the stream.
+    func set(_ capacities: RankCapacities?, digest: Int32?, stream: UnsafeMutableRawPointer?) throws(Failure)
+
     func count(
         _ ids: IdBuffer, counts: UnsafeMutablePointer<Int32>, cumulative: UnsafeMutablePointer<Int32>?, chunks: Int,
         stream: UnsafeMutableRawPointer?) throws(Failure)
@@ -109,6 +113,18 @@ protocol PlannerBackend: AnyObject {
 
     /// The latest plan; wait for the stream where there is one. `groups` has room for every group.
     func readInfo(groups: UnsafeMutablePointer<lplb_group_info>?, stream: UnsafeMutableRawPointer?) throws(Failure) -> PlanTotals
+
+    /// Tokens per logical expert of all plans, `[nLogical]`, and then the number of plans. The planner keeps a history.
+    func readHistory(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    /// Where the metrics can be read at any time, by any thread; nil: none are kept. Never changes.
+    var metrics: UnsafePointer<lplbk_metrics_page>? { get }
+
+    /// Starts anew what of `recording` the planner keeps. Allocates nothing and waits for nothing.
+    func reset(_ recording: Recording, stream: UnsafeMutableRawPointer?) throws(Failure)
+
+    /// `levels` has room for every group.
+    func readLevels(_ levels: UnsafeMutablePointer<lplb_level>, stream: UnsafeMutableRawPointer?) throws(Failure)
 
     /// Tokens per physical expert over all sources, `[nPhysical]`.
     func readSplit(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure)

@@ -1,6 +1,7 @@
 // Planning on the host: the twin of the CUDA backend, and its oracle.
 
 import CLPLB
+import CLPLBKernels
 import LPLBSolver
 import LPLBTopology
 
@@ -8,19 +9,24 @@ final class CpuBackend: PlannerBackend {
     let replaysGraphs = false
     let shape: ExpertShape
     private let rank: Int?
+    private let unit: Unit
+    private var capacities: RankCapacities?
     private let mapper: TokenMapper
     /// [nLogical] what `run` counts.
     private let counts: UnsafeMutablePointer<Int32>
     private var solver: FlowSolver?
     private var assigner: TokenAssigner?
     private(set) var dispatch: DispatchLayout?
+    private let records: CpuRecords
     private var invalidIds: Int64 = 0
     private var digest: Int32 = 0
 
-    init(shape: ExpertShape, rank: Int?) {
+    init(shape: ExpertShape, rank: Int?, unit: Unit, recording: Recording) {
         self.shape = shape
         self.rank = rank
+        self.unit = unit
         mapper = TokenMapper(nLogical: shape.nLogical)
+        records = CpuRecords(recording, nLogical: shape.nLogical)
         counts = .allocate(capacity: shape.nLogical)
         counts.initialize(repeating: 0, count: shape.nLogical)
     }
@@ -30,13 +36,19 @@ final class CpuBackend: PlannerBackend {
     }
 
     func load(_ network: Network, digest: Int32, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        solver = FlowSolver(network)
+        solver = FlowSolver(network, unit: unit, capacities: capacities)
         assigner = TokenAssigner(network, source: rank)
         dispatch = DispatchLayout(network)
         self.digest = digest
     }
 
     func setDigest(_ digest: Int32) { self.digest = digest }
+
+    func set(_ capacities: RankCapacities?, digest: Int32?, stream: UnsafeMutableRawPointer?) {
+        self.capacities = capacities
+        self.digest = digest ?? self.digest
+        solver?.set(capacities)
+    }
 
     /// The planner lets nobody plan without a placement.
     func loaded() throws(Failure) -> (FlowSolver, TokenAssigner) {
@@ -85,7 +97,7 @@ final class CpuBackend: PlannerBackend {
 
     func redirect(_ ids: IdBuffer, to out: IdOutput, maxBlocks: Int, stream: UnsafeMutableRawPointer?) throws(Failure) {
         let (solver, assigner) = try loaded()
-        invalidIds &+= rewrite(ids, to: out, solver.network, assigner)
+        count(invalid: rewrite(ids, to: out, solver.network, assigner))
     }
 
     func redirect(
@@ -97,10 +109,17 @@ final class CpuBackend: PlannerBackend {
         let totals = cumulative + (chunks - 1) * shape.nLogical
         switch ids.type {
         case .int32:
-            invalidIds &+= mapper.redirect(ids.as32, ids.count, to: out.as32, network: solver.network, ratios: ratios, totals: totals)
+            count(
+                invalid: mapper.redirect(ids.as32, ids.count, to: out.as32, network: solver.network, ratios: ratios, totals: totals))
         case .int64:
-            invalidIds &+= mapper.redirect(ids.as64, ids.count, to: out.as64, network: solver.network, ratios: ratios, totals: totals)
+            count(
+                invalid: mapper.redirect(ids.as64, ids.count, to: out.as64, network: solver.network, ratios: ratios, totals: totals))
         }
+    }
+
+    private func count(invalid: Int64) {
+        invalidIds &+= invalid
+        if invalid > 0 { records.add(invalid: invalid) }
     }
 
     func run(
@@ -116,7 +135,7 @@ final class CpuBackend: PlannerBackend {
                 try plan(CountBuffer(base: counts, type: .int32, sources: 1), "ids", solver, assigner)
             }
         }
-        invalidIds &+= rewrite(ids, to: out, solver.network, assigner)
+        count(invalid: rewrite(ids, to: out, solver.network, assigner))
         add(shape.nGroups, to: counter)
     }
 
@@ -128,14 +147,17 @@ final class CpuBackend: PlannerBackend {
             let values = counts.base.assumingMemoryBound(to: Int32.self)
             if counts.compared { try compareDigests(values + shape.nLogical, sources, width, argument) }
             guard assigner.sum(values, sources: sources, width: width) else { throw refusal(of: values, sources, width, argument) }
+            if capacities != nil { try Check.total(assigner.loads, count: shape.nLogical, argument) }
             solver.solve(loads: assigner.loads)
             assigner.assign(values, sources: sources, quotas: solver.quotas)
         case .int64:
             let values = counts.base.assumingMemoryBound(to: Int64.self)
             guard assigner.sum(values, sources: sources, width: width) else { throw refusal(of: values, sources, width, argument) }
+            if capacities != nil { try Check.total(assigner.loads, count: shape.nLogical, argument) }
             solver.solve(loads: assigner.loads)
             assigner.assign(values, sources: sources, quotas: solver.quotas)
         }
+        records.add(solver, assigner, groupSize: shape.groupSize)
     }
 
     private func compareDigests(_ digests: UnsafePointer<Int32>, _ sources: Int, _ width: Int, _ argument: String) throws(Failure) {
@@ -190,6 +212,17 @@ final class CpuBackend: PlannerBackend {
             invalidIds: invalidIds, onOwnRank: assigner.onOwnRank, onOwnNode: assigner.onOwnNode, onOtherNodes: assigner.onOtherNodes)
     }
 
+    var metrics: UnsafePointer<lplbk_metrics_page>? { UnsafePointer(records.page) }
+
+    func readHistory(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) { records.readHistory(tokens) }
+
+    func reset(_ recording: Recording, stream: UnsafeMutableRawPointer?) { records.reset(recording) }
+
+    func readLevels(_ levels: UnsafeMutablePointer<lplb_level>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        let (solver, _) = try loaded()
+        for group in 0..<shape.nGroups { levels[group] = lplb_level(solver.levels[group]) }
+    }
+
     func readSplit(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
         let (solver, _) = try loaded()
         solver.network.scatter(solver.quotas, to: tokens)
@@ -239,6 +272,9 @@ extension lplb_group_info {
         witness_size = Int32(result.witnessSize)
         withUnsafeMutableBytes(of: &witness) { bytes in
             bytes.copyMemory(from: UnsafeRawBufferPointer(start: solver.witness(ofGroup: group), count: bytes.count))
+        }
+        if !solver.levels[group].isTokens {
+            tell(solver.network.tokens(ofGroup: group) { solver.quotas[$0] }, ranks: solver.network.shape.groupSize)
         }
     }
 }

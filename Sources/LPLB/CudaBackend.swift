@@ -16,6 +16,12 @@ final class CudaBackend: PlannerBackend {
     private let state: UnsafeMutablePointer<lplbk_planner>
     /// What kernels found wrong, shared with the device; nil where no rows are ever compared.
     private var report: UnsafeMutablePointer<lplbk_report>?
+    /// The metrics, shared with the device; nil where none are kept.
+    private let page: UnsafeMutableRawPointer?
+    private let unit: Unit
+    private var capacities: RankCapacities?
+    /// Of the placement.
+    private var network: Network?
 
     init(_ settings: PlannerSettings) throws(Failure) {
         let shape = settings.shape, device = Int32(settings.device)
@@ -40,10 +46,21 @@ final class CudaBackend: PlannerBackend {
         planner.solver = Int32(settings.solver)
         planner.info = info
         planner.shape = CudaBackend.shape(shape, settings.topology, rank: settings.rank)
+        planner.shape.unit = Int32(clamping: settings.unit.size)
+        planner.shape.unit_inverse = Unit(Int64(planner.shape.unit)).inverse
         planner.has_replicas = shape.hasReplicas ? 1 : 0
         planner.traps = settings.policy == Int32(LPLB_EXCHANGE_TRAP) ? 1 : 0
+        planner.keeps_history = settings.recording.contains(.history) ? 1 : 0
+        var page: UnsafeMutableRawPointer?
+        if settings.recording.contains(.metrics) {
+            try check(
+                cuda.alloc_mapped(device, Int64(MemoryLayout<lplbk_metrics_page>.size), &page, &planner.page),
+                "allocating host memory for device \(device)")
+        }
+        self.page = page
         self.shape = shape
         self.device = device
+        unit = settings.unit
         state = .allocate(capacity: 1)
         state.initialize(to: planner)
     }
@@ -51,6 +68,7 @@ final class CudaBackend: PlannerBackend {
     deinit {
         cuda.close(state)
         _ = cuda.free_mapped(device, report)
+        _ = cuda.free_mapped(device, page)
         state.deallocate()
     }
 
@@ -87,13 +105,26 @@ final class CudaBackend: PlannerBackend {
         if report == nil { try openReport() }
         let first = state.pointee.plan == nil
         if first { try open(network) }
-        let words = DeviceImage.words(network, shape: state.pointee.shape, layout: state.pointee.layout, digest: digest)
+        let words = DeviceImage.words(network, shape: state.pointee.shape, layout: state.pointee.layout, digest: digest, capacities: capacities)
         let error = words.withUnsafeBufferPointer { cuda.place(state, $0.baseAddress, stream) }
         if error != 0 {
             if first { cuda.close(state) }
             throw cudaFailure(error, "placing on device \(device)")
         }
         report?.pointee.code = Int32(LPLBK_EXCHANGE_FINE)
+        self.network = network
+    }
+
+    func set(_ capacities: RankCapacities?, digest: Int32?, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        if let digest {
+            let alike = [Int32](repeating: RankCapacities.normalSpeed, count: shape.epSize) + [Int32](repeating: 0, count: shape.epSize)
+            let error = (capacities.map { $0.speed + $0.fixed } ?? alike).withUnsafeBufferPointer {
+                cuda.set_capacity(state, capacities == nil ? 0 : 1, $0.baseAddress, digest, stream)
+            }
+            try check(error, "setting capacities on device \(device)")
+        }
+        self.capacities = capacities
+        state.pointee.ranked = capacities == nil ? 0 : 1
     }
 
     /// The layout and the memory, with the first placement: they stay.
@@ -243,6 +274,7 @@ final class CudaBackend: PlannerBackend {
     func readInfo(groups: UnsafeMutablePointer<lplb_group_info>?, stream: UnsafeMutableRawPointer?) throws(Failure) -> PlanTotals {
         let words = try plan(stream)
         let counters = words.withUnsafeBytes { Array($0.bindMemory(to: Int64.self).prefix(LPLBK_COUNTERS)) }
+        let quotas = words[Int(lplbk_plan_quota(&state.pointee.shape))...]
         var totals = PlanTotals(invalidIds: counters[LPLBK_COUNTER_INVALID], overflow: counters[LPLBK_COUNTER_OVERFLOW])
         for group in 0..<shape.nGroups {
             let info = Array(words[(Int(lplbk_plan_info()) + group * LPLBK_INFO_WORDS)...].prefix(LPLBK_INFO_WORDS))
@@ -251,9 +283,37 @@ final class CudaBackend: PlannerBackend {
                 totals.onOwnNode += Int64(info[LPLBK_INFO_OWN_NODE])
                 totals.onOtherNodes += Int64(info[LPLBK_INFO_OTHER_NODES])
             }
-            if let groups { groups[group] = lplb_group_info(device: info) }
+            guard let groups else { continue }
+            groups[group] = lplb_group_info(device: info)
+            // A group that was not solved has no total.
+            if let network, info[LPLBK_INFO_TOTAL] != 0, unit != .token || info[LPLBK_INFO_RANKED] != 0 {
+                let tokens = network.tokens(ofGroup: group) { Int64(quotas[quotas.startIndex + Int(network.placeSlot[$0])]) }
+                groups[group].tell(tokens, ranks: shape.groupSize)
+            }
         }
         return totals
+    }
+
+    var metrics: UnsafePointer<lplbk_metrics_page>? { page.map { UnsafePointer($0.assumingMemoryBound(to: lplbk_metrics_page.self)) } }
+
+    /// Before the first placement there is no memory on the device, and nothing was planned.
+    func readHistory(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        guard state.pointee.plan != nil else { return tokens.update(repeating: 0, count: shape.nLogical + 1) }
+        try check(cuda.read_history(state, tokens, stream), "reading the history from device \(device)")
+    }
+
+    func reset(_ recording: Recording, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        guard state.pointee.plan != nil else { return }
+        let history: Int32 = recording.contains(.history) ? 1 : 0, metrics: Int32 = recording.contains(.metrics) ? 1 : 0
+        try check(cuda.reset(state, history, metrics, stream), "reset")
+    }
+
+    func readLevels(_ levels: UnsafeMutablePointer<lplb_level>, stream: UnsafeMutableRawPointer?) throws(Failure) {
+        let words = try plan(stream)
+        for group in 0..<shape.nGroups {
+            let info = Array(words[(Int(lplbk_plan_info()) + group * LPLBK_INFO_WORDS)...].prefix(LPLBK_INFO_WORDS))
+            levels[group] = lplb_level(device: info, ranks: shape.groupSize)
+        }
     }
 
     func readSplit(_ tokens: UnsafeMutablePointer<Int64>, stream: UnsafeMutableRawPointer?) throws(Failure) {
@@ -269,6 +329,22 @@ final class CudaBackend: PlannerBackend {
 
 extension IdType {
     fileprivate var is64: Int32 { self == .int64 ? 1 : 0 }
+}
+
+extension lplb_level {
+    /// What the ranks of a group reached, from the words of the device. Where they differ, a plan that is certified has reached its bound,
+    /// and there is no other, see FlowSolver.swift.
+    fileprivate init(device words: [Int32], ranks: Int) {
+        self.init()
+        func level(_ low: Int) -> Int64 { Int64(words[low + 1]) << 32 | Int64(UInt32(bitPattern: words[low])) }
+        if words[LPLBK_INFO_RANKED] != 0 {
+            (reached, bound, mean) = (level(LPLBK_INFO_LEVEL), level(LPLBK_INFO_LEVEL), level(LPLBK_INFO_MEAN))
+        } else {
+            reached = 1024 * Int64(words[LPLBK_INFO_MAX_LOAD])
+            bound = 1024 * Int64(words[LPLBK_INFO_BOUND])
+            mean = 1024 * ((Int64(words[LPLBK_INFO_TOTAL]) + Int64(ranks) - 1) / Int64(ranks))
+        }
+    }
 }
 
 extension lplb_group_info {

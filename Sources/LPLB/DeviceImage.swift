@@ -8,16 +8,19 @@ struct DeviceImage {
     private let shape: lplbk_shape
     private let layout: lplbk_layout
     private let network: Network
+    private let capacities: RankCapacities?
     /// [layout.words]
     private let words: UnsafeMutablePointer<Int32>
 
     /// [layout.words]
-    static func words(_ network: Network, shape: lplbk_shape, layout: lplbk_layout, digest: Int32) -> [Int32] {
+    static func words(
+        _ network: Network, shape: lplbk_shape, layout: lplbk_layout, digest: Int32, capacities: RankCapacities? = nil
+    ) -> [Int32] {
         let count = Int(layout.words)
         return [Int32](unsafeUninitializedCapacity: count) { words, initialized in
             words.initialize(repeating: 0)
             initialized = count
-            DeviceImage(shape: shape, layout: layout, network: network, words: words.baseAddress!).pack(digest)
+            DeviceImage(shape: shape, layout: layout, network: network, capacities: capacities, words: words.baseAddress!).pack(digest)
         }
     }
 
@@ -27,6 +30,7 @@ struct DeviceImage {
         slotExperts()
         classBundles()
         experts()
+        ranks()
         for group in 0..<network.shape.nGroups { image(group) }
     }
 
@@ -86,6 +90,15 @@ struct DeviceImage {
             for slot in group * slotsOfGroup..<(group + 1) * slotsOfGroup where single[slot] >= 0 { add(single[slot]) }
             put(image(of: group), Int(LPLBK_IMAGE_FIRST_EXPERT), Int32(first))
             put(image(of: group), Int(LPLBK_IMAGE_EXPERTS), Int32(count - first))
+        }
+    }
+
+    /// ranked, speed and fixed.
+    private func ranks() {
+        put(layout.ranked, 0, capacities == nil ? 0 : 1)
+        for rank in 0..<network.shape.epSize {
+            put(layout.speed, rank, capacities?.speed[rank] ?? RankCapacities.normalSpeed)
+            put(layout.fixed, rank, capacities?.fixed[rank] ?? 0)
         }
     }
 

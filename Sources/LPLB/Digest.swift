@@ -1,6 +1,7 @@
 // The digest of a planner: one number made from everything that must be equal on all ranks that plan together.
 
 import CLPLB
+import LPLBSolver
 import LPLBTopology
 
 /// A hash of numbers and bytes, the same on every machine. Not meant to withstand forgery: it finds mistakes.
@@ -24,7 +25,7 @@ struct Hash {
 extension Planner {
     /// What travels as the last count of this planner's rows.
     /// - Parameter attached: how many planners were attached to the exchange with this one; 0: there is no exchange.
-    func digest(of placement: Placement, attached: Int64) -> Int32 {
+    func digest(of placement: Placement, attached: Int64, _ capacities: RankCapacities?) -> Int32 {
         var hash = Hash()
         for size in [shape.epSize, shape.nNodes, shape.groupSize, shape.nLogical, shape.nPhysical, solver] { hash.add(Int64(size)) }
         hash.add(number)
@@ -36,6 +37,11 @@ extension Planner {
             hash.add(-1)
         }
         hash.add(placement.phy2log)
+        if unit != .token { hash.add(unit.size) }
+        if let capacities {
+            hash.add(capacities.speed)
+            hash.add(capacities.fixed)
+        }
         return hash.folded
     }
 }

@@ -33,7 +33,7 @@ extension Planner {
 
     /// Enters the number by which this planner is attached into its digest.
     private func number(attached: Int64) throws(Failure) {
-        if let placement { try backend.setDigest(digest(of: placement, attached: attached)) }
+        if let placement { try backend.setDigest(digest(of: placement, attached: attached, capacities)) }
         self.attached = attached
     }
 

@@ -19,11 +19,22 @@ func cudaFailure(_ error: Int32, _ doing: String) -> Failure {
     guard let cuda = lplbk_cuda()?.pointee else { return withoutCuda(doing, "built without CUDA") }
     let name = String(cString: cuda.error_name(error))
     switch Int(cuda.error_kind(error)) {
-    case LPLBK_KIND_NO_CUDA: return withoutCuda(doing, name)
+    case LPLBK_KIND_NO_CUDA: return withoutCuda(doing, name + likelyCause(of: name, cuda))
     case LPLBK_KIND_OUT_OF_MEMORY: return Failure(LPLB_ERROR_OUT_OF_MEMORY, "\(doing): \(name)")
     case LPLBK_KIND_UNSUPPORTED:
         return Failure(LPLB_ERROR_UNSUPPORTED, "\(doing): must be within what the kernels can do on this device, got \(name)")
     default: return Failure(LPLB_ERROR_CUDA, "\(doing): \(name)")
+    }
+}
+
+/// What mostly is behind an error that says that a machine cannot be used, "" where nobody knows.
+private func likelyCause(of name: String, _ cuda: lplbk_backend) -> String {
+    switch name {
+    case "cudaErrorInsufficientDriver":
+        ": no driver here, or one that is older than CUDA \(cuda.version / 1000).\(cuda.version % 1000 / 10) of this build"
+    case "cudaErrorNoKernelImageForDevice": ": this build has kernels for \(String(cString: cuda.architectures))"
+    case "cudaErrorInitializationError": ": as in a process that was forked after CUDA was used"
+    default: ""
     }
 }
 

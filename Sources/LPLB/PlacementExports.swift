@@ -170,6 +170,7 @@ extension PlaceRequest {
             throw Failure("policy", "must be one of 0 .. \(Policy.allCases.count - 1)", value: config.policy)
         }
         self.policy = policy
+        evenHomes = try Check.range(Int64(config.even_homes), "even_homes", 0...1) == 1
         nSnapshots = config.n_snapshots == 0 ? 1 : Int(config.n_snapshots)
         (nLayers, nLogical) = (Int(config.n_layers), Int(config.n_logical))
         (nNodes, nGroups) = (config.n_nodes == 0 ? 1 : Int(config.n_nodes), config.n_groups == 0 ? 1 : Int(config.n_groups))

@@ -16,8 +16,13 @@ final class Planner {
     let device: Int
     /// LPLB_SOLVER_*
     let solver: Int
+    let unit: Unit
+    /// nil: the ranks are alike.
+    var capacities: RankCapacities?
     /// The caller's, part of the digest.
     let number: Int64
+    /// What is kept beside the plans.
+    let recording: Recording
     /// Gathers everybody's counts inside `run`.
     var exchange: Exchange?
     /// How many planners were attached to `exchange` with this one; 0 without an exchange.
@@ -39,7 +44,9 @@ final class Planner {
         rank = settings.rank
         device = settings.device
         solver = settings.solver
+        unit = settings.unit
         number = settings.number
+        recording = settings.recording
         backend = try settings.backend()
         words = .allocate(capacity: Planner.wordsSize)
         // All of it: whoever reads the words of a planner that another thread is inside finds an end.
@@ -102,7 +109,7 @@ final class Planner {
 
     /// Hands the placement to the backend first, so that a refusal leaves the planner as it was.
     private func adopt(_ placement: Placement, stream: UnsafeMutableRawPointer?) throws(Failure) {
-        try backend.load(Network(placement), digest: digest(of: placement, attached: attached), stream: stream)
+        try backend.load(Network(placement), digest: digest(of: placement, attached: attached, capacities), stream: stream)
         self.placement = placement
         hasPlan = false
     }
@@ -149,7 +156,7 @@ final class Planner {
             throw Failure("n_sources", "must be 1 or ep_size (\(shape.epSize))", value: counts.sources)
         }
         if counts.areRows { try requireRank("rows") }
-        try requireTopology(ratios != nil, "ratios")
+        if ratios != nil { try requireRatios() }
         try backend.solve(counts, ratios: ratios, scaled: scaled, counter: counter, stream: stream)
         hasPlan = true
         everPlanned = true
@@ -166,7 +173,8 @@ final class Planner {
         stream: UnsafeMutableRawPointer?
     ) throws(Failure) {
         try requirePlaced()
-        try requireTopology(true, "ratios")
+        try requireTopology("ratios")
+        try requireTokens("ratios")
         try backend.redirect(ids, byRatios: ratios, cumulative: cumulative, chunks: chunks, to: out, stream: stream)
     }
 
@@ -210,8 +218,16 @@ final class Planner {
         }
     }
 
-    private func requireTopology(_ needed: Bool, _ argument: String) throws(Failure) {
-        if needed && topology == nil {
+    private func requireRatios() throws(Failure) {
+        try requireTopology("ratios")
+        try requireTokens("ratios")
+        if capacities != nil {
+            throw Failure("ratios", "needs a planner without capacities, see lplb_planner_set_capacity", value: "one whose ranks differ")
+        }
+    }
+
+    private func requireTopology(_ argument: String) throws(Failure) {
+        if topology == nil {
             throw Failure(argument, "needs a planner created with r2o, since slot classes exist in topologies only", value: "no r2o")
         }
     }

@@ -1,6 +1,7 @@
 // A checked lplb_config: what a planner is made from.
 
 import CLPLB
+import LPLBSolver
 import LPLBTopology
 
 struct PlannerSettings {
@@ -11,9 +12,11 @@ struct PlannerSettings {
     /// A CUDA ordinal, or LPLB_DEVICE_CPU.
     let device: Int
     let solver: Int
+    let unit: Unit
     let number: Int64
     /// LPLB_EXCHANGE_TRAP or _REPORT.
     let policy: Int32
+    let recording: Recording
     /// n_nodes as the caller gave it; 0: the default.
     let nodesGiven: Int64
 
@@ -35,7 +38,20 @@ struct PlannerSettings {
         device = try Check.range(Int64(config.device), "device", Int64(LPLB_DEVICE_CPU)...Int64(Int32.max))
         number = config.number
         policy = Int32(try Check.range(Int64(config.policy), "policy", Int64(LPLB_EXCHANGE_TRAP)...Int64(LPLB_EXCHANGE_REPORT)))
-        guard config.unused == 0 else { throw Failure("unused", "must be 0", value: config.unused) }
+        recording = try Recording(config.record, "record")
+        if recording.contains(.history) && !shape.hasReplicas {
+            throw Failure(
+                "record", "must be without LPLB_RECORD_HISTORY (1) where n_physical is n_logical, since such a planner counts nothing",
+                value: config.record)
+        }
+        unit = try Check.unit(config.unit)
+        if recording.contains(.metrics) && unit != .token {
+            throw Failure(
+                LPLB_ERROR_UNSUPPORTED, "unit: must be 0 or 1 with LPLB_RECORD_METRICS, which knows tokens only, got \(config.unit)")
+        }
+        if solver == Int(LPLB_SOLVER_IPM) && unit != .token {
+            throw Failure(LPLB_ERROR_UNSUPPORTED, "unit: must be 0 or 1 with LPLB_SOLVER_IPM, which knows tokens only, got \(config.unit)")
+        }
     }
 
     private static func topology(of config: lplb_config, shape: ExpertShape) throws(Failure) -> RedundancyTopology? {
@@ -56,6 +72,6 @@ struct PlannerSettings {
         guard solver == Int(LPLB_SOLVER_FLOW) else {
             throw Failure(LPLB_ERROR_UNSUPPORTED, "solver: LPLB_SOLVER_IPM runs on CUDA only, got a CPU planner (device \(device))")
         }
-        return CpuBackend(shape: shape, rank: rank)
+        return CpuBackend(shape: shape, rank: rank, unit: unit, recording: recording)
     }
 }

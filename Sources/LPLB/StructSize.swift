@@ -73,7 +73,7 @@ extension lplb_config: SizedStruct {
     static var fields: [PartialKeyPath<Self>] {
         [
             \.device, \.solver, \.ep_size, \.rank, \.n_nodes, \.n_logical, \.n_physical, \.group_size, \.n_redundant, \.r2o,
-            \.number, \.policy, \.unused,
+            \.number, \.policy, \.unit, \.record,
         ]
     }
 }
@@ -97,12 +97,31 @@ extension lplb_plan_info: SizedStruct {
     }
 }
 
+extension lplb_metrics: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] {
+        [
+            \.plans, \.groups, \.imbalance_sum, \.imbalance_max, \.gap_sum, \.gap_max, \.tokens, \.moved, \.own_rank, \.own_node,
+            \.other_nodes, \.uncertified, \.overflow, \.invalid_ids,
+        ]
+    }
+}
+
 extension lplb_layout: SizedStruct {
     static var defaults: Self { Self() }
     static var fields: [PartialKeyPath<Self>] {
         [
             \.ids, \.experts, \.row_of_slot, \.n_ids, \.n_rows, \.ids_dtype, \.row_dtype, \.parts, \.exchanged, \.order, \.sent,
             \.received, \.ends, \.numbers, \.by_row, \.n_by_row,
+        ]
+    }
+}
+
+extension lplb_solve_config: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] {
+        [
+            \.loads, \.phy2log, \.n_logical, \.n_physical, \.ep_size, \.unit, \.unused, \.speed, \.fixed, \.tokens, \.info, \.level,
         ]
     }
 }
@@ -158,8 +177,18 @@ extension lplb_place_config: SizedStruct {
     static var defaults: Self { Self() }
     static var fields: [PartialKeyPath<Self>] {
         [
-            \.policy, \.unused, \.n_snapshots, \.n_layers, \.n_logical, \.n_ranks, \.n_slots, \.slots, \.n_nodes, \.n_groups, \.previous,
+            \.policy, \.even_homes, \.n_snapshots, \.n_layers, \.n_logical, \.n_ranks, \.n_slots, \.slots, \.n_nodes, \.n_groups, \.previous,
             \.max_moves, \.tolerance,
+        ]
+    }
+}
+
+extension lplb_placement_report: SizedStruct {
+    static var defaults: Self { Self() }
+    static var fields: [PartialKeyPath<Self>] {
+        [
+            \.n_snapshots, \.n_layers, \.n_logical, \.n_ranks, \.n_slots, \.n_nodes, \.phy2log, \.history, \.even_balance, \.exact_balance,
+            \.duplicates, \.homes, \.pulls, \.pushes, \.leaves_rank, \.leaves_node, \.inbound,
         ]
     }
 }

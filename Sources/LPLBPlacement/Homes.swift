@@ -28,12 +28,13 @@ public func homes(of placement: Placement, former: [Int32]? = nil) throws(RuleVi
     return search.home
 }
 
-private struct HomeSearch {
+/// Homes while they are made even.
+struct HomeSearch {
     private let placement: Placement
     private let nRanks: Int, nLocal: Int
     private(set) var home: [Int32]
     /// [nRanks]: homes of each rank.
-    private var count: [Int]
+    private(set) var count: [Int]
 
     init(_ placement: Placement, former: [Int32]?) {
         self.placement = placement
@@ -83,7 +84,7 @@ private struct HomeSearch {
     }
 
     /// Breadth first: the ranks that a home of `from` can be shifted to, and for each the slot that the last shift goes to.
-    private func search(from: Int) -> (reached: [Int], move: [Int32]) {
+    func search(from: Int) -> (reached: [Int], move: [Int32]) {
         var move = [Int32](repeating: -1, count: nRanks)
         var reached = [from]
         var next = 0

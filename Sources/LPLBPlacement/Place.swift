@@ -22,6 +22,8 @@ public struct PlaceRequest {
     public var previous: [Int32]?
     /// The most slots, over all layers, that may take an expert which their rank did not hold; nil: any number.
     public var maxMoves: Int?
+    /// Every rank shall be able to own equally many experts.
+    public var evenHomes = false
 
     /// Slots that each rank has in the arrays; at least those of the largest rank.
     public var width = 0
@@ -57,17 +59,19 @@ public func place(
     let board = Board(nLogical: request.nLogical, capacity: request.slots, width: request.width)
     let shape = try ExpertShape(
         epSize: request.slots.count, nNodes: 1, groupSize: 0, nLogical: request.nLogical, nPhysical: request.slotsPerLayer)
-    let judge = Judge(request, shape)
-    var reports: [PlaceReport] = []
-    var result: [Int32] = []
-    result.reserveCapacity(request.nLayers * request.slotsPerLayer)
+    var result: [[Int32]] = []
+    result.reserveCapacity(request.nLayers)
     var placer = try Placer(request, shape, history)
+    let classes = request.interchangeable
     for layer in 0..<request.nLayers {
         try placer.place(layer, on: board)
-        if isJudged { reports.append(try judge.report(board, request.weight(of: layer, history), layer: layer)) }
-        result += settled(board, request.previous(of: layer))
+        if request.evenHomes { try makeHomesEven(board, request, shape, history, layer: layer) }
+        if let previous = request.previous(of: layer), let classes, request.budget == nil { keepExperts(board, previous, classes: classes) }
+        result.append(settled(board, request.previous(of: layer)))
     }
-    phy2log.update(from: result, count: result.count)
+    if request.previous == nil && classes != nil { try nameRanks(&result, request, history, shape) }
+    let reports = isJudged ? try request.reports(on: result, board, shape, history) : []
+    for (layer, slots) in result.enumerated() { (phy2log + layer * request.slotsPerLayer).update(from: slots, count: slots.count) }
     return reports
 }
 
@@ -226,27 +230,53 @@ extension PlaceRequest {
     }
 }
 
-/// Judges placements on the history that they were made from.
-private struct Judge {
-    private let request: PlaceRequest, shape: ExpertShape
+/// Copies of an expert go to different hosts; and over all layers no rank gets more copies to send than others, where there are hubs or
+/// the placement is for training.
+private func nameRanks(
+    _ layers: inout [[Int32]], _ request: PlaceRequest, _ history: UnsafeBufferPointer<Double>, _ shape: ExpertShape
+) throws(RuleViolation) {
+    let perNode = request.slots.count / request.nNodes, spreads = request.nNodes > 1 && !request.isHierarchical
+    for (layer, slots) in layers.enumerated() where spreads {
+        layers[layer] = spreadOverHosts(slots, weight: request.weight(of: layer, history), slots: request.slots, nNodes: request.nNodes)
+    }
+    guard request.policy == .flow || request.evenHomes else { return }
+    if spreads {
+        let alike = Dictionary(grouping: 0..<request.nNodes) { node in Array(request.slots[node * perNode..<(node + 1) * perNode]) }
+        try rotate(&layers, classes: alike.values.sorted { $0[0] < $1[0] }, shape: shape, block: perNode)
+    }
+    try rotate(&layers, classes: request.ranks(ofEach: perNode), shape: shape)
+}
 
-    init(_ request: PlaceRequest, _ shape: ExpertShape) {
-        self.request = request
-        self.shape = shape
+extension PlaceRequest {
+    /// What the placements are worth on the history that they were made from.
+    fileprivate func reports(
+        on layers: [[Int32]], _ board: Board, _ shape: ExpertShape, _ history: UnsafeBufferPointer<Double>
+    ) throws(RuleViolation) -> [PlaceReport] {
+        var reports: [PlaceReport] = []
+        for (layer, slots) in layers.enumerated() {
+            let weight = weight(of: layer, history)
+            var report = PlaceReport()
+            board.take(slots)
+            weight.withUnsafeBufferPointer { if let first = $0.baseAddress { board.weigh(first) } }
+            (report.evenBalance, report.duplicates) = (board.balance, board.duplicates)
+            if let previous = previous(of: layer) {
+                report.moves = Former(previous, nRanks: board.nRanks, nLogical: board.nLogical).moves(board)
+            }
+            let placement = try Placement(shape: shape, phy2log: slots)
+            report.exactBalance = LayerFigures.exactBalance(placement, weight, live: board.live.count)
+            reports.append(report)
+        }
+        return reports
     }
 
-    func report(_ board: Board, _ weight: [Double], layer: Int) throws(RuleViolation) -> PlaceReport {
-        var report = PlaceReport()
-        report.evenBalance = board.balance
-        report.duplicates = board.duplicates
-        if let previous = request.previous(of: layer) {
-            report.moves = Former(previous, nRanks: board.nRanks, nLogical: board.nLogical).moves(board)
-        }
-        let solver = FlowSolver(Network(try Placement(shape: shape, phy2log: board.phy2log)))
-        let loads = scaledLoads(weight)
-        loads.withUnsafeBufferPointer { solver.solve(loads: $0.baseAddress!) }
-        let most = solver.results[0].maxLoad
-        report.exactBalance = most > 0 ? Double(loads.reduce(0, +)) / Double(board.live.count) / Double(most) : 1
-        return report
+    /// Ranks that may take each other's part of a placement: those with equally many slots, on one host where groups of experts stay on
+    /// hosts. nil for DeepSeek's program, whose result is known.
+    fileprivate var interchangeable: [[Int]]? {
+        policy == .deepseek ? nil : ranks(ofEach: isHierarchical ? slots.count / nNodes : slots.count)
+    }
+
+    /// Ranks with equally many slots in each block of so many ranks.
+    fileprivate func ranks(ofEach block: Int) -> [[Int]] {
+        Dictionary(grouping: slots.indices) { rank in [rank / block, slots[rank]] }.values.sorted { $0[0] < $1[0] }
     }
 }

@@ -4,16 +4,19 @@
 // change there. Everything below is per group; "parallel" means that the order does not matter. x[a] are the tokens on arc a, load[r] those
 // of rank r.
 //
+// Tokens are counted in units (Unit.swift): ceil(tokens / unit) of each expert, of which all units stay whole. "Tokens" below are units;
+// at the end the units of an expert's places become tokens, the last place that has any taking the unit that is not full.
+//
 // T is a level, cap(r) the tokens that rank r may hold at it, and raise(S, n) the least level at which the ranks of a set S may hold n
-// tokens together. Capacity.swift says what they are, and nothing else does: today cap(r) = T and raise(S, n) = ceil(n / |S|). A rank with
-// load > cap is over, one with load < cap has room.
+// tokens together. Capacity.swift says what they are, and nothing else does: where all ranks are alike, cap(r) = T and raise(S, n) =
+// ceil(n / |S|). A rank with load > cap is over, one with load < cap has room.
 //
 // Start    b[r] = tokens of the experts whose only place is on r. C[u] = tokens of the bundle's experts, split evenly: arc j gets
 //          C / degree, the first C % degree arcs one more. T = max(raise(all ranks, total), max raise({r}, b[r])) is a lower bound of
 //          every split's level; its witness is the set of all ranks, or the first rank with the largest raise. Done if no rank is over.
 // Sweeps   Only in groups that have colours (every bundle has two places, at most 8 colours). Twice: for each colour, in parallel for its
-//          bundles with ranks r, s: move what brings both to one level, today (load[r] - load[s]) / 2 rounded toward zero, from r to s
-//          as far as x allows. Done if, after a whole sweep, no rank is over.
+//          bundles with ranks r, s: move what leaves both the same room, min(cap, total) - load, half the difference rounded toward
+//          zero, from r to s as far as x allows. Done if, after a whole sweep, no rank is over.
 // Loop     Until no rank is over:
 //          - Search for distances: 0 for the ranks with room. A rank without distance gets k + 1 if one of its arcs has x > 0 and the
 //            bundle has another arc on a rank of distance k. Stop when every rank that is over has a distance, or no rank gets one.
@@ -53,13 +56,13 @@ import LPLBTopology
 
 /// The outcome of one group.
 public struct GroupResult: Sendable, Equatable, BitwiseCopyable {
-    /// The level of the busiest rank, today its tokens.
+    /// The level of the busiest rank; where all ranks are alike, its units.
     public var maxLoad: Int64 = 0
     /// T: no split has a smaller maximum.
     public var bound: Int64 = 0
-    /// Tokens of all ranks.
+    /// Units of all ranks.
     public var total: Int64 = 0
-    /// Tokens that do not go to the first place of their expert.
+    /// Units that do not go to the first place of their expert.
     public var moved: Int64 = 0
     /// Rounds of the loop.
     public var rounds: Int64 = 0
@@ -68,6 +71,17 @@ public struct GroupResult: Sendable, Equatable, BitwiseCopyable {
 
     /// The split is optimal, and the witness proves it.
     public var certified: Bool { maxLoad == bound }
+}
+
+/// The levels of one group's result, in 1/1024 unit.
+public struct GroupLevel: Sendable, Equatable, BitwiseCopyable {
+    public var reached: Int64 = 0
+    /// T: no split has a smaller level.
+    public var bound: Int64 = 0
+    /// The least level at which all ranks together could hold the units.
+    public var mean: Int64 = 0
+    /// All ranks are alike, and units are tokens.
+    public var isTokens = true
 }
 
 /// Solves one placement's groups for one set of loads after another. Not for use by two threads at once. `solve` allocates nothing.
@@ -80,14 +94,25 @@ public final class FlowSolver {
     public let quotas: UnsafePointer<Int64>
     /// [nGroups]
     public let results: UnsafePointer<GroupResult>
+    /// [nGroups]
+    public let levels: UnsafePointer<GroupLevel>
 
     let memory: SolverMemory
     private let arena = Arena()
+    private var ranked = false
 
-    public init(_ network: Network) {
-        memory = SolverMemory(network, arena)
+    public init(_ network: Network, unit: Unit = .token, capacities: RankCapacities? = nil) {
+        memory = SolverMemory(network, unit, arena)
         quotas = UnsafePointer(memory.quota)
         results = UnsafePointer(memory.results)
+        levels = UnsafePointer(memory.levels)
+        set(capacities)
+    }
+
+    /// What the ranks may hold from the next solve on; nil: they are alike.
+    public func set(_ capacities: RankCapacities?) {
+        ranked = capacities != nil
+        if let capacities { memory.set(capacities) }
     }
 
     /// Bit r of the words: rank r of the group is in the witness. `witnessWords` words.
@@ -96,15 +121,16 @@ public final class FlowSolver {
     }
 
     /// Solves every group.
-    /// - Parameter loads: [nLogical], each 0 ... 2^40.
+    /// - Parameter loads: [nLogical], each 0 ... 2^40; where the ranks differ, at most `RankCapacities.maxTotal` together.
     public func solve(loads: UnsafePointer<Int64>) {
         let memory = memory
         memory.read(loads)
         for index in 0..<network.shape.nGroups {
-            let group = Group(memory, index)
+            let group = Group(memory, index, ranked: ranked)
             var state = group.start()
             if group.exceeds(state.capacity) { balance(group, &state) }
             memory.results[index] = group.result(state)
+            memory.levels[index] = group.level(state, memory.results[index])
         }
         memory.writeQuotas(loads)
     }

@@ -2,8 +2,10 @@
 
 /// The level T and the counters of a group while it is solved.
 struct GroupState {
-    var capacity = Capacity()
-    var total: Int64 = 0
+    var capacity: Capacity
+    var total: Int64
+    /// The first T, which all ranks together force.
+    var mean: Int64 = 0
     var rounds = 0
 }
 
@@ -24,6 +26,8 @@ struct Group {
     let base: UnsafeMutablePointer<Int64>
     let rankStart: UnsafePointer<Int32>
     let witness: RankSet
+    /// nil: all ranks are alike.
+    let costs: RankCosts?
 
     var demand: UnsafeMutablePointer<Int64> { memory.demand }
     var x: UnsafeMutablePointer<Int64> { memory.x }
@@ -41,7 +45,7 @@ struct Group {
     var receivers: UnsafeMutablePointer<Int32> { memory.receivers }
 
     @inline(__always)
-    init(_ memory: SolverMemory, _ index: Int) {
+    init(_ memory: SolverMemory, _ index: Int, ranked: Bool = false) {
         let network = memory.network, bundles = network.bundles(of: index)
         self.memory = memory
         size = network.shape.groupSize
@@ -52,6 +56,7 @@ struct Group {
         base = memory.base + firstRank
         rankStart = network.rankStart.baseAddress! + firstRank
         witness = RankSet(words: memory.witness + index &* FlowSolver.witnessWords, size: size)
+        costs = ranked ? memory.costs(ofGroup: index) : nil
     }
 
     /// Rounds of the loop after which it gives up, a guard that is never met.
@@ -73,26 +78,30 @@ struct Group {
 
     /// Splits every bundle evenly and takes the first level.
     func start() -> GroupState {
-        var state = GroupState()
-        var highest: Int64 = 0
-        var busiest = 0
+        var total: Int64 = 0
         for r in 0..<size {
             load[r] = base[r]
-            state.total &+= base[r]
+            total &+= base[r]
+        }
+        for u in firstBundle..<endBundle {
+            total &+= demand[u]
+            splitEvenly(u)
+        }
+        var state = GroupState(capacity: Capacity(total: total, size: size, caps: memory.caps, costs: costs), total: total)
+        witness.removeAll()
+        witness.insertAll()
+        state.capacity.raise(witness, holding: total)
+        state.mean = state.capacity.level
+        var highest = state.mean
+        var busiest = -1
+        for r in 0..<size where base[r] > state.capacity.cap(r) {
             let level = state.capacity.level(of: base[r], on: r)
             if level > highest {
                 highest = level
                 busiest = r
             }
         }
-        for u in firstBundle..<endBundle {
-            state.total &+= demand[u]
-            splitEvenly(u)
-        }
-        witness.removeAll()
-        witness.insertAll()
-        state.capacity.raise(witness, holding: state.total)
-        if highest > state.capacity.level {
+        if busiest >= 0 {
             witness.removeAll()
             witness.insert(busiest)
             state.capacity.raise(witness, holding: base[busiest])
@@ -143,12 +152,24 @@ struct Group {
 
     func result(_ state: GroupState) -> GroupResult {
         var result = GroupResult()
-        for r in 0..<size { result.maxLoad = max(result.maxLoad, state.capacity.level(of: load[r], on: r)) }
         result.bound = state.capacity.level
+        if costs != nil && !exceeds(state.capacity) {
+            // T is the least level that its witness can have, so no split that keeps within T has a lower one.
+            result.maxLoad = result.bound
+        } else {
+            for r in 0..<size { result.maxLoad = max(result.maxLoad, state.capacity.level(of: load[r], on: r)) }
+        }
         result.total = state.total
         result.rounds = Int64(state.rounds)
         result.witnessSize = witness.count
         for u in firstBundle..<endBundle { result.moved &+= demand[u] &- x[Int(bundleStart[u])] }
         return result
+    }
+
+    func level(_ state: GroupState, _ result: GroupResult) -> GroupLevel {
+        let scale: Int64 = costs == nil ? 1024 : 1
+        return GroupLevel(
+            reached: result.maxLoad &* scale, bound: result.bound &* scale, mean: state.mean &* scale,
+            isTokens: costs == nil && memory.unit.size == 1)
     }
 }

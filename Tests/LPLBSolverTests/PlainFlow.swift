@@ -14,6 +14,8 @@ struct PlainFlow {
     }
 
     let placement: Placement
+    var unit: Unit = .token
+    var capacities: RankCapacities?
     /// By group, in the solver's order.
     var bundles: [[Bundle]] = []
     var sweeps: [Bool] = []
@@ -27,8 +29,8 @@ struct PlainFlow {
         return found
     }
 
-    init(_ placement: Placement) {
-        self.placement = placement
+    init(_ placement: Placement, unit: Unit = .token, capacities: RankCapacities? = nil) {
+        (self.placement, self.unit, self.capacities) = (placement, unit, capacities)
         let shape = placement.shape
         for group in 0..<shape.nGroups {
             var list: [Bundle] = []
@@ -66,6 +68,24 @@ struct PlainFlow {
         return solved
     }
 
+    /// Units that rank r in EP may hold at level T, as the header says it.
+    private func cap(_ rank: Int, _ level: Int64) -> Int64 {
+        guard let capacities else { return level }
+        return max(0, Int64((Int128(level) - 1024 * Int128(capacities.fixed[rank])) * Int128(capacities.speed[rank]) >> 20))
+    }
+
+    /// The least level at which the ranks of a set hold so many units, by trying.
+    private func raise(_ ranks: [Int], _ units: Int64, atLeast least: Int64) -> Int64 {
+        var low = least - 1, high = max(1, least)
+        func holds(_ level: Int64) -> Bool { ranks.reduce(Int128(0)) { $0 + Int128(cap($1, level)) } >= Int128(units) }
+        while !holds(high) { high *= 2 }
+        while high - low > 1 {
+            let middle = low + (high - low) / 2
+            if holds(middle) { high = middle } else { low = middle }
+        }
+        return high
+    }
+
     private func ceiling(_ a: Int64, _ b: Int) -> Int64 { a / Int64(b) + (a % Int64(b) > 0 ? 1 : 0) }
 
     private func solve(_ group: Int, _ loads: [Int64], _ solved: inout Solved) {
@@ -75,11 +95,11 @@ struct PlainFlow {
         for expert in 0..<placement.shape.nLogical {
             let places = places(expert)
             if places.count == 1 && places[0].rank / size == group {
-                base[places[0].rank - first] += loads[expert]
+                base[places[0].rank - first] += unit.units(loads[expert])
                 solved.tokens[places[0].slot] = loads[expert]
             }
         }
-        let demand = list.map { $0.experts.reduce(0) { $0 + loads[$1] } }
+        let demand = list.map { $0.experts.reduce(0) { $0 + unit.units(loads[$1]) } }
         var x = zip(list, demand).map { bundle, tokens in
             bundle.ranks.indices.map { tokens / Int64(bundle.ranks.count) + ($0 < Int(tokens % Int64(bundle.ranks.count)) ? 1 : 0) }
         }
@@ -90,21 +110,26 @@ struct PlainFlow {
         }
         var load = currentLoads()
         let total = load.reduce(0, +)
-        var bound = ceiling(total, size)
+        let least = (first..<first + size).reduce(Int64(0)) { max($0, 1024 * Int64(capacities?.fixed[$1] ?? 0)) }
+        var bound = raise((first..<first + size).map { $0 }, total, atLeast: least)
+        let mean = bound
         var witness = Set(0..<size)
-        if base.max()! > bound {
-            bound = base.max()!
-            witness = [base.firstIndex(of: bound)!]
+        let alone = (0..<size).map { raise([first + $0], base[$0], atLeast: least) }
+        if alone.max()! > bound {
+            bound = alone.max()!
+            witness = [alone.firstIndex(of: bound)!]
         }
+        var caps = (0..<size).map { min(total, cap(first + $0, bound)) }
+        func exceeds() -> Bool { (0..<size).contains { load[$0] > caps[$0] } }
         var rounds = 0
-        if load.max()! > bound && sweeps[group] {
+        if exceeds() && sweeps[group] {
             var left = 2
-            while left > 0 && load.max()! > bound {
+            while left > 0 && exceeds() {
                 left -= 1
                 for colour in 0..<8 {
                     for (u, bundle) in list.enumerated() where bundle.colour == colour {
                         let (r, s) = (bundle.ranks[0], bundle.ranks[1])
-                        let move = max(-x[u][1], min(x[u][0], (load[r] - load[s]) / 2))
+                        let move = max(-x[u][1], min(x[u][0], ((caps[s] - load[s]) - (caps[r] - load[r])) / 2))
                         x[u][0] -= move
                         x[u][1] += move
                     }
@@ -112,11 +137,11 @@ struct PlainFlow {
                 }
             }
         }
-        while load.max()! > bound {
+        while exceeds() {
             rounds += 1
-            let over = (0..<size).filter { load[$0] > bound }
+            let over = (0..<size).filter { load[$0] > caps[$0] }
             var level: [Int: Int] = [:]
-            for r in 0..<size where load[r] < bound { level[r] = 0 }
+            for r in 0..<size where load[r] < caps[r] { level[r] = 0 }
             var k = 0
             while over.contains(where: { level[$0] == nil }) {
                 var next: Set<Int> = []
@@ -132,19 +157,20 @@ struct PlainFlow {
             let lost = over.filter { level[$0] == nil }
             if lost.count == over.count || !lost.isEmpty && rounds <= 32 {
                 witness = Set((0..<size).filter { level[$0] == nil })
-                bound = ceiling(witness.reduce(0) { $0 + load[$1] }, witness.count)
+                bound = raise(witness.map { first + $0 }, witness.reduce(0) { $0 + load[$1] }, atLeast: least)
+                caps = (0..<size).map { min(total, cap(first + $0, bound)) }
                 continue
             }
             k = over.compactMap { level[$0] }.max()!
             while k >= 1 {
                 let before = load
-                for r in 0..<size where level[r] == k && before[r] > bound {
-                    var excess = before[r] - bound
+                for r in 0..<size where level[r] == k && before[r] > caps[r] {
+                    var excess = before[r] - caps[r]
                     for (u, bundle) in list.enumerated() {
                         guard let j = bundle.ranks.firstIndex(of: r) else { continue }
                         for (i, q) in bundle.ranks.enumerated() where i != j && level[q] == k - 1 {
                             var move = min(excess, x[u][j])
-                            if k == 1 { move = min(move, max(0, bound - before[q])) }
+                            if k == 1 { move = min(move, max(0, caps[q] - before[q])) }
                             x[u][j] -= move
                             x[u][i] += move
                             excess -= move
@@ -155,17 +181,17 @@ struct PlainFlow {
                 k -= 1
             }
             if rounds <= 32 { continue }
-            var givers = (0..<size).filter { level[$0] == 1 && load[$0] > bound }
+            var givers = (0..<size).filter { level[$0] == 1 && load[$0] > caps[$0] }
             var takers = Set((0..<size).filter { level[$0] == 0 })
             repeat {
                 let before = load
                 for r in givers {
-                    var excess = before[r] - bound
+                    var excess = before[r] - caps[r]
                     for capped in [true, false] {
                         for (u, bundle) in list.enumerated() {
                             guard let j = bundle.ranks.firstIndex(of: r) else { continue }
                             for (i, q) in bundle.ranks.enumerated() where i != j && takers.contains(q) {
-                                let move = min(excess, x[u][j], capped ? max(0, bound - before[q]) : Int64.max)
+                                let move = min(excess, x[u][j], capped ? max(0, caps[q] - before[q]) : Int64.max)
                                 x[u][j] -= move
                                 x[u][i] += move
                                 excess -= move
@@ -174,13 +200,14 @@ struct PlainFlow {
                     }
                 }
                 load = currentLoads()
-                givers = takers.filter { load[$0] > bound }.sorted()
+                givers = takers.filter { load[$0] > caps[$0] }.sorted()
                 takers.subtract(givers)
             } while !givers.isEmpty
         }
 
         var result = GroupResult()
-        result.maxLoad = load.max()!
+        result.maxLoad = capacities == nil ? load.max()! : (0..<size).map { raise([first + $0], load[$0], atLeast: least) }.max()!
+        solved.means.append(mean)
         result.bound = bound
         result.total = total
         result.rounds = Int64(rounds)
@@ -188,16 +215,22 @@ struct PlainFlow {
         for (u, bundle) in list.enumerated() {
             result.moved += demand[u] - x[u][0]
             if bundle.experts.count == 1 {
-                for (j, place) in places(bundle.experts[0]).enumerated() { solved.tokens[place.slot] = x[u][j] }
+                var units: Int64 = 0, before: Int64 = 0
+                for (j, place) in places(bundle.experts[0]).enumerated() {
+                    units += x[u][j]
+                    let upTo = min(loads[bundle.experts[0]], units * unit.size)
+                    (solved.tokens[place.slot], before) = (upTo - before, upTo)
+                }
                 continue
             }
             var sum: Int64 = 0, before: Int64 = 0
             for expert in bundle.experts {
-                sum += loads[expert]
+                sum += unit.units(loads[expert])
                 let upTo = demand[u] == 0 ? 0 : Int64(Int128(x[u][1]) * Int128(sum) / Int128(demand[u]))
                 let places = places(expert)
-                solved.tokens[places[1].slot] = upTo - before
-                solved.tokens[places[0].slot] = loads[expert] - (upTo - before)
+                let original = min(loads[expert], (unit.units(loads[expert]) - (upTo - before)) * unit.size)
+                solved.tokens[places[1].slot] = loads[expert] - original
+                solved.tokens[places[0].slot] = original
                 before = upTo
             }
         }

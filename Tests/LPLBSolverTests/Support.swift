@@ -122,6 +122,8 @@ func randomPlacement(
 struct Solved: Equatable {
     var results: [GroupResult] = []
     var witnesses: [Set<Int>] = []
+    /// The first level of each group.
+    var means: [Int64] = []
     /// [nPhysical]
     var tokens: [Int64] = []
 }
@@ -133,6 +135,7 @@ extension FlowSolver {
         let shape = network.shape
         for group in 0..<shape.nGroups {
             solved.results.append(results[group])
+            solved.means.append(levels[group].mean / (results[group].bound == levels[group].bound ? 1 : 1024))
             let words = witness(ofGroup: group)
             solved.witnesses.append(Set((0..<Limits.maxRanks).filter { words[$0 >> 5] >> UInt32($0 & 31) & 1 != 0 }))
         }

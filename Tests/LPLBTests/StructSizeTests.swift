@@ -10,9 +10,12 @@ import Testing
         [
             lplb_config.self, lplb_agree_config.self, lplb_exchange_config.self, lplb_connect_config.self, lplb_rail_ops.self,
             lplb_replicas_config.self, lplb_replicas_tensor.self, lplb_layout.self, lplb_place_config.self,
+            lplb_placement_report.self,
         ]
     }
-    static var written: [any SizedStruct.Type] { [lplb_agreement.self, lplb_plan_info.self, lplb_exchange_report.self] }
+    static var written: [any SizedStruct.Type] {
+        [lplb_agreement.self, lplb_plan_info.self, lplb_exchange_report.self, lplb_metrics.self]
+    }
 
     /// Every struct of the header that has a struct_size is one of these.
     @Test func allFieldsAreNamed() {
@@ -177,6 +180,44 @@ import Testing
             var handle: OpaquePointer?
             return lplb_replicas_create(config, &handle, &words, 512)
         }, lplb_status(LPLB_ERROR_INVALID_ARGUMENT))  // without an exchange
+    }
+
+    /// An older caller gets the results that it knows, where fields that it does not know would name others.
+    @Test func judgingAPlacementTakesOtherVersions() {
+        let slots: [Int32] = [0, 1, 0, 2], loads = [4.0, 2, 2]
+        var pulls: [Int64] = [9, 9], leaves = [9.0]
+        slots.withUnsafeBufferPointer { slots in
+            loads.withUnsafeBufferPointer { loads in
+                pulls.withUnsafeMutableBufferPointer { pulls in
+                    leaves.withUnsafeMutableBufferPointer { leaves in
+                        var report = lplb_placement_report.defaults
+                        (report.n_layers, report.n_logical, report.n_ranks, report.n_slots) = (1, 3, 2, 2)
+                        (report.phy2log, report.history, report.pulls) = (slots.baseAddress, loads.baseAddress, pulls.baseAddress)
+                        report.leaves_rank = leaves.baseAddress
+                        expect(tried(report, before: \.leaves_rank) { report, words in
+                            pulls[1] = 9
+                            let status = lplb_placement_judge(report, &words, 512)
+                            #expect(pulls[1] == (status == LPLB_OK ? 1 : 9))
+                            let isOlder = UnsafeRawPointer(report).load(as: Int64.self) < MemoryLayout<lplb_placement_report>.size
+                            #expect(!isOlder || leaves[0] == 9)
+                            return status
+                        }, lplb_status(LPLB_OK))
+                    }
+                }
+            }
+        }
+        #expect(pulls == [0, 9] && leaves == [0.25])
+    }
+
+    @Test func placingTakesOtherVersions() {
+        var config = lplb_place_config.defaults
+        (config.policy, config.n_layers, config.n_logical, config.n_ranks, config.n_slots) = (Int32(LPLB_PLACE_BALANCED), 1, 2, 2, 1)
+        expect(tried(config, before: \.tolerance) { config, words in
+            var slots: [Int32] = [9, 9]
+            let status = lplb_place(config, [1, 3], &slots, nil, &words, 512)
+            #expect(Set(slots) == (status == LPLB_OK ? [0, 1] : [9]))
+            return status
+        }, lplb_status(LPLB_OK))
     }
 
     @Test func agreeingTakesOtherVersionsOfAllItsStructs() {

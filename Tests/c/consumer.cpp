@@ -1,26 +1,16 @@
 // A C++ caller: a placement made from history by EPLB, then one exact split of new loads over it, with the proof checked by hand.
-#include <lplb.h>
+#include "planner.hpp"
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <memory>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace {
 
 constexpr std::int64_t ranks = 8, experts = 32, slots = 48;
-
-void check(lplb_status status, const char *words) {
-    if (status != LPLB_OK) throw std::runtime_error(std::string(lplb_status_string(status)) + ": " + words);
-}
-
-struct Destroy {
-    void operator()(lplb_planner *planner) const { lplb_planner_destroy(planner); }
-};
 
 int run() {
     std::mt19937_64 random(7);
@@ -39,18 +29,14 @@ int run() {
     config.ep_size = ranks;
     config.n_logical = experts;
     config.n_physical = slots;
-    lplb_planner *handle = nullptr;
-    check(lplb_planner_create(&config, &handle, message.data(), size), message.c_str());
-    const std::unique_ptr<lplb_planner, Destroy> planner(handle);
-    check(lplb_planner_set_placement(planner.get(), phy2log.data(), slots, nullptr), lplb_planner_error(planner.get()));
+    Planner planner(config);
+    planner.set_placement(phy2log);
 
-    std::vector<std::int64_t> counts(experts), tokens(slots), again(slots);
+    std::vector<std::int64_t> counts(experts), again(slots);
     for (std::int64_t e = 0; e < experts; e++) counts[e] = static_cast<std::int64_t>(weight[e]) + static_cast<std::int64_t>(random() % 100);
-    check(lplb_planner_solve(planner.get(), counts.data(), LPLB_INT64, 1, nullptr, nullptr, nullptr, LPLB_INT64, nullptr),
-          lplb_planner_error(planner.get()));
-    lplb_group_info info;
-    check(lplb_planner_info(planner.get(), nullptr, &info, 1, nullptr), lplb_planner_error(planner.get()));
-    check(lplb_planner_split(planner.get(), tokens.data(), slots, nullptr), lplb_planner_error(planner.get()));
+    planner.solve(counts);
+    const std::vector<std::int64_t> tokens = planner.split();
+    const lplb_group_info info = planner.groups().at(0);
 
     // The split serves every token, its busiest rank has max_load, and the experts that live inside the witness alone force that much.
     std::vector<std::int64_t> served(experts), load(ranks);
@@ -71,7 +57,22 @@ int run() {
     check(lplb_solve(counts.data(), experts, phy2log.data(), slots, ranks, again.data(), nullptr, message.data(), size), message.c_str());
     std::printf("busiest %lld, bound %lld by %lld ranks: %s\n", static_cast<long long>(info.max_load), static_cast<long long>(info.bound),
                 static_cast<long long>(members), right && again == tokens ? "checked" : "WRONG");
-    return right && again == tokens ? 0 : 1;
+
+    // Ids by the same placement: each token goes to a slot of its expert.
+    const std::vector<std::int64_t> ids = {0, 5, 5, 31, 7, 5};
+    const std::vector<std::int64_t> where = planner.run(ids);
+    bool found = where.size() == ids.size();
+    for (std::size_t i = 0; i < ids.size(); i++) found = found && phy2log.at(static_cast<std::size_t>(where[i])) == ids[i];
+
+    // What is wrong comes as an exception with the library's words.
+    try {
+        planner.set_placement({0, 1});
+        found = false;
+    } catch (const Error &error) {
+        found = found && error.status == LPLB_ERROR_INVALID_ARGUMENT && std::string(error.what()).find("n_physical") == 0;
+        std::printf("refused: %s\n", error.what());
+    }
+    return right && found && again == tokens ? 0 : 1;
 }
 
 }  // namespace

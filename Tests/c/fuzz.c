@@ -13,7 +13,8 @@ typedef struct {
     lplb_config config;
     int32_t *phy2log;
     int64_t n_local, n_groups, *split;
-    int has_topology, has_placement, has_plan, has_replicas;
+    int has_topology, has_placement, has_plan, has_replicas, began_together, ranked, ever_ranked; /* ranked: set_capacity has made the ranks differ */
+    lplb_metrics metrics;
 } subject;
 
 static char message[256];
@@ -28,10 +29,14 @@ static void check(const char *call, lplb_status status, int expected, const char
     status == LPLB_OK ? accepted++ : refusals++;
 }
 
-/* After every call: its status and words, the buffers' ends and, when it failed, that the latest plan is still there. */
+/* After every call: its status and words, the buffers' ends and, when it failed, that the latest plan and the metrics are still there. */
 static void after(subject *s, const char *call, lplb_status status, int expected) {
     check(call, status, expected, lplb_planner_error(s->handle));
     drop(call);
+    lplb_metrics metrics = LPLB_METRICS_INIT;
+    check("lplb_planner_get_metrics", lplb_planner_get_metrics(s->handle, &metrics), OK, "");
+    if (status != LPLB_OK && memcmp(&metrics, &s->metrics, sizeof metrics) != 0) fail("%s failed, but changed the metrics", call);
+    s->metrics = metrics;
     if (s->has_plan) {
         int64_t *split = make(s->config.n_physical, sizeof *split);
         check("lplb_planner_split", lplb_planner_split(s->handle, split, s->config.n_physical, NULL), OK, lplb_planner_error(s->handle));
@@ -55,6 +60,8 @@ static void reread(subject *s) {
     drop("lplb_planner_phy2log");
 }
 
+#include "fuzz_cost.h"
+
 static void create(subject *s) {
     const int64_t group_size = 1 + below(8), n_groups = 1 + below(3), ep_size = group_size * n_groups;
     const int64_t redundant = below(3), m = redundant > 0 ? 1 + below(2) : 0;
@@ -68,10 +75,14 @@ static void create(subject *s) {
     right.n_physical = right.n_logical + ep_size * (s->has_topology ? m * redundant : below(4));
     right.group_size = group_size;
     right.n_redundant = s->has_topology ? redundant : 0;
+    right.unit = random_unit();
+    right.record = below(4);
+    if (right.n_physical == right.n_logical) right.record &= LPLB_RECORD_METRICS;
+    if (right.unit < 0 || right.unit > 1) right.record &= LPLB_RECORD_HISTORY;
 
     lplb_config *config = make(1, sizeof *config);
     *config = right;
-    int expected = OK, what = chance(2) ? 0 : 1 + (int)below(16);
+    int expected = OK, what = chance(2) ? 0 : 1 + (int)below(18);
     switch (what) {
         case 1: config->struct_size = wrong_size(right.struct_size), expected = FAILS; break;
         case 2: config->device = chance(2) ? INT32_MIN : -2, expected = FAILS; break;
@@ -83,6 +94,8 @@ static void create(subject *s) {
         case 8: config->n_physical = wrong(right.n_physical), expected = ANY; break;
         case 9: config->group_size = wrong(right.group_size), expected = ANY; break;
         case 10: config->n_redundant = wrong(right.n_redundant), expected = ANY; break;
+        case 17: config->unit = chance(2) ? -2 : INT32_MIN, expected = FAILS; break;
+        case 18: config->record = chance(2) ? 4 + below(1000) : -1, expected = FAILS; break;
         case 11: config->n_logical = config->n_physical = ep_size << 40, expected = FAILS; break;
         default: break;
     }
@@ -112,7 +125,7 @@ static void create(subject *s) {
     }
     if (what == 16) { /* an older caller's: it ends before `number`, whose default is 0 as in `right` */
         unsigned char *shorter = make(1, offsetof(lplb_config, number));
-        config->struct_size = offsetof(lplb_config, number);
+        config->struct_size = offsetof(lplb_config, number), config->unit = 0, config->record = 0;
         memcpy(shorter, config, offsetof(lplb_config, number));
         passed = (const lplb_config *)shorter;
     }
@@ -129,6 +142,9 @@ static void create(subject *s) {
     if (words == message) check("lplb_planner_create", status, expected, message);
     if (status == LPLB_OK) {
         s->config = *config;
+        s->began_together = config->record == 3;
+        const lplb_metrics none = LPLB_METRICS_INIT;
+        s->metrics = none;
         s->n_local = config->n_physical / config->ep_size;
         s->n_groups = config->ep_size / (config->group_size == 0 ? config->ep_size : config->group_size);
         s->phy2log = calloc((size_t)config->n_physical, sizeof *s->phy2log);
@@ -337,7 +353,7 @@ static void plan_ids(subject *s) {
                 int32_t *total = make(s->config.n_logical, 4); /* bad == 8 leaves random numbers there */
                 lplb_planner_count(s->handle, ids, type, n, total, cumulative, chunks, NULL);
             }
-            if (expected == OK && !s->has_topology) expected = FAILS;
+            if (expected == OK && (!s->has_topology || !counts_tokens(s))) expected = FAILS;
             status = lplb_planner_redirect_by_ratio(s->handle, ids, type, passed, ratios, cumulative, chunks, out, NULL);
         } else {
             call = "lplb_planner_run";
@@ -395,12 +411,14 @@ static void solve(subject *s) {
                 if (dtype == LPLB_INT32) ((int32_t *)(void *)counts)[i] = INT32_MAX;
                 else ((int64_t *)(void *)counts)[i] = LPLB_MAX_LOAD / sources;
             }
+            if (s->ranked && expected == OK) expected = ANY; /* together too much for ranks that differ */
             break;
         case 7: if (counter != NULL) counter_type = 2 + (lplb_dtype)below(1000), expected = FAILS; break;
         case 8: if (!s->has_topology) ratios = make(s->config.ep_size, 4), expected = FAILS; break;
         case 9: memset(counts, 0, (size_t)(n * size)); break;
         default: break;
     }
+    if (ratios != NULL && (!counts_tokens(s) || s->ranked)) expected = FAILS;
     lplb_status status = lplb_planner_solve(s->handle, counts, type, sources, ratios, scaled, counter, counter_type, NULL);
     if (status == LPLB_OK) s->has_plan = 1;
     for (int64_t i = 0; status == LPLB_OK && ratios != NULL && i < s->config.ep_size * s->config.n_redundant; i++)
@@ -420,7 +438,8 @@ static void read_plan(subject *s) {
     if (bad != 1 && chance(4)) plan = NULL;
     lplb_status status = lplb_planner_info(s->handle, plan, groups, bad == 3 ? wrong(s->n_groups) : s->n_groups, NULL);
     for (int64_t g = 0; status == LPLB_OK && g < s->n_groups; g++)
-        if (!groups[g].certified || groups[g].max_load != groups[g].bound || groups[g].witness_size < 1)
+        if (!groups[g].certified || groups[g].witness_size < 1 ||
+            (groups[g].max_load != groups[g].bound && counts_tokens(s) && !s->ever_ranked))
             fail("group %" PRId64 " is not certified", g);
     after(s, "lplb_planner_info", status, expected);
     expected = bad ? FAILS : s->has_plan ? OK : LPLB_ERROR_WRONG_ORDER;
@@ -433,6 +452,7 @@ static void read_plan(subject *s) {
 }
 
 #include "fuzz_layout.h"
+#include "fuzz_records.h"
 #include "fuzz_free.h"
 #include "fuzz_place.h"
 
@@ -440,7 +460,7 @@ int main(int argc, char **argv) {
     const uint64_t iterations = argc > 1 ? strtoull(argv[1], NULL, 10) : 20000;
     seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     static void (*const calls[])(subject *) = {place, set_placement, set_placement, read_placement, plan_ids, plan_ids, plan_ids, rows,
-                                               solve, solve, read_plan, layout, layout};
+                                               solve, solve, read_plan, layout, layout, set_capacity, read_levels, records};
     null_handles();
     subject subjects[4] = {{0}};
     for (iteration = 0; iteration < iterations; iteration++) {
@@ -449,7 +469,9 @@ int main(int argc, char **argv) {
         if (s->handle == NULL) create(s);
         else if (chance(40)) destroy(s);
         else if (chance(8)) one_off();
+        else if (chance(16)) solve_with();
         else if (chance(20)) placements();
+        else if (chance(20)) judgement();
         else if (chance(20)) exchange_config();
         else if (chance(20)) connect_config();
         else if (chance(20)) replicas_config();

@@ -257,6 +257,9 @@ static void null_handles(void) {
     refused("info", lplb_planner_info(NULL, NULL, NULL, 0, NULL));
     refused("split", lplb_planner_split(NULL, i64, 1, NULL));
     refused("assignment", lplb_planner_assignment(NULL, i64, 1, NULL));
+    refused("history", lplb_planner_history(NULL, LPLB_ANY_PLAN, i64, 1, NULL, NULL));
+    refused("get_metrics", lplb_planner_get_metrics(NULL, NULL));
+    refused("reset", lplb_planner_reset(NULL, LPLB_RECORD_METRICS, NULL));
     refused("layout", lplb_planner_layout(NULL, NULL, NULL));
     refused("attach_exchange", lplb_planner_attach_exchange(NULL, NULL));
     refused_exchange("finish", lplb_exchange_finish(NULL, i64));

@@ -59,16 +59,18 @@ static void placements(void) {
     config->previous = previous;
     config->n_nodes = chance(2) ? 0 : 1;
     config->max_moves = previous == NULL || chance(3) ? -below(2) : chance(4) ? LPLB_PLACE_KEEP : chance(4) ? INT64_MAX : 1 + below(40);
+    config->even_homes = chance(4);
     config->tolerance = chance(2) ? 0 : chance(2) ? -1e300 : (double)below(100) / 100;
     int expected = OK;
     if (config->policy == LPLB_PLACE_DEEPSEEK && total < size) expected = FAILS;
     if (config->policy == LPLB_PLACE_DEEPSEEK && config->max_moves != 0 && config->max_moves != -1) expected = FAILS;
     if (config->policy == LPLB_PLACE_REPAIR && previous == NULL) expected = FAILS;
+    if (config->even_homes && layers > 0) expected = expected == OK ? ANY : expected; /* the words say where it cannot be */
     if (chance(4)) config->n_nodes = 1 + below(ranks), config->n_groups = 1 + below(experts), expected = expected == OK ? ANY : expected;
     const double wrong_numbers[] = {(double)NAN, (double)INFINITY, -(double)INFINITY};
     const lplb_place_config *passed = config;
     const double *loads = history;
-    switch (chance(2) ? 0 : 1 + below(22)) {
+    switch (chance(2) ? 0 : 1 + below(23)) {
         case 1: config->struct_size = wrong_size(fresh.struct_size), expected = FAILS; break;
         case 2: passed = NULL, expected = FAILS; break;
         case 3: config->policy = chance(2) ? 4 + (int32_t)below(1000) : -1 - (int32_t)below(1000), expected = FAILS; break;
@@ -101,6 +103,7 @@ static void placements(void) {
             expected = FAILS;
             break;
         case 22: config->previous = NULL, config->max_moves = LPLB_PLACE_KEEP, expected = FAILS; break;
+        case 23: config->even_homes = chance(2) ? 2 : INT32_MIN, expected = FAILS; break;
         default: break;
     }
     memset(message, 'x', sizeof message);
@@ -125,6 +128,87 @@ static void placements(void) {
         if (moves > (budget > lost ? budget : lost))
             fail("lplb_place made %" PRId64 " moves of %" PRId64 ", with %" PRId64 " experts lost", moves, budget, lost);
     drop("lplb_place");
+}
+
+/* One layer's homes, pulls and pushes against its slots. */
+static void check_copies(const int32_t *slots, const int32_t *homes, const int64_t *pulls, const int64_t *pushes, int64_t ranks, int64_t width,
+                         int64_t experts) {
+    int64_t in = 0, out = 0, copies = 0;
+    for (int64_t e = 0; e < experts; e++) {
+        if (homes[e] < 0 || homes[e] >= ranks * width || slots[homes[e]] != e) fail("lplb_placement_judge: home of expert %" PRId64, e);
+        for (int64_t rank = 0; rank < ranks; rank++) {
+            int held = 0;
+            for (int64_t i = 0; i < width; i++) held |= slots[rank * width + i] == e;
+            copies += held && rank != homes[e] / width;
+        }
+    }
+    for (int64_t rank = 0; rank < ranks; rank++) {
+        if (pulls[rank] < 0 || pulls[rank] > width || pushes[rank] < 0) fail("lplb_placement_judge: copies of rank %" PRId64, rank);
+        in += pulls[rank], out += pushes[rank];
+    }
+    if (in != copies || out != copies) fail("lplb_placement_judge counts %" PRId64 " pulls and %" PRId64 " pushes of %" PRId64, in, out, copies);
+}
+
+/* lplb_placement_judge with whatever placement, results that are not wanted and arguments that are wrong; an error writes nothing. */
+static void judgement(void) {
+    const int64_t ranks = 1 + below(9), experts = chance(8) ? 1 : 1 + below(MOST_EXPERTS), layers = below(4), snapshots = 1 + below(2);
+    const int64_t width = (experts + ranks - 1) / ranks + below(4), size = ranks * width, entries = snapshots * layers * experts;
+    int32_t *phy2log = make(layers * size, 4);
+    for (int64_t i = 0; i < layers * size; i++) phy2log[i] = (int32_t)(below(experts + 1) - 1);
+    for (int64_t i = 0; i < layers * experts; i++) phy2log[i / experts * size + i % experts] = (int32_t)(i % experts);
+    double *history = make(entries, sizeof *history);
+    for (int64_t i = 0; i < entries; i++) history[i] = chance(9) ? 1.7e308 : chance(9) ? 5e-324 : (double)below(1000);
+    lplb_placement_report *report = make(1, sizeof *report);
+    const lplb_placement_report fresh = LPLB_PLACEMENT_REPORT_INIT;
+    *report = fresh;
+    report->n_snapshots = snapshots == 1 && chance(2) ? 0 : snapshots;
+    report->n_layers = layers, report->n_logical = experts, report->n_ranks = ranks, report->n_slots = width;
+    report->n_nodes = chance(2) ? below(2) : ranks;
+    report->phy2log = phy2log, report->history = history;
+    /* all results as one block each, of which a copy is kept */
+    const int64_t bytes[] = {layers * 8, layers * 8, layers * 8, layers * experts * 4, layers * ranks * 8, layers * ranks * 8, layers * 8,
+                             layers * 8, layers * ranks * 8};
+    unsigned char *results[9], *kept = make(9 * layers * (experts + ranks) * 8, 1);
+    for (int i = 0; i < 9; i++) {
+        results[i] = chance(4) ? NULL : make(bytes[i], 1);
+        if (results[i] != NULL) memcpy(kept + i * layers * (experts + ranks) * 8, results[i], (size_t)bytes[i]);
+    }
+    report->even_balance = (double *)results[0], report->exact_balance = (double *)results[1], report->duplicates = (int64_t *)results[2];
+    report->homes = (int32_t *)results[3], report->pulls = (int64_t *)results[4], report->pushes = (int64_t *)results[5];
+    report->leaves_rank = (double *)results[6], report->leaves_node = (double *)results[7], report->inbound = (double *)results[8];
+    const int needs_history = results[0] || results[1] || results[6] || results[7] || results[8];
+    int expected = OK;
+    const lplb_placement_report *passed = report;
+    switch (chance(2) ? 0 : 1 + below(13)) {
+        case 1: report->struct_size = wrong_size(fresh.struct_size), expected = FAILS; break;
+        case 2: passed = NULL, expected = FAILS; break;
+        case 3: report->n_snapshots = chance(2) ? -1 - below(9) : INT64_MAX - below(9), expected = FAILS; break;
+        case 4: report->n_layers = chance(2) ? -1 - below(9) : INT64_MAX - below(9), expected = FAILS; break;
+        case 5: report->n_logical = chance(2) ? -below(9) : INT64_MAX - below(9), expected = FAILS; break;
+        case 6: report->n_ranks = chance(2) ? -below(9) : INT64_MAX - below(9), expected = FAILS; break;
+        case 7: report->n_slots = chance(2) ? -below(9) : INT64_MAX - below(9), expected = FAILS; break;
+        case 8: report->n_nodes = chance(2) ? ranks + 1 : chance(2) ? INT64_MAX : INT64_MIN, expected = FAILS; break;
+        case 9: report->history = NULL, expected = needs_history ? FAILS : OK; break;
+        case 10: if (layers > 0) report->phy2log = NULL, expected = FAILS; break;
+        case 11: if (layers > 0) phy2log[below(layers * size)] = (int32_t)(chance(2) ? experts : -2), expected = FAILS; break;
+        case 12: if (layers > 0) history[below(layers * experts)] = chance(2) ? -1 : (double)NAN, expected = FAILS; break;
+        case 13: report->inbound = (double *)((uintptr_t)make(layers * ranks + 1, 8) + 4), expected = FAILS; break;
+        default: break;
+    }
+    memset(message, 'x', sizeof message);
+    const lplb_status status = lplb_placement_judge(passed, message, sizeof message);
+    check("lplb_placement_judge", status, expected, message);
+    for (int i = 0; i < 9; i++)
+        if (status != LPLB_OK && results[i] && memcmp(results[i], kept + i * layers * (experts + ranks) * 8, (size_t)bytes[i]) != 0)
+            fail("lplb_placement_judge failed and wrote result %d", i);
+    for (int64_t layer = 0; status == LPLB_OK && layer < layers; layer++) {
+        if (results[3] && results[4] && results[5])
+            check_copies(phy2log + layer * size, report->homes + layer * experts, report->pulls + layer * ranks, report->pushes + layer * ranks,
+                         ranks, width, experts);
+        if (results[6] && results[7] && !(0 <= report->leaves_node[layer] && report->leaves_node[layer] <= report->leaves_rank[layer]
+                                          && report->leaves_rank[layer] <= 1)) fail("lplb_placement_judge: shares");
+    }
+    drop("lplb_placement_judge");
 }
 
 #endif

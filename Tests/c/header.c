@@ -7,7 +7,7 @@
 
 CHECK(version, LPLB_VERSION == 10000 * LPLB_VERSION_MAJOR + 100 * LPLB_VERSION_MINOR + LPLB_VERSION_PATCH);
 CHECK(status_size, sizeof(lplb_status) == 4 && sizeof(lplb_dtype) == 4);
-CHECK(config_size, sizeof(lplb_config) == 96);
+CHECK(config_size, sizeof(lplb_config) == 104);
 CHECK(config_ep_size, offsetof(lplb_config, ep_size) == 16);
 CHECK(config_r2o, offsetof(lplb_config, r2o) == 72);
 CHECK(config_policy, offsetof(lplb_config, policy) == 88);
@@ -16,6 +16,7 @@ CHECK(agreement_size, sizeof(lplb_agreement) == 40);
 CHECK(group_size, sizeof(lplb_group_info) == 48 + LPLB_MAX_RANKS / 8);
 CHECK(group_witness, offsetof(lplb_group_info, witness) == 48);
 CHECK(plan_size, sizeof(lplb_plan_info) == 56);
+CHECK(metrics_size, sizeof(lplb_metrics) == 120);
 CHECK(exchange_config_size, sizeof(lplb_exchange_config) == 80);
 CHECK(connect_config_size, sizeof(lplb_connect_config) == 96);
 CHECK(exchange_config_rail, offsetof(lplb_exchange_config, rail) == 72);
@@ -28,6 +29,7 @@ CHECK(rail_oldest, offsetof(lplb_rail_ops, abort) == 40);
 
 lplb_config config_of_defaults(void);
 lplb_plan_info info_of_defaults(void);
+lplb_metrics metrics_of_defaults(void);
 lplb_exchange_config exchange_config_of_defaults(void);
 lplb_agree_config agree_config_of_defaults(void);
 lplb_connect_config connect_config_of_defaults(void);
@@ -42,6 +44,11 @@ lplb_config config_of_defaults(void) {
 lplb_plan_info info_of_defaults(void) {
     lplb_plan_info info = LPLB_PLAN_INFO_INIT;
     return info;
+}
+
+lplb_metrics metrics_of_defaults(void) {
+    lplb_metrics metrics = LPLB_METRICS_INIT;
+    return metrics;
 }
 
 lplb_exchange_config exchange_config_of_defaults(void) {

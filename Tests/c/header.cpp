@@ -6,6 +6,7 @@
 static_assert(std::is_trivially_copyable_v<lplb_config> && std::is_standard_layout_v<lplb_config>);
 static_assert(std::is_trivially_copyable_v<lplb_group_info> && std::is_standard_layout_v<lplb_group_info>);
 static_assert(std::is_trivially_copyable_v<lplb_plan_info> && std::is_standard_layout_v<lplb_plan_info>);
+static_assert(std::is_trivially_copyable_v<lplb_metrics> && std::is_standard_layout_v<lplb_metrics>);
 static_assert(std::is_trivially_copyable_v<lplb_exchange_config> && std::is_standard_layout_v<lplb_exchange_config>);
 
 lplb_config configOfDefaults() {
@@ -16,6 +17,11 @@ lplb_config configOfDefaults() {
 lplb_plan_info infoOfDefaults() {
     lplb_plan_info info = LPLB_PLAN_INFO_INIT;
     return info;
+}
+
+lplb_metrics metricsOfDefaults() {
+    lplb_metrics metrics = LPLB_METRICS_INIT;
+    return metrics;
 }
 
 lplb_exchange_config exchangeConfigOfDefaults() {

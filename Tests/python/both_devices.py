@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
-from lplb import Planner, WrongOrder
+from lplb import Planner, WrongOrder, _c
 from lplb.topology import CUBE_8P2E
 
 
@@ -97,3 +99,72 @@ def check_replicas_on_one_rank(device):
             planner.update_placement(beside)
         planner.run(ids[:8], counter)
         assert sum(group.total for group in planner.info().groups) == 8
+
+
+def raw_metrics(planner):
+    """lplb_metrics, all fields."""
+    found = _c.MetricsStruct()
+    planner._handle.check(planner._handle.library.planner_get_metrics(planner._handle.opened(), ctypes.byref(found)))
+    return {name: getattr(found, name) for name, _ in found._fields_[1:]}
+
+
+class Expected:
+    """What a planner records, added up in Python from the counts given and from info() after each plan."""
+
+    def __init__(self, planner):
+        self.planner, self.overflow, self.invalid = planner, planner.info().overflow if planner.metrics().plans else 0, 0
+        self.tokens = torch.zeros(planner.n_logical_routed_experts, dtype=torch.int64)
+        self.metrics = dict.fromkeys(raw_metrics(planner), 0)
+
+    def add(self, counts):
+        """A plan for counts [sources, n_logical] was made just now."""
+        info, size, now = self.planner.info(), self.planner.group_size, self.metrics
+        self.tokens += counts.cpu().long().clamp(min=0).view(-1, len(self.tokens)).sum(0)
+        overflow, self.overflow = info.overflow - self.overflow, info.overflow
+        now["plans"] += 1
+        now["overflow"] += overflow
+        now["own_rank"] += info.locality.to_own_rank
+        now["own_node"] += info.locality.to_own_node
+        now["other_nodes"] += info.locality.to_other_nodes
+        for group in info.groups:
+            if overflow and not group.certified and not group.total:
+                continue
+            now["uncertified"] += not group.certified
+            now["tokens"] += group.total
+            now["moved"] += group.moved
+            if group.total:
+                imbalance = (group.max_load * size << 22) // group.total
+                gap = (group.bound * size << 22) // group.total - (1 << 22)
+                now["groups"] += 1
+                now["imbalance_sum"] += imbalance
+                now["imbalance_max"] = max(now["imbalance_max"], imbalance)
+                now["gap_sum"] += gap
+                now["gap_max"] = max(now["gap_max"], gap)
+
+    def check(self):
+        assert raw_metrics(self.planner) == {**self.metrics, "invalid_ids": self.invalid}
+        assert torch.equal(self.planner.history(at=self.metrics["plans"]).cpu(), self.tokens)
+
+
+def check_records(rng, planner, sizes):
+    """History and metrics of a planner, however plans are made."""
+    ep_size, n_logical, kept = planner.ep_size, planner.n_logical_routed_experts, Expected(planner)
+    for step, n in enumerate(sizes):
+        ids = torch.from_numpy(rng.integers(-2, n_logical + 1, n)).to(planner.device)
+        counts = torch.bincount(ids[(ids >= 0) & (ids < n_logical)], minlength=n_logical)
+        bad = int(((ids < -1) | (ids >= n_logical)).sum())
+        planner.run(ids, None)
+        kept.add(counts)
+        planner.redirect(ids)  # makes no plan, and has ids to complain about
+        kept.invalid += 2 * bad
+        if planner.rank is not None:
+            everybody = torch.from_numpy(rng.integers(0, 300, (ep_size, n_logical))).to(planner.device)
+            everybody[planner.rank] = counts
+            run_gathered(planner, ids, everybody)
+            kept.invalid += bad
+            kept.add(everybody)
+            planner.solve(everybody)
+            kept.add(everybody)
+        planner.solve(counts * (step % 3))  # once without tokens
+        kept.add(counts * (step % 3))
+        kept.check()

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = pytest.StashKey[list[str]]()
+NOTE = "note"
+LONGEST = ("test_swift", "test_moe", "test_c_consumers")  # modules of a minute or more, which start first so that workers end together
 
 Run = Callable[..., str]
 
@@ -70,6 +71,7 @@ def why_no_gpu() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_gpu() if needing else None
     if reason is None:
@@ -83,11 +85,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Adds a line to the report at the end of the run, e.g. the summary of a test runner that ran inside a test."""
-    return request.config.stash.setdefault(REPORT, []).append
+    return lambda line: request.node.user_properties.append((NOTE, line))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    lines = config.stash.get(REPORT, [])
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    done = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    lines = [line for report in done for name, line in report.user_properties if name == NOTE]
     if lines:
         terminalreporter.section("notes")
         for line in lines:

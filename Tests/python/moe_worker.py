@@ -23,6 +23,7 @@ import lplb
 from lplb import Planner
 from lplb.moe import MoELayer, save_plans
 from moe_models import language_model, with_ddp
+from moe_saved import copied_and_loaded
 from moe_reference import (
     HIDDEN, WIDTH, Dense, batch, by_topology, empty_slots, far, merge, n_experts, natural, raises, random_slots, ring_slots, step,
     turned_slots, uneven_slots)
@@ -397,7 +398,7 @@ def refusals(group):
 
 
 SCENARIOS = [gradients, with_empty_slots, old_ids, update_inside, main_gradients, bfloat16, few_experts, optimizer_steps, same_bits,
-             recomputation, checkpoints, with_ddp, language_model, refusals]
+             recomputation, checkpoints, with_ddp, language_model, copied_and_loaded, refusals]
 
 
 def main():

@@ -44,6 +44,30 @@ def test_header_is_cxx17(compiler: str, run: Run, tmp_path: Path) -> None:
     run([tool(compiler), "-std=c++17", *WARNINGS, f"-I{ROOT / 'include'}", "-c", SOURCES / "header.cpp", "-o", tmp_path / "header.o"])
 
 
+TEN_LINES = r"One batch is planned so:\n \*\n((?: \*     .*\n){10}) \*\n"
+
+
+def test_the_headers_first_lines_plan_a_batch(installed: Installed, run: Run, tmp_path: Path) -> None:
+    """The ten lines that the header begins with are a program, and it finds what they say."""
+    lines = re.search(TEN_LINES, (ROOT / "include/lplb.h").read_text())
+    assert lines is not None, "the header must begin with ten lines of C that plan one batch"
+    body = re.sub(r"^ \*", "", lines[1], flags=re.MULTILINE)
+    (tmp_path / "ten.c").write_text(f"#include <lplb.h>\n#include <stdio.h>\nint main(void) {{\n{body}    for (int i = 0; i < 8; i++)"
+                                    ' printf("%d", (int)(ids[i] / 3));\n    printf(" %d %d %d\\n", (int)plan.max_load, (int)plan.bound,'
+                                    " plan.certified);\n    return 0;\n}\n")
+    run([tool("cc", "gcc", "clang"), "-std=c99", *WARNINGS, f"-I{installed.include}", tmp_path / "ten.c", "-o", tmp_path / "ten",
+         installed.library, f"-Wl,-rpath,{installed.library.parent}"])
+    ranks, *plan = run([tmp_path / "ten"]).split()
+    assert sorted(ranks) == list("00001111") and plan == ["4", "4", "1"]
+
+
+def test_the_examples_that_the_header_names_exist() -> None:
+    named = re.search(r"Whole programs: (.*?)\n \*\n", (ROOT / "include/lplb.h").read_text(), flags=re.DOTALL)
+    assert named is not None
+    names = re.findall(r"[\w/]+\.[ch]p*\b", named[1])
+    assert len(names) == 4 and all((SOURCES / Path(name).name).is_file() for name in names), names
+
+
 def test_export_list_is_the_header() -> None:
     listed = re.findall(r"^\s*(\w+);", (ROOT / "include/lplb.map").read_text(), flags=re.MULTILINE)
     assert listed == declared_functions(), "include/lplb.map must list the functions of include/lplb.h, in its order"

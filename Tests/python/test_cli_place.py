@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from lplb import InvalidArgument
+from lplb import InvalidArgument, placement_report
 from lplb.cli.check import conserve, hosts
 from lplb.cli.main import main
+from lplb.eplb import rebalance_experts
 from lplb.errors import InternalError
 
 LAYERS, EXPERTS, RANKS = 3, 16, 4
@@ -62,6 +63,28 @@ def test_a_budget_is_kept(here, capsys, budget, most):
     assert report["rows"][1]["exact"] >= report["rows"][0]["exact"] and (most == 0 or len(moves) > 0)
 
 
+def test_training_and_locality_beside_eplb(here, capsys):
+    """The tables say what the JSON file and the placement itself say."""
+    code, out, _ = run(["one.npy", "--nodes", "2", "--even-homes", "--out", "out.npy", "--json", "out.json"], capsys)
+    report = json.loads((here / "out.json").read_text())
+    loads = np.load("one.npy").sum(0)
+    again = placement_report(np.load("out.npy"), ep_size=RANKS, history=loads, nodes=2)
+    for name in ("homes", "pulls", "pushes", "leaves_rank", "leaves_node", "inbound"):
+        assert report[name] == getattr(again, name).tolist(), name
+    row, eplb = report["rows"][0], report["eplb"]
+    assert (row["homes_least"], row["homes_most"]) == (4, 4) and row["leaves_node"] == pytest.approx(again.leaves_node.mean())
+    assert (row["pulls_max"], row["pulls_mean"]) == (again.pulls.sum(0).max(), again.pulls.sum(0).mean())
+    assert (row["pushes_max"], row["pushes_layer"]) == (again.pushes.sum(0).max(), again.pushes.max())
+    theirs = placement_report(rebalance_experts(loads, 24, 1, 1, RANKS)[0], ep_size=RANKS, history=loads, nodes=2)
+    assert eplb["leaves_rank"] == theirs.leaves_rank.mean() and eplb["exact"] == theirs.exact_balance.mean()
+    lines = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("|")]
+    cells = {(line[0].strip(), len(line)): [cell.strip() for cell in line] for line in lines}
+    assert cells["flow", 10][7:9] == [f"{row['leaves_rank']:.1%}", f"{row['leaves_node']:.1%}"]
+    assert cells["eplb", 10][7:9] == [f"{eplb['leaves_rank']:.1%}", f"{eplb['leaves_node']:.1%}"]
+    assert cells["flow", 8][1:5] == ["4", f"{row['pulls_mean']:.1f}", str(row["pulls_max"]), str(row["pulls_layer"])]
+    assert code == 0 and "leaves rank" in out and "leaves node" not in run(["one.npy"], capsys)[1]
+
+
 def test_the_previous_placement_may_be_overwritten(here, capsys):
     assert run(["two.npy", "--policy", "repair", "--previous", "first.npy", "--out", "first.npy"], capsys)[0] == 0
 
@@ -101,6 +124,8 @@ def test_simulate_plays_what_place_writes(here, capsys, placement):
     (["--max-moves", "3"], "max_moves: needs previous"),
     (["--previous", "first.npy", "--max-moves", "nan"], "--max-moves: must be a number of moves or a share such as 5%, got 'nan'"),
     (["--previous", "first.npy", "--max-moves", "1.5"], "--max-moves: must be a number of moves or a share such as 5%, got '1.5'"),
+    (["--even-homes", "--policy", "repair", "--previous", "uneven.npy", "--max-moves", "0"],
+     "even_homes: must be 0 where no placement was found in which every rank can own 4 of the 16 experts, got rank 0 with 6 in layer 0"),
     (["--previous", "words.npy"], "words.npy: not a readable .npy file"),
     (["--previous", "none.npy"], "none.npy: no such file"),
     (["--previous", "first.npy", "--slots", "28"], "previous: must be [3 layers, 4 * 7 slots], got shape [3, 24]"),
@@ -118,6 +143,7 @@ def test_simulate_plays_what_place_writes(here, capsys, placement):
 def test_words(here, capsys, words, says):
     np.save("floats.npy", np.load("first.npy") * 1.0)
     np.save("beyond.npy", np.full((LAYERS, 24), EXPERTS))
+    np.save("uneven.npy", np.tile(np.r_[0:16, [12, 13] * 4], (LAYERS, 1)))
     np.save("other.npy", np.ones((5, 2, EXPERTS), dtype=np.int64))
     (here / "words.npy").write_text("words")
     before = {path.name: path.read_bytes() for path in here.iterdir()}

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not torc
 
 BOUNDS = {"gradients": 1e-12, "with_empty_slots": 1e-12, "old_ids": 0.0, "update_inside": 1e-12, "main_gradients": 1e-4,
           "bfloat16": 0.03, "few_experts": 1e-9, "optimizer_steps": 1e-9, "same_bits": 0.0, "recomputation": 0.0, "checkpoints": 1e-12,
-          "with_ddp": 1e-12, "language_model": 1e-9, "refusals": 0.0}
+          "with_ddp": 1e-12, "language_model": 1e-9, "copied_and_loaded": 0.0, "refusals": 0.0}
 
 
 def start(processes, folder, scenarios):

@@ -58,11 +58,13 @@ def test_signatures_equal_the_header(header):
 
 def test_structs_equal_the_header(header):
     c_types = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "const int32_t *": ctypes.c_void_p,
-               "const void *": ctypes.c_void_p, "int32_t *": ctypes.c_void_p, "int64_t *": ctypes.c_void_p, "lplb_dtype": ctypes.c_int32}
+               "const void *": ctypes.c_void_p, "const int64_t *": ctypes.c_void_p, "const double *": ctypes.c_void_p,
+               "double *": ctypes.c_void_p, "double": ctypes.c_double, "int32_t *": ctypes.c_void_p, "int64_t *": ctypes.c_void_p, "lplb_dtype": ctypes.c_int32}
     for name, struct in (("lplb_config", _c.Config), ("lplb_group_info", _c.GroupInfoStruct), ("lplb_plan_info", _c.PlanInfoStruct),
-                         ("lplb_layout", _c.LayoutStruct)):
+                         ("lplb_layout", _c.LayoutStruct), ("lplb_place_config", _c.PlaceConfig),
+                         ("lplb_placement_report", _c.PlacementReportStruct), ("lplb_metrics", _c.MetricsStruct)):
         body = re.search(rf"typedef struct {name} \{{(.*?)\}}", header, flags=re.S).group(1)
-        fields = re.findall(r"^\s*(const (?:int32_t|void) \*|int32_t \*|int64_t \*|int64_t|int32_t|uint32_t|lplb_dtype)\s*(\w+)(\[[^\]]*\])?;", body, flags=re.M)
+        fields = re.findall(r"^\s*((?:const )?(?:int32_t|int64_t|double|void) \*|int64_t|int32_t|uint32_t|double|lplb_dtype)\s*(\w+)(\[[^\]]*\])?;", body, flags=re.M)
         assert [field for _, field, _ in fields] == [field[0] for field in struct._fields_], name
         for (c_type, field, array), (_, kind) in zip(fields, struct._fields_):
             if array:
@@ -81,8 +83,9 @@ def test_constants_equal_the_header(header):
     statuses = dict(re.findall(r"LPLB_ERROR_(\w+) = (\d+)", header))
     assert sorted(errors.BY_STATUS) == sorted(int(number) for number in statuses.values())
     assert _c.ERROR_BUSY == int(statuses["BUSY"])
-    for name in ("INT32", "INT64", "DEVICE_CPU", "WHOLE_BATCH"):
+    for name in ("INT32", "INT64", "DEVICE_CPU", "WHOLE_BATCH", "RECORD_HISTORY", "RECORD_METRICS", "ANY_PLAN"):
         assert getattr(_c, name) == constant(header, f"LPLB_{name}"), name
+    assert f"#define LPLB_METRICS_ONE (INT64_C(1) << {_c.METRICS_ONE.bit_length() - 1})\n" in header
     assert _c.SOLVERS == {"flow": constant(header, "LPLB_SOLVER_FLOW"), "ipm": constant(header, "LPLB_SOLVER_IPM")}
     for name in ["MAX_RANKS", "MAX_LAYOUT_ROWS", *(name for name in vars(_c) if name.startswith("LAYOUT_"))]:
         assert getattr(_c, name) == constant(header, f"LPLB_{name}"), name

@@ -188,8 +188,9 @@ def test_sdist_builds(sdist: Path, run: Run, tmp_path: Path) -> None:
 
     run([python, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path / "wheel", tree], timeout=900, LPLB_CUDA="0")
     (wheel,) = (tmp_path / "wheel").iterdir()
-    assert re.fullmatch(rf"lplb-{re.escape(header_version())}-py3-none-linux_\w+\.whl", wheel.name)
+    assert re.fullmatch(rf"lplb-{re.escape(header_version())}-py3-none-(many)?linux_\w+\.whl", wheel.name)
     check_wheel(wheel)
+    check_by_others(wheel, sdist, run)
 
 
 def check_wheel(wheel: Path) -> None:
@@ -203,3 +204,84 @@ def check_wheel(wheel: Path) -> None:
     made = {"python/lplb/" + name for name in ("include/lplb.h", "lib/liblplb.so.0", "lib/pkgconfig/lplb.pc",
                                                "lib/cmake/lplb/lplb-config.cmake", "lib/cmake/lplb/lplb-config-version.cmake")}
     assert packaged == ours | made, packaged ^ (ours | made)
+    with zipfile.ZipFile(wheel) as archive:
+        scripts = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+        info = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
+    assert "lplb = lplb.cli.main:script" in scripts
+    for field in ("Summary: ", "Keywords: ", "Classifier: Programming Language :: Python :: 3.13", "Requires-Python: >=3.10",
+                  "Description-Content-Type: text/markdown"):
+        assert f"\n{field}" in info, field
+    assert "License" not in re.findall(r"^([\w-]+):", info.split("\n\n")[0], flags=re.MULTILINE)  # which the owner has not chosen
+    assert wheel.stat().st_size < 12 << 20
+
+
+def check_by_others(wheel: Path, sdist: Path, run: Run) -> None:
+    """PyPI's rules, by those who know them. auditwheel finds the oldest systems that the libraries' symbols allow: those of the tag."""
+    for tool in ("auditwheel", "twine", "check_wheel_contents"):
+        pytest.importorskip(tool)
+    said = run([sys.executable, "-m", "auditwheel", "show", wheel])
+    (tag,) = re.findall(r"(manylinux_2_\d+_\w+|linux_\w+)\.whl", wheel.name)
+    assert f'platform tag: "{tag}"' in " ".join(said.split()), said
+    assert "PASSED" in run([sys.executable, "-m", "twine", "check", "--strict", wheel, sdist])
+    assert "OK" in run([sys.executable, "-m", "check_wheel_contents", wheel])
+
+
+# ---- Before anything is compiled -------------------------------------------------------------------------------------------------
+
+
+def build_without_swift(tmp_path: Path, swift: str | None) -> str:
+    """What a build says where Swift is missing, or is another program. nvcc is one that must not be run."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    for name, text in (("nvcc", f"touch {tmp_path / 'ran'}; exit 1"), ("swift", swift)):
+        if text is not None:
+            (path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (path / name).chmod(0o755)
+    code = "import setuptools; setuptools.setup = lambda **named: None; import setup, pathlib; setup.build_native(pathlib.Path('x'))"
+    environment = {**os.environ, "PATH": f"{path}:/bin", "CUDA_HOME": "", "LPLB_CUDA": ""}
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and not (tmp_path / "ran").exists(), done.stderr
+    return done.stderr.strip()
+
+
+@pytest.mark.parametrize("swift, words", [
+    (None, "swift not found: lplb needs Swift 6.3 or later on PATH"), ("echo 'Swift version 5.10.1 (swift-5.10.1-RELEASE)'",
+                                                                      "is Swift version 5.10: lplb needs Swift 6.3 or later"),
+    ("echo 'OpenStack Swift'", "--version does not work: lplb needs Swift 6.3"), ("exit 3", "--version does not work"),
+])
+def test_swift_is_asked_for_before_kernels_are_compiled(tmp_path: Path, swift: str | None, words: str) -> None:
+    if swift is None and shutil.which("swift", path="/bin"):
+        pytest.skip("Swift stands in /bin")
+    pytest.importorskip("setuptools")
+    assert words in build_without_swift(tmp_path, swift)
+
+
+SYMBOLS = """
+#include <math.h>
+#include <unistd.h>
+{extra}
+double f(double x) {{ return {call}; }}
+"""
+
+
+@pytest.mark.parametrize("call, extra, libraries, beyond", [
+    ("exp(x)", "", ["-lm"], False), ("x", "", ["-lm"], False),
+    ("f2(x)", '__asm__(".symver f2,arc4random@GLIBC_2.36"); double f2(double);', [], True),
+    ("f2(x)", "double f2(double);", ["-Wl,--no-as-needed", "-L.", "-lelse"], True),
+])
+def test_the_tag_follows_the_symbols(tmp_path: Path, call: str, extra: str, libraries: list[str], beyond: bool) -> None:
+    """A library that needs a newer glibc, or a library that not every system has, gets no manylinux tag."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    (tmp_path / "else.c").write_text("double f2(double x) { return x; }")
+    (tmp_path / "a.c").write_text(SYMBOLS.format(call=call, extra=extra))
+    for source, options in (("else.c", ["-o", "libelse.so", "-Wl,-soname,libelse.so.1"]), ("a.c", ["-o", "a.so", *libraries])):
+        done = subprocess.run([compiler, "-shared", "-fPIC", source, *options], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            pytest.skip(f"this linker does not take it: {done.stderr[-200:]}")
+    code = ("import setuptools; setuptools.setup = lambda **named: None; import setup, pathlib, sys; "
+            "print(setup.beyond_manylinux(pathlib.Path(sys.argv[1])))")
+    done = subprocess.run([sys.executable, "-B", "-c", code, str(tmp_path / "a.so")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout.strip() != "[]") == beyond, done.stdout

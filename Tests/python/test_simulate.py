@@ -387,6 +387,58 @@ def test_repairs_follow_the_drift(tmp_path, capsys):
     assert found["often"] < found["once"] <= found["never"]
 
 
+@pytest.mark.parametrize("placement, most", [("flow", None), ("flow", 2), ("balanced", 2), ("balanced", None), ("eplb", None)])
+def test_new_placements_follow_the_drift(tmp_path, capsys, placement, most):
+    """Their moves are in the table, the JSON file and the picture."""
+    trace, words = drifting(tmp_path)
+    words = [trace, *words, "--placement", placement, "--json", tmp_path / "out.json"]
+    assert simulate(capsys, *words)[0] == 0
+    policy = "lplb" if placement == "flow" else "even split"
+    never, _ = mean_imbalance(tmp_path, policy)
+    budget = [] if most is None else ["--max-moves", most]
+    code, said = simulate(capsys, *words, "--replace", "4", *budget, "--plot", tmp_path / "out.png")
+    result = json.loads((tmp_path / "out.json").read_text())
+    config, rows = result["config"], {row["policy"]: row for row in result["rows"]}
+    assert code == 0 and (config["replace"], config["replacements"], config["repairs"]) == (4, 4, 0)
+    assert [change[:2] for change in result["changes"]] == [[layer, batch] for layer in (0, 1) for batch in (4, 8)]
+    assert config["moves"] == sum(change[2] for change in result["changes"]) == rows["lplb"]["moves"] > 0
+    assert most is None or all(change[2] <= most for change in result["changes"])
+    assert f"placed anew after every 4 micro-batches of a layer: {config['moves']} moves in 4 placements" in said.out
+    assert mean_imbalance(tmp_path, policy)[0] < never
+    assert (tmp_path / "out.png").stat().st_size > 20_000
+    table = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in said.out.splitlines() if line.startswith("|")}
+    column = table["policy"].index("moves")
+    assert table["lplb"][column] == table["even split"][column] == str(config["moves"]) and table["no replicas"][column] == "-"
+    assert ("eplb, exact split" in table) == (placement != "eplb") and table.get("eplb, exact split", "-" * 99)[column] == "-"
+
+
+def test_eplb_beside_another_placement(tmp_path, capsys):
+    """As if it were played by itself, and the share of tokens that leave ranks and hosts."""
+    trace, words = drifting(tmp_path)
+    rows = {}
+    for placement in ("flow", "eplb"):
+        assert simulate(capsys, trace, *words, "--nodes", "2", "--placement", placement, "--json", tmp_path / "out.json")[0] == 0
+        rows[placement] = {row["policy"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    for theirs, alone in (("eplb, even split", "even split"), ("eplb, exact split", "lplb")):
+        for name in set(rows["eplb"][alone]) - {"policy", "plan_us_p50", "moves"}:
+            assert rows["flow"][theirs][name] == rows["eplb"][alone][name], name
+    assert "eplb, even split" not in rows["eplb"]
+    for row in rows["flow"].values():
+        assert 0 < row["leaves_node"] < row["leaves_rank"] < 1 and row["inbound_max"] <= row["imbalance_max"]
+
+
+def test_tokens_that_leave_are_those_that_do_not_stay(ids_file, tmp_path, capsys):
+    code, said = simulate(capsys, ids_file, "--nodes", "2", "--tokens-per-rank", "50", "--json", tmp_path / "out.json")
+    lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in said.out.splitlines() if line.startswith("|")}
+    for row in json.loads((tmp_path / "out.json").read_text())["rows"]:
+        assert row["leaves_rank"] == pytest.approx(1 - row["own_rank_share"]) and row["leaves_node"] == pytest.approx(1 - row["own_node_share"])
+        assert lines[row["policy"]][lines["policy"].index("leaves node")] == report.percent(row["leaves_node"])
+
+
+def test_inbound_counts_what_comes_from_others():
+    assert policies.inbound(np.array([[5, 1, 2, 0], [0, 7, 0, 1], [3, 0, 0, 0], [0, 0, 4, 6]])).tolist() == [3, 1, 6, 1]
+
+
 def test_snapshots_of_several_workloads(tmp_path, capsys):
     trace, words = drifting(tmp_path)
     simulate(capsys, trace, *words, "--placement", "flow", "--json", tmp_path / "out.json")
@@ -404,6 +456,47 @@ def test_placements_from_files(tmp_path, capsys):
     code, said = simulate(capsys, trace, *words, "--placement", tmp_path / "slots.npy", "--json", tmp_path / "out.json")
     assert code == 0 and mean_imbalance(tmp_path)[0] == pytest.approx(mean_imbalance(tmp_path, "even split")[0])
     for more, why in ((["--topology", "square", "--repair", "2"], "needs --placement"), (["--placement", "flow", "--max-moves", "2"], "needs --repair"),
+                      (["--placement", tmp_path / "slots.npy", "--replace", "2"], "--replace: needs --placement flow, balanced, eplb"),
+                      (["--topology", "square", "--replace", "2"], "--replace: needs --placement"),
+                      (["--placement", "eplb", "--replace", "2", "--max-moves", "3"], "--max-moves: cannot be kept by --placement eplb"),
                       (["--placement", "best"], "--placement: must be flow, balanced, eplb or a .npy file")):
         code, said = simulate(capsys, trace, *words[:-2], *more)
         assert code == 2 and why in said.err
+
+
+# ---- other costs than tokens ----
+
+def test_units_active_experts_and_speeds(ids_file, tmp_path, capsys):
+    """The plans are optimal in what is counted, recomputed from the witnesses; splits by tokens and the greedy choice are never better."""
+    slow = tmp_path / "slow.txt"
+    slow.write_text("1024, 922\n1024 1024")
+    quick = ("--topology", "square", "--tokens-per-rank", 32)
+    for words, others in ((("--unit", 16), ["lplb by tokens"]), (("--unit", "experts"), ["greedy, fewest experts", "lplb by tokens"]),
+                          (("--speed", slow), ["lplb by tokens"]), (("--unit", 8, "--speed", slow), ["lplb by tokens"])):
+        code, out = simulate(capsys, ids_file, *quick, *words, "--json", tmp_path / "a.json")
+        assert code == 0 and "cost of a rank:" in out.out
+        rows = {row["policy"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+        assert [name for name in rows if name not in POLICIES] == others
+        assert rows["lplb"]["certified_fraction"] == 1 and rows["lplb"]["gap_solver_max"] == 0
+        for name in [*others, "even split", "random replica", "proportional"]:
+            assert rows[name]["imbalance_mean"] >= rows["lplb"]["imbalance_mean"] and rows[name]["gap_solver_max"] >= 0, name
+    _, config = simulate(capsys, ids_file, *quick), json.loads((tmp_path / "a.json").read_text())["config"]
+    assert (config["unit"], config["speed"]) == (8, [1024, 922, 1024, 1024])
+
+
+def test_the_greedy_choice_takes_the_rank_with_the_fewest_active_experts():
+    log2phy = np.array([[0, -1], [1, 4], [5, 3], [2, -1]], dtype=np.int32)  # 3 ranks of 2 slots
+    taken = policies.fewest_experts(np.array([[5, 1, 1, 0], [0, 2, 0, 0], [1, 0, 0, 0]]), policies.Replicas(log2phy, 6, 3, 1))
+    # expert 0 on rank 0; expert 1 then on rank 2 rather than 0; expert 2 on rank 1, which has none
+    assert taken.tolist() == [[5, 0, 0, 1, 1, 0], [0, 0, 0, 0, 2, 0], [1, 0, 0, 0, 0, 0]]
+
+
+def test_costs_that_cannot_be_are_refused(ids_file, tmp_path, capsys):
+    wrong = {"many.txt": "1 2 3 4 5", "zero.json": "[0, 1, 1, 1]", "word.txt": "1 2 3 four", "float.json": "[1.5, 1, 1, 1]"}
+    for name, content in wrong.items():
+        (tmp_path / name).write_text(content)
+    asked = [("--unit", "0"), ("--unit", "tokens"), ("--unit", str(2**31)), ("--speed", tmp_path / "none.txt"),
+             *(("--speed", tmp_path / name) for name in wrong)]
+    for words in asked:
+        code, out = simulate(capsys, ids_file, "--topology", "square", *words)
+        assert code == 2 and words[0] in out.err and out.err.count("\n") == 1, words

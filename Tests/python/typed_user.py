@@ -24,6 +24,7 @@ def tensors(planner: Planner, ids: Tensor, counts: Tensor, counter: Tensor) -> N
     assert_type(planner.redirect(ids), Tensor)
     assert_type(lplb.solve(counts, ids, 2).tokens, Tensor)
     assert_type(lplb.homes(ids, 2), Tensor)
+    assert_type(lplb.place(counts, ep_size=2, slots=4).report.pulls, Tensor)
     assert_type(planner.layout(ids).order, Tensor)
     assert_type(planner.layout(ids).wait().sent, list[int])
     assert_type(lplb.Replicas(planner).parameter("up", (3, 4)), Parameter)
@@ -38,6 +39,7 @@ def arrays(planner: Planner, ids: NDArray[np.int64], counter: NDArray[np.int32])
     assert_type(planner.redirect(ids, 3), NDArray[Any])
     assert_type(planner.layout(ids, received=lambda sent: sent).by_row, NDArray[Any])
     assert_type(lplb.solve(ids, ids, 2).tokens, NDArray[Any])
+    assert_type(lplb.placement_report(ids, ep_size=2, history=ids).leaves_node, NDArray[Any])
     assert_type(eplb.rebalance_experts(ids, 80, 8, 1, 8)[0], NDArray[Any])
 
 

@@ -3,6 +3,11 @@
 
 namespace lplb {
 
-SolveKernel interior_kernel() { return solve_groups<kInterior, false>; }
+template <bool kRecords>
+SolveKernel<kRecords> interior_kernel() {
+    return solve_groups<kInterior, false, kRecords, false>;
+}
+template SolveKernel<false> interior_kernel<false>();
+template SolveKernel<true> interior_kernel<true>();
 
 }  // namespace lplb

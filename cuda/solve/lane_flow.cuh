@@ -12,7 +12,7 @@
 namespace lplb {
 
 // kLateCall: the late passes are a call. In a kernel that has no other solver that costs more than it saves, beside MaskFlow it saves more.
-template <int kColours, bool kLateCall = false>
+template <int kColours, bool kLateCall = false, class Cap = Capacity>
 struct LaneFlow {
     int partner[kColours];
     unsigned bit[kColours];  // of the partner; 0: no arc of this colour
@@ -23,7 +23,7 @@ struct LaneFlow {
     int load;         // of this rank
     int total;        // of all ranks
     unsigned witness;
-    FlowEnd end;
+    FlowEndOf<Cap> end;
 
     // words: the lane's column of the image's lanes. All that can be done before the loads are known.
     __device__ __forceinline__ void open(const int (&words)[kColours], int n_ranks) {
@@ -45,16 +45,26 @@ struct LaneFlow {
 #pragma unroll
         for (int c = 0; c < kColours; ++c) {
             sum[c] = bit[c] != 0 ? sums[bundle[c]] : 0;
-            x[c] = is_copy[c] ? sum[c] >> 1 : (sum[c] + 1) >> 1;
+            x[c] = is_copy[c] ? sum[c] >> 1 : (int)(((unsigned)sum[c] + 1) >> 1);
             load += x[c];
         }
         total = warp_sum(load);
         const int highest_base = warp_max(base);
-        end.level = forced_by_all_(total);
         witness = everybody_;
-        if (highest_base > end.level) {
-            end.level = highest_base;
-            witness = 1u << (__ffs(__ballot_sync(kFullWarp, base == highest_base)) - 1);
+        if constexpr (Cap::kRanked) {
+            end.begin(total, n_ranks_, warp_sum);
+            if (__any_sync(kFullWarp, end.over(lane_id(), base))) {
+                const int64_t level = end.over(lane_id(), base) ? end.level_of(base, 0) : 0;
+                const int64_t highest = Cap::highest(level, warp_max);
+                witness = 1u << (__ffs(__ballot_sync(kFullWarp, level == highest)) - 1);
+                end.set(highest);
+            }
+        } else {
+            end.level = forced_by_all_(total);
+            if (highest_base > end.level) {
+                end.level = highest_base;
+                witness = 1u << (__ffs(__ballot_sync(kFullWarp, base == highest_base)) - 1);
+            }
         }
         end.rounds = 0;
         end.certified = 1;
@@ -86,7 +96,8 @@ private:
 
     // Both ends see the same numbers with opposite signs, and rounding toward zero and clipping are odd.
     __device__ __forceinline__ void even_out(int c) {
-        const int evened = Capacity::evened(load, __shfl_sync(kFullWarp, load, partner[c]));
+        const int more = end.more(lane_id(), load);
+        const int evened = Cap::evened(more, __shfl_sync(kFullWarp, more, partner[c]));
         const int moved = max(min(evened, x[c]), x[c] - sum[c]);
         x[c] -= moved;
         load -= moved;
@@ -138,7 +149,7 @@ private:
                 const bool inside = level < 0;
                 const int tokens = warp_sum(inside ? load : 0);
                 witness = __ballot_sync(kFullWarp, inside);
-                end.level = Capacity::forced(tokens, __popc(witness));
+                end.raise(tokens, [&](int) { return inside; }, __popc(witness), warp_sum);
                 continue;
             }
 

@@ -17,11 +17,11 @@ namespace lplb {
 
 // By the first kMaskWarps warps of the block; all of them, and nobody else, call solve(). Its results are complete in the first warp; the
 // others may leave it earlier.
-template <int kWords>
+template <int kWords, class Cap = Capacity>
 class MaskFlow {
 public:
     using Set = Ranks<kWords>;
-    FlowEnd end;
+    FlowEndOf<Cap> end;
     Set witness;
     int load[kWords];  // of the ranks lane, lane + 32
     int total;         // of all ranks
@@ -38,6 +38,11 @@ public:
         const int chunk = ceil_div(most, kRows);
         n_rows_ = most > 0 ? ceil_div(most, chunk) : 1;
         single_ = chunk <= 1;
+        if constexpr (Cap::kRanked) {
+            end.open(
+                *space.differ != 0, [&](int r) { return space.speed[r]; }, [&](int r) { return space.fixed[r]; }, n_ranks, lane_id(),
+                space.caps, warp_id() == 0, warp_max, warp_sum);  // every warp comes to the same
+        }
         n_arcs_ = max(min(degree - row_ * chunk, chunk), 0);
         arcs_ = t_.rank_arc + (n_arcs_ > 0 ? t_.rank_start[rank_] + row_ * chunk : 0);
         first_ = arc_at(0);
@@ -57,13 +62,15 @@ public:
         }
         total = warp_sum(total);
         highest_base = warp_max(highest_base);
-        end.level = Capacity::forced(total, n_ranks_);
         witness = those([&](int w) { return rank(w) < n_ranks_; });
-        if (highest_base > end.level) {
-            end.level = highest_base;
-            const int first = those([&](int w) { return rank(w) < n_ranks_ && base[w] == highest_base; }).first();
-            witness = Set::none();
-            witness.add(first);
+        if constexpr (Cap::kRanked) {
+            begin_ranked(base);
+        } else {
+            end.level = Capacity::forced(total, n_ranks_);
+            if (highest_base > end.level) {
+                end.level = highest_base;
+                witness_is(those([&](int w) { return rank(w) < n_ranks_ && base[w] == highest_base; }).first());
+            }
         }
         end.rounds = 0;
         end.certified = 1;
@@ -110,6 +117,26 @@ private:
     Arc first_;
 
     __device__ static int rank(int w) { return 32 * w + lane_id(); }
+
+    __device__ void witness_is(int rank) {
+        witness = Set::none();
+        witness.add(rank);
+    }
+
+    // The first level where the ranks differ.
+    __device__ void begin_ranked(const int (&base)[kWords]) {
+        end.begin(total, n_ranks_, warp_sum);
+        if (those([&](int w) { return end.over(rank(w), base[w]); }).empty()) return;
+        int64_t level[kWords], mine = 0;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+            level[w] = end.over(rank(w), base[w]) ? end.level_of(base[w], w) : 0;
+            mine = max(mine, level[w]);
+        }
+        const int64_t highest = Cap::highest(mine, warp_max);
+        witness_is(those([&](int w) { return level[w] == highest; }).first());
+        end.set(highest);
+    }
 
     // Of the warps that take part.
     __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"r"(32 * kWords * n_rows_) : "memory"); }
@@ -160,7 +187,7 @@ private:
         const int n_colours = t_.n_colours();
 #pragma unroll 1
         for (int colour = 0; colour < n_colours; ++colour) {
-            sweep_colour(t_, s_, colour, threadIdx.x, 32 * kWords * n_rows_);
+            sweep_colour(end, t_, s_, colour, threadIdx.x, 32 * kWords * n_rows_);
             sync();
         }
 #pragma unroll
@@ -288,7 +315,7 @@ private:
 #pragma unroll
                 for (int w = 0; w < kWords; ++w) held += inside(w) ? load[w] : 0;
                 witness = those(inside);
-                end.level = Capacity::forced(warp_sum(held), witness.count());
+                end.raise(warp_sum(held), inside, witness.count(), warp_sum);
                 return 0;
             }
             ++levels;
@@ -393,7 +420,7 @@ private:
         while (!targets.empty() && lacks < (unsigned)x) {
             int position;
             const int q = targets.pop(targets, position);
-            lacks += (unsigned)max(end.room(q, s_.words[q]), 0);
+            lacks += (unsigned)max(end.room_at(q, s_.words[q]), 0);
         }
         return (int)min((unsigned)x, lacks);
     }
@@ -439,7 +466,7 @@ private:
             int next_position = 0, next_q = q;
             if (more) next_q = targets.pop(arc.mask, next_position);
             const int next_load = s_.words[next_q];  // under way while this one is served
-            const int room = end.room(q, load), lacks = kSpills ? max(room, 0) : room;
+            const int room = end.room_at(q, load), lacks = kSpills ? max(room, 0) : room;
             const int amount = step > 1 ? rest : min(rest, lacks);
             atomicAdd(at_start + direction * position, amount);
             atomicAdd(&received[q], amount);

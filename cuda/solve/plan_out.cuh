@@ -129,10 +129,22 @@ struct OwnTokens {
 };
 
 // One word of a group's information.
-__device__ __forceinline__ int info_word(int word, int max_load, const FlowEnd &end, int total, int moved) {
+template <class End>
+__device__ __forceinline__ int info_word(int word, int max_load, const End &end, int total, int moved) {
     int value = 0;
     if (word == LPLBK_INFO_MAX_LOAD) value = max_load;
-    if (word == LPLBK_INFO_BOUND) value = end.level;
+    if constexpr (End::kRanked) {
+        if (word == LPLBK_INFO_BOUND) value = end.differ ? max_load : (int)(end.level >> 10);
+        if (end.differ) {
+            if (word == LPLBK_INFO_RANKED) value = 1;
+            if (word == LPLBK_INFO_LEVEL) value = (int)end.level;
+            if (word == LPLBK_INFO_LEVEL + 1) value = (int)(end.level >> 32);
+            if (word == LPLBK_INFO_MEAN) value = (int)end.mean;
+            if (word == LPLBK_INFO_MEAN + 1) value = (int)(end.mean >> 32);
+        }
+    } else {
+        if (word == LPLBK_INFO_BOUND) value = end.level;
+    }
     if (word == LPLBK_INFO_TOTAL) value = total;
     if (word == LPLBK_INFO_MOVED) value = moved;
     if (word == LPLBK_INFO_ROUNDS) value = end.rounds;

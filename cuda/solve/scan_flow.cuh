@@ -6,9 +6,10 @@
 
 namespace lplb {
 
+template <class Cap = Capacity>
 class ScanFlow {
 public:
-    FlowEnd end;
+    FlowEndOf<Cap> end;
     bool in_witness;  // this thread's rank
     int load;         // of this thread's rank
     int total;        // of all ranks
@@ -29,14 +30,17 @@ public:
         const int base = valid_ ? s_.base[rank_] : 0;
         load = valid_ ? base + s_.load[rank_] : 0;
         total = across(load, false);
-        const int highest_base = across(base, true);
-        end.level = Capacity::forced(total, n_ranks_);
         in_witness = valid_;
         end.witness_size = n_ranks_;
-        if (highest_base > end.level) {
-            end.level = highest_base;
-            in_witness = rank_ == n_ranks_ - across(valid_ && base == highest_base ? n_ranks_ - rank_ : 0, true);
-            end.witness_size = 1;
+        if constexpr (Cap::kRanked) {
+            begin_ranked(base);
+        } else {
+            const int highest_base = across(base, true);
+            end.level = Capacity::forced(total, n_ranks_);
+            if (highest_base > end.level) {
+                end.level = highest_base;
+                witness_is_first(valid_ && base == highest_base);
+            }
         }
         end.rounds = 0;
         end.certified = 1;
@@ -47,7 +51,7 @@ public:
                 if (valid_) s_.load[rank_] = load;
                 __syncthreads();
                 for (int colour = 0; colour < n_colours; ++colour) {
-                    sweep_colour(t_, s_, colour, threadIdx.x, blockDim.x);
+                    sweep_colour(end, t_, s_, colour, threadIdx.x, blockDim.x);
                     __syncthreads();
                 }
                 if (valid_) load = s_.load[rank_];
@@ -83,6 +87,26 @@ private:
         return joined;
     }
 
+    __device__ void witness_is_first(bool chosen) {
+        in_witness = rank_ == n_ranks_ - across(chosen ? n_ranks_ - rank_ : 0, true);
+        end.witness_size = 1;
+    }
+
+    // The first level where the ranks differ.
+    __device__ void begin_ranked(int base) {
+        const auto max_of = [&](int value) { return across(value, true); };
+        const auto sum = [&](int value) { return across(value, false); };
+        end.open(
+            *s_.differ != 0, [&](int r) { return s_.speed[r]; }, [&](int r) { return s_.fixed[r]; }, n_ranks_, rank_, s_.caps,
+            true, max_of, sum);
+        end.begin(total, n_ranks_, sum);
+        const bool over = valid_ && end.over(rank_, base);
+        if (!__syncthreads_or(over)) return;
+        const int64_t level = over ? end.level_of(base, 0) : 0, highest = Cap::highest(level, max_of);
+        witness_is_first(over && level == highest);
+        end.set(highest);
+    }
+
     __device__ void rounds() {
         const int n_bundles = t_.n_bundles(), max_rounds = lplbk_max_rounds(n_ranks_);
         for (;;) {
@@ -107,7 +131,7 @@ private:
                 in_witness = valid_ && level < 0;
                 const int held = across(in_witness ? load : 0, false);
                 end.witness_size = __syncthreads_count(in_witness);
-                end.level = Capacity::forced(held, end.witness_size);
+                end.raise(held, [&](int) { return in_witness; }, end.witness_size, [&](int value) { return across(value, false); });
                 continue;
             }
             for (int step = levels; step >= 1; --step) {
@@ -189,7 +213,7 @@ private:
             for (int arc = t_.bundle_start[entry.bundle()]; arc < arcs_end && tokens > 0 && excess > 0; ++arc) {
                 const int q = t_.arc_rank[arc];
                 if (level_of_[q] != target) continue;
-                const int amount = min(min(excess, tokens), capped ? max(end.room(q, s_.load[q]), 0) : INT32_MAX);
+                const int amount = min(min(excess, tokens), capped ? max(end.room_at(q, s_.load[q]), 0) : INT32_MAX);
                 atomicAdd(&s_.x[arc], amount);
                 atomicAdd(&received[q], amount);
                 tokens -= amount;

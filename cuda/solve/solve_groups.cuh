@@ -1,6 +1,7 @@
 // The solve kernel: a block a group. It adds up the loads, solves, and writes the tokens of every slot.
 #pragma once
 
+#include "../metrics.cuh"
 #include "solvers.cuh"
 #include "split.cuh"
 
@@ -11,8 +12,8 @@ __device__ __forceinline__ void write_scaled(const PlanOut &out, int expert, int
 }
 
 // One block's work, step by step. kPlain: one source, a planner without a rank, nothing but the plan to write; bundles are of one expert,
-// or LaneFlow solves.
-template <Solver kSolver, bool kPlain>
+// or LaneFlow solves. kRanked: the ranks differ.
+template <Solver kSolver, bool kPlain, bool kRecords, bool kRanked>
 struct GroupSolve {
     static constexpr bool kLanes = by_lanes(kSolver);
     static constexpr int kApart = kLanes ? 32 : 0;  // threads of LaneFlow's warp, which holds no experts
@@ -20,6 +21,7 @@ struct GroupSolve {
     const Tables &t;
     const CountMatrix<true> &loads;
     const PlanOut &out;
+    const RecordingOf<kRecords> &record;
     const int group;
     const GroupExperts experts;
     const SolveSpace space;
@@ -31,10 +33,12 @@ struct GroupSolve {
     OwnTokens own;
     bool overflow = false;
 
-    __device__ GroupSolve(int4 *memory, const Tables &t, const CountMatrix<true> &loads, const PlanOut &out)
+    __device__ GroupSolve(int4 *memory, const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
+                          const RecordingOf<kRecords> &record)
         : t(t),
           loads(loads),
           out(out),
+          record(record),
           group(blockIdx.x),
           experts(t, group, kLanes),
           space(reinterpret_cast<int *>(memory), t, kLanes, 1, experts.n),
@@ -73,11 +77,13 @@ struct GroupSolve {
             large |= total > kSurelyFits;
             highest = max(highest, tokens);
             space.tokens[i] = tokens;
+            const int units = t.units(tokens);
+            record.add_tokens(expert.id(), total);
             if (expert.bundled()) {
-                atomicAdd(&space.sums.sum[expert.bundle() - group * t.shape.max_bundles], tokens);
+                atomicAdd(&space.sums.sum[expert.bundle() - group * t.shape.max_bundles], units);
                 return;
             }
-            atomicAdd(&space.sums.base[expert.rank() - group * t.shape.group_size], tokens);
+            atomicAdd(&space.sums.base[expert.rank() - group * t.shape.group_size], units);
             const int take = assigned ? loads.of(out.rank, expert.id()) : tokens;
             write(expert.slot(), tokens, take);
             if (!kPlain && out.rank >= 0) own.add(out, expert.rank(), take);
@@ -108,7 +114,7 @@ struct GroupSolve {
             const int arc = kLanes ? 2 * bundle : space.image.bundle_start[bundle];
             const int n_places = kLanes ? 2 : space.image.bundle_start[bundle + 1] - arc;
             const bool by_arc = !kLanes && t.shape.bundle_experts == 1;  // else there are two places, and the expert knows both
-            const Split quota = Split::of(t, space.sums, bundle, space.sums.x + arc, space.tokens, i, overflow);
+            const Split quota = Split::of(t, space.sums, bundle, space.sums.x + arc, space.tokens, i, kLanes, overflow);
             const auto slot = [&](int j) { return by_arc ? space.image.slot(arc + j) : j == 0 ? expert.slot() : expert.copy_slot(); };
             const auto rank = [&](int j) {
                 return by_arc ? group * t.shape.group_size + space.image.arc_rank[arc + j] : slot(j) / out.n_local;
@@ -163,31 +169,48 @@ struct GroupSolve {
     }
 };
 
-template <Solver kSolver, bool kPlain>
-__global__ void __launch_bounds__(512, 1)
-    solve_groups(const __grid_constant__ Tables t, const __grid_constant__ CountMatrix<true> loads, const __grid_constant__ PlanOut out) {
-    using Work = GroupSolve<kSolver, kPlain>;
+template <Solver kSolver, bool kRecords>
+__device__ __noinline__ void solve_ranked(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
+                                          const RecordingOf<kRecords> &record);
+template <bool kRanked, Solver kSolver>
+constexpr bool kMayFindRanked = !kRanked && kSolver != kInterior;
+
+template <Solver kSolver, bool kPlain, bool kRecords, bool kRanked>
+__device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
+                                          const RecordingOf<kRecords> &record) {
+    using Work = GroupSolve<kSolver, kPlain, kRecords, kRanked>;
     extern __shared__ int4 memory[];
     MARK(0);
-    Work work(memory, t, loads, out);
+    const bool ranked = kMayFindRanked<kRanked, kSolver> && t.ranked();
+    Work work(memory, t, loads, out, record);
     const SolveSpace &space = work.space;
     const int group = work.group;
     const bool solves = Work::kLanes && uniform_warp_id() == 0;
     constexpr int kColours = Work::kLanes ? (int)kSolver : 1;
     int column[kColours] = {};
-    LaneFlow<kColours> flow;
+    LaneFlow<kColours, false, CapacityOf<kRanked, 1>> flow;
+    [[maybe_unused]] RankNumbers numbers;
     if (solves) {
         Image(t.image(group), t.at).load_lanes(column);
+        if constexpr (kRanked) numbers.fetch(t, group);
     } else {
         if (work.first < work.experts.n) work.first_expert = t.expert(work.experts.first + work.first);
         space.sums.clear(t.shape, 1, work.first, work.stride);
     }
     if constexpr (!Work::kLanes) space.open_group(t, group);
+    if constexpr (kMayFindRanked<kRanked, kSolver>) {
+        // A vote, which the compiler knows to be one number for the warp.
+        if (__any_sync(kFullWarp, ranked)) return solve_ranked<kSolver, kRecords>(t, loads, out, record);  // begins anew
+    }
+    record.open();
     wait_for_stream();
     let_next_start();
     if (!kPlain && blockIdx.x == 0) compare_digests(loads, out);
     work.fetch();
     if constexpr (Work::kLanes) flow.open(column, t.shape.group_size);
+    if constexpr (Work::kLanes && kRanked) {
+        if (solves) numbers.open(flow, t.shape.group_size);
+    }
     MARK(1);
     __syncthreads();
     MARK(2);
@@ -207,10 +230,16 @@ __global__ void __launch_bounds__(512, 1)
             solve_by_lanes(flow, t.shape.group_size, space.sums.base, space.sums.sum, space.sums.x);
         }
     } else if (!work.overflow) {
-        solve_group<kSolver>(t, space, group, out, true);
+        solve_group<kSolver, kRanked>(t, space, group, out, true);
     }
     MARK(5);
     __syncthreads();
+    if constexpr (!Work::kLanes) {
+        if (!t.in_tokens() && t.shape.bundle_experts == 1 && !work.overflow) {
+            arcs_to_tokens(t, space.image, space.flow.x, space.tokens);
+            __syncthreads();
+        }
+    }
     MARK(6);
     if (work.overflow && threadIdx.x < 32) {
         write_overflow(out, group);
@@ -230,13 +259,69 @@ __global__ void __launch_bounds__(512, 1)
         }
     }
     if (!kPlain && out.ratios != nullptr) work.write_ratios();
+    const bool recording = kRecords && threadIdx.x < 32;  // the warp that writes the group's information
+    const unsigned long long before = recording && gridDim.x == 1 ? record.before() : 0;
+    if (recording) record.add_group(out.info(group), Work::kLanes, work.overflow);
     if (!(kPlain && Work::kLanes)) work.write_sums(moved);
+    if (recording) {
+        const int more = space.sums.late_word(lane_id(), Work::kLanes, out.rank);
+        if (gridDim.x == 1) {
+            record.end_plan(before, more);
+        } else {
+            record.end_plan_of_blocks(more);
+        }
+    }
     MARK(7);
 }
 
-using SolveKernel = void (*)(Tables, CountMatrix<true>, PlanOut);
+// Where the ranks differ, in a kernel that was launched for others (it records, or its graph is older): a call, so that it costs the others
+// nothing.
+template <Solver kSolver, bool kRecords>
+__device__ __noinline__ void solve_ranked(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
+                                          const RecordingOf<kRecords> &record) {
+    solve_all<kSolver, false, kRecords, true>(t, loads, out, record);
+}
+
+template <Solver kSolver, bool kPlain, bool kRecords, bool kRanked>
+__global__ void __launch_bounds__(512, 1)
+    solve_groups(const __grid_constant__ Tables t, const __grid_constant__ CountMatrix<true> loads, const __grid_constant__ PlanOut out,
+                 const __grid_constant__ RecordingOf<kRecords> record) {
+    solve_all<kSolver, kPlain, kRecords, kRanked>(t, loads, out, record);
+}
+
+template <bool kRecords>
+using SolveKernel = void (*)(Tables, CountMatrix<true>, PlanOut, RecordingOf<kRecords>);
 
 // InteriorPoint's, compiled in a file of its own.
-SolveKernel interior_kernel();
+template <bool kRecords>
+SolveKernel<kRecords> interior_kernel();
+extern template SolveKernel<false> interior_kernel<false>();
+extern template SolveKernel<true> interior_kernel<true>();
+
+// The one table of solvers. kRanked: for planners whose ranks differ.
+template <bool kPlain, bool kRecords, bool kRanked = false>
+SolveKernel<kRecords> solve_kernel(Solver solver) {
+    switch (solver) {
+    case kTwoColours:
+        return solve_groups<kTwoColours, kPlain, kRecords, kRanked>;
+    case kFourColours:
+        return solve_groups<kFourColours, kPlain, kRecords, kRanked>;
+    case kEightColours:
+        return solve_groups<kEightColours, kPlain, kRecords, kRanked>;
+    case kOneWord:
+        return solve_groups<kOneWord, kPlain, kRecords, kRanked>;
+    case kTwoWords:
+        return solve_groups<kTwoWords, kPlain, kRecords, kRanked>;
+    case kInterior:
+        return interior_kernel<kRecords>();
+    default:
+        return solve_groups<kScan, kPlain, kRecords, kRanked>;
+    }
+}
+
+// Compiled in files of their own.
+extern template SolveKernel<true> solve_kernel<false, true>(Solver);
+extern template SolveKernel<false> solve_kernel<true, false, true>(Solver);
+extern template SolveKernel<false> solve_kernel<false, false, true>(Solver);
 
 }  // namespace lplb

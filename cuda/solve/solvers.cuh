@@ -52,6 +52,9 @@ struct SolveSpace {
 
     // Fetches a group's image and clears its working arrays. By the whole block.
     __device__ __forceinline__ void open_group(const Tables &t, int group) const {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < t.shape.group_size; i += blockDim.x) flow.speed[i] = t.speed(group)[i], flow.fixed[i] = t.fixed(group)[i];
+        if (threadIdx.x == 0) *flow.differ = t.ranked();
         const int4 *from = reinterpret_cast<const int4 *>(t.image(group));
 #pragma unroll 2
         for (int i = threadIdx.x; i < t.at.image_words / 4; i += blockDim.x) reinterpret_cast<int4 *>(image_copy)[i] = from[i];
@@ -64,8 +67,8 @@ struct SolveSpace {
 // ---- LaneFlow: one warp a group
 
 // Leaves x by place. sum, x: of the group.
-template <int kColours, bool kLateCall>
-__device__ __forceinline__ void solve_by_lanes(LaneFlow<kColours, kLateCall> &flow, int n_ranks, const int *base, const int *sum, int *x) {
+template <int kColours, bool kLateCall, class Cap>
+__device__ __forceinline__ void solve_by_lanes(LaneFlow<kColours, kLateCall, Cap> &flow, int n_ranks, const int *base, const int *sum, int *x) {
     flow.solve(lane_id() < n_ranks ? base[lane_id()] : 0, sum);
 #pragma unroll
     for (int c = 0; c < kColours; ++c) {
@@ -73,9 +76,26 @@ __device__ __forceinline__ void solve_by_lanes(LaneFlow<kColours, kLateCall> &fl
     }
 }
 
+// What this lane's rank of a group may hold, where the ranks differ. Fetched with the lane's column.
+struct RankNumbers {
+    bool differ = false;
+    int speed = 0, fixed = 0;
+
+    __device__ __forceinline__ void fetch(const Tables &t, int group) {
+        differ = t.ranked();
+        if (lane_id() < t.shape.group_size) speed = t.speed(group)[lane_id()], fixed = t.fixed(group)[lane_id()];
+    }
+    // Before the loads are known. By a whole warp.
+    template <class Flow>
+    __device__ __forceinline__ void open(Flow &flow, int n_ranks) const {
+        flow.end.open(
+            differ, [&](int) { return speed; }, [&](int) { return fixed; }, n_ranks, lane_id(), nullptr, false, warp_max, warp_sum);
+    }
+};
+
 // The group's information, by the warp that solved it.
-template <int kColours, bool kLateCall>
-__device__ __forceinline__ void write_lane_info(const PlanOut &out, int group, const LaneFlow<kColours, kLateCall> &flow) {
+template <int kColours, bool kLateCall, class Cap>
+__device__ __forceinline__ void write_lane_info(const PlanOut &out, int group, const LaneFlow<kColours, kLateCall, Cap> &flow) {
     int copied = 0;
 #pragma unroll
     for (int c = 0; c < kColours; ++c) {
@@ -83,7 +103,7 @@ __device__ __forceinline__ void write_lane_info(const PlanOut &out, int group, c
     }
     const int moved = warp_sum(copied);
     const int max_load = warp_max(flow.load);
-    FlowEnd end = flow.end;
+    FlowEndOf<Cap> end = flow.end;
     end.witness_size = __popc(flow.witness);
     const int word = lane_id();
     const int value = word == LPLBK_INFO_WITNESS ? (int)flow.witness : info_word(word, max_load, end, flow.total, moved);
@@ -99,18 +119,23 @@ __device__ __forceinline__ void write_witness(int *info, bool in_witness) {
     if (lane_id() == 0 && warp_id() < LPLBK_INFO_WORDS - LPLBK_INFO_WITNESS) info[LPLBK_INFO_WITNESS + warp_id()] = witness;
 }
 
+template <bool kRanked>
 __device__ __forceinline__ void solve_pairs(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
     int column[LPLBK_MAX_COLOURS];
     space.image.load_lanes(column);
-    LaneFlow<LPLBK_MAX_COLOURS, true> flow;
+    LaneFlow<LPLBK_MAX_COLOURS, true, CapacityOf<kRanked, 1>> flow;
     flow.open(column, t.shape.group_size);
+    if constexpr (kRanked) {
+        const int rank = min(lane_id(), t.shape.group_size - 1);
+        RankNumbers{*space.flow.differ != 0, space.flow.speed[rank], space.flow.fixed[rank]}.open(flow, t.shape.group_size);
+    }
     solve_by_lanes(flow, t.shape.group_size, space.flow.base, space.flow.sum, space.flow.x);
     if (write) write_lane_info(out, group, flow);
 }
 
-template <int kWords>
+template <int kWords, bool kRanked>
 __device__ __forceinline__ void solve_by_masks(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
-    MaskFlow<kWords> flow(space.image, space.flow, t.shape.group_size);
+    MaskFlow<kWords, CapacityOf<kRanked, kWords>> flow(space.image, space.flow, t.shape.group_size);
     flow.solve();
     if (!write || threadIdx.x >= 32) return;
     const int word = threadIdx.x, max_load = flow.max_load();
@@ -133,7 +158,7 @@ __device__ __forceinline__ void write_block_info(const PlanOut &out, int group, 
 
 // Solves a group and writes its information, but for the tokens moved. By the whole block, between barriers of the caller; ends without
 // one.
-template <Solver kSolver>
+template <Solver kSolver, bool kRanked>
 __device__ __forceinline__ void solve_group(const Tables &t, const SolveSpace &space, int group, const PlanOut &out, bool write) {
     static_assert(!by_lanes(kSolver), "LaneFlow takes a warp");
     if constexpr (kSolver == kInterior) {
@@ -143,18 +168,18 @@ __device__ __forceinline__ void solve_group(const Tables &t, const SolveSpace &s
         if (write) write_block_info(out, group, method, method.max_load);
     } else {
         if (kSolver == kOneWord && space.image.pairs()) {  // common placements, and twice as fast
-            if (threadIdx.x < 32) solve_pairs(t, space, group, out, write);
+            if (threadIdx.x < 32) solve_pairs<kRanked>(t, space, group, out, write);
             return;
         }
         split_evenly(space.image, space.flow);
         __syncthreads();
         if constexpr (kSolver == kScan) {
-            ScanFlow flow(space.image, space.flow, t.shape);
+            ScanFlow<CapacityOf<kRanked, 1, true>> flow(space.image, space.flow, t.shape);
             flow.solve();
             const int max_load = flow.max_load();
             if (write) write_block_info(out, group, flow, max_load);
         } else if (threadIdx.x < 32 * kMaskWarps) {
-            solve_by_masks<kSolver / 32>(t, space, group, out, write);
+            solve_by_masks<kSolver / 32, kRanked>(t, space, group, out, write);
         }
     }
     if (threadIdx.x == 0 && write) out.count_solved();

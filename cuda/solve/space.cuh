@@ -47,6 +47,11 @@ struct Sums {
         x = memory + cleared_words(shape, n_groups);
         end = memory + words_of(shape, n_groups);
     }
+    // What a group's information gets last, LPLBK_INFO_MOVED (LaneFlow knows it before) and _OWN_RANK .. where the planner has a rank; else 0.
+    __device__ __forceinline__ int late_word(int word, bool lanes, int rank) const {
+        if (word == LPLBK_INFO_MOVED && !lanes) return *moved;
+        return rank >= 0 && word >= LPLBK_INFO_OWN_RANK && word <= LPLBK_INFO_OTHER_NODES ? own[word - LPLBK_INFO_OWN_RANK] : 0;
+    }
     // By the threads first, first + stride, ..
     __device__ void clear(const lplbk_shape &shape, int n_groups, int first, int stride) const {
         const int n = cleared_words(shape, n_groups);
@@ -66,6 +71,10 @@ struct FlowSpace {
     int *load;      // [ranks]
     int *received;  // ScanFlow: [2][ranks] in odd and even steps; MaskFlow: [2] RoundSums of odd and even rounds
     int *extra;     // MaskFlow: a word a thread; ScanFlow: [ranks] level and [bundles] level
+    int *speed;     // [ranks] of the group, see RankedCapacity; set by SolveSpace::open_group
+    int *fixed;     // [ranks]
+    int *caps;      // [ranks]
+    int *differ;    // [1] 1: the ranks differ
     int *end;
 
     __host__ __device__ static int ranks(int group_size) { return round_up(group_size, 32); }
@@ -79,7 +88,10 @@ struct FlowSpace {
     // A multiple of 4.
     __host__ __device__ static int words_of(const lplbk_shape &shape) {
         const int n = ranks(shape.group_size);
-        return round_up(cleared_words(shape) + (shape.group_size <= 64 ? 32 * kMaskWarps : n + shape.max_bundles), 4);
+        return round_up(cleared_words(shape) + extra_words(shape) + 3 * n + 1, 4);
+    }
+    __host__ __device__ static int extra_words(const lplbk_shape &shape) {
+        return shape.group_size <= 64 ? 32 * kMaskWarps : ranks(shape.group_size) + shape.max_bundles;
     }
 
     // memory: 16-byte aligned. The first cleared_words() are to be zero.
@@ -91,6 +103,10 @@ struct FlowSpace {
           load(words + 64),
           received(load + ranks(shape.group_size)),
           extra(received + received_words(shape)),
+          speed(extra + extra_words(shape)),
+          fixed(speed + ranks(shape.group_size)),
+          caps(fixed + ranks(shape.group_size)),
+          differ(caps + ranks(shape.group_size)),
           end(memory + words_of(shape)) {}
 };
 
@@ -111,7 +127,8 @@ __device__ __forceinline__ void split_evenly(const Image &image, const FlowSpace
 }
 
 // One colour of a sweep: evens out the two ranks of each bundle. By the threads first, first + step, ..
-__device__ __forceinline__ void sweep_colour(const Image &image, const FlowSpace &space, int colour, int first, int step) {
+template <class Cap>
+__device__ __forceinline__ void sweep_colour(const Cap &caps, const Image &image, const FlowSpace &space, int colour, int first, int step) {
     const int end = image.colour_start(colour + 1);
 #pragma unroll 1
     for (int bundle = image.colour_start(colour) + first; bundle < end; bundle += step) {
@@ -119,7 +136,8 @@ __device__ __forceinline__ void sweep_colour(const Image &image, const FlowSpace
         const int u = image.arc_rank[arc], v = image.arc_rank[arc + 1];
         const int x = space.x[arc];
         const int sum = space.sum[bundle];
-        const int moved = max(min(Capacity::evened(space.load[u], space.load[v]), x), x - sum);
+        const int evened = Cap::evened(caps.more_at(u, space.load[u]), caps.more_at(v, space.load[v]));
+        const int moved = max(min(evened, x), x - sum);
         space.x[arc] = x - moved;
         space.x[arc + 1] = sum - x + moved;
         space.load[u] -= moved;

@@ -36,6 +36,20 @@ struct Tables {
     __device__ Expert replicated(int i) const { return {reinterpret_cast<const int4 *>(words + at.replicated)[i]}; }
     __device__ Expert expert(int i) const { return {reinterpret_cast<const int4 *>(words + at.expert)[i]}; }
     __device__ const int *image(int group) const { return words + at.image + (int64_t)group * at.image_words; }
+    // Read before the stream's turn comes, like all tables.
+    __device__ bool ranked() const { return words[at.ranked] != 0; }
+    __device__ const int *speed(int group) const { return words + at.speed + group * shape.group_size; }
+    __device__ const int *fixed(int group) const { return words + at.fixed + group * shape.group_size; }
+
+    // Units of an expert with so many tokens, and its tokens in the first so many units.
+    __device__ bool in_tokens() const { return shape.unit <= 1; }
+    __device__ __forceinline__ int units(int tokens) const {
+        if (in_tokens()) return tokens;
+        return (int)__umul64hi((uint64_t)((unsigned)tokens + (unsigned)(shape.unit - 1)), shape.unit_inverse);  // exact below 2^32
+    }
+    __device__ __forceinline__ int tokens_in(int units, int tokens) const {
+        return (int)min((unsigned)units * (unsigned)shape.unit, (unsigned)tokens);  // units * unit < tokens + unit
+    }
     __host__ __device__ int n_local() const { return shape.n_physical / shape.ep_size; }
     // Experts that can be replicated under some placement; at least 1, so that arrays are not empty.
     __host__ __device__ int max_replicated() const { return max_replicated(shape); }

@@ -1,7 +1,6 @@
-"""`python -m lplb`: see lplb.cli."""
+"""`python -m lplb`, and the console script `lplb`: see lplb.cli."""
 
-from .cli.main import main
-from .cli.terminal import end
+from .cli.main import script
 
 if __name__ == "__main__":
-    end(main())
+    script()

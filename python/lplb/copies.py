@@ -55,6 +55,13 @@ class Copies:
         self.planner, self.n_own = planner, len(self.places.own)
         self._transport = TorchTransport(planner.ep_group, self.places.rank, torch.device(planner.device))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_transport"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._transport = TorchTransport(self.planner.ep_group, self.places.rank, torch.device(self.planner.device))
+
     @property
     def n_copies(self) -> int:
         return self.places.n_rows - self.n_own

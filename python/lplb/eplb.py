@@ -58,10 +58,10 @@ def _rebalance(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, 
         if one_of("policy", policy, tuple(_c.PLACE_POLICIES)) == "deepseek" and max_moves is None:
             return _placed(weights, replicas, groups, nodes, ranks)
         placed = place(weights, ep_size=ranks, slots=replicas, policy=policy, nodes=nodes, groups=groups, previous=old, max_moves=max_moves)
-        return _described(placed.phy2log.astype(np.int64), n_logical)
+        return described(placed.phy2log.astype(np.int64), n_logical)
 
 
-def _described(phy2log: Int64s, n_logical: int) -> tuple[Int64s, Int64s, Int64s]:
+def described(phy2log: Int64s, n_logical: int) -> tuple[Int64s, Int64s, Int64s]:
     """phy2log with its log2phy and logcnt."""
     layers, slots = phy2log.shape
     order = np.argsort(phy2log, axis=1, kind="stable")

@@ -206,6 +206,13 @@ class MoELayer(nn.Module):
             parts.append(PlainLinear.apply(F.silu(gate) * up, weight, counts, ends))
         return torch.cat(parts)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and torch.save of the whole layer, which are collective: see Replicas."""
+        if self.buffer is not None:
+            raise TypeError("MoELayer: cannot be copied or pickled with a deep_ep.Buffer, which cannot; make another layer and load the "
+                            "state_dict() of this one")
+        return vars(self)
+
     # A checkpoint holds the own experts' weights and their numbers, and no copies. Those of several ranks, joined along the first dimension
     # of each tensor, can be loaded by any number of ranks, wherever the experts stand. Call replicas.pull() after loading.
 

@@ -14,15 +14,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, Union
 
 import numpy as np
-import numpy.typing as npt
 
 from . import _c
 from ._ops.arguments import integer, one_of
-from ._ops.host import A, Array, Int32s, Int64s, address_of, as_given, enough_memory, host_integers, host_numbers, to_host
+from ._ops.host import A, Array, Int32s, Int64s, address_of, as_given, host_integers, to_host
 from .errors import Unsupported, broken_rule, shown
+from .judging import Float64s, PlacementReport, loads_of, placement_report
 
 REPORT = np.dtype([("even_balance", np.float64), ("exact_balance", np.float64), ("duplicates", np.int64), ("moves", np.int64)])
 
@@ -48,6 +49,14 @@ class Placed(Generic[A]):
     ep_size: int
     nodes: int
     previous: Int32s | None
+    history: Float64s | None = None  #: [snapshots, layers, experts], what it was made from
+
+    @cached_property
+    def report(self) -> PlacementReport[A]:
+        """Balance, homes, the copies that each rank pulls and pushes in training, and the tokens that leave ranks and hosts."""
+        if self.history is None:
+            raise broken_rule("history", "must be given to report on a placement", None)
+        return placement_report(self.phy2log, ep_size=self.ep_size, history=self.history, nodes=self.nodes)
 
     def moves(self) -> list[SlotMove]:
         """The slots whose expert was not on their rank before, and where to copy it from: the previous holder on the same node, else on
@@ -77,8 +86,8 @@ class Placed(Generic[A]):
 
 
 def place(history: A, *, ep_size: int, slots: Union[int, Sequence[int], Array], policy: str = "flow", previous: Array | None = None,
-          max_moves: int | None = None, nodes: int = 1, groups: int = 1, dead: Sequence[int] = (), tolerance: float = 0.0005
-          ) -> Placed[A]:
+          max_moves: int | None = None, nodes: int = 1, groups: int = 1, dead: Sequence[int] = (), tolerance: float = 0.0005,
+          even_homes: bool = False) -> Placed[A]:
     """Places the experts of every layer.
 
     history: tokens per expert, [layers, experts] or [snapshots, layers, experts], finite, >= 0. Several snapshots, such as one of each
@@ -95,14 +104,15 @@ def place(history: A, *, ep_size: int, slots: Union[int, Sequence[int], Array], 
     dead ranks held get a slot in any case, and count. Not with "deepseek", which places anew.
     nodes, groups: hosts, and groups of experts that are selected together. Where nodes divides groups, "balanced" and "deepseek" keep a
     group's experts on one host. moves() prefers sources on the same host.
+    even_homes: for training, where the home of an expert keeps its optimizer state: every rank shall be able to own equally many experts, or
+    as many +-1 where they do not divide. "flow" and "balanced" swap a few slots for that; it is refused where it cannot be.
+
+    What ranks with equally many slots are called is free ("deepseek" excepted). Without previous, copies of an expert stand on different
+    hosts, and with "flow" or even_homes no rank has more copies to send or to get than others over all layers (see Placed.report). With
+    previous and without max_moves, as many experts stay where they are as can be found.
     """
-    with enough_memory("history"):
-        loads: npt.NDArray[np.float64] = host_numbers("history", history, np.float64)
-    if loads.ndim not in (2, 3):
-        raise broken_rule("history", "must be [layers, experts] or [snapshots, layers, experts]", f"shape {list(loads.shape)}")
-    snapshots, layers, experts = loads.shape if loads.ndim == 3 else (1, *loads.shape)
-    if not snapshots:
-        raise broken_rule("history", "must have at least one snapshot", f"shape {list(loads.shape)}")
+    loads = loads_of("history", history)
+    snapshots, layers, experts = loads.shape
     ranks = integer("ep_size", ep_size, 1, _c.MAX_RANKS)
     of_rank = _slots_of_ranks(slots, ranks, dead)
     width = int(of_rank.max())
@@ -122,13 +132,14 @@ def place(history: A, *, ep_size: int, slots: Union[int, Sequence[int], Array], 
     config = _c.PlaceConfig(
         policy=_c.PLACE_POLICIES[one_of("policy", policy, tuple(_c.PLACE_POLICIES))], n_snapshots=snapshots, n_layers=layers, n_logical=experts,
         n_ranks=ranks, n_slots=width, slots=address_of(of_rank), n_nodes=integer("nodes", nodes, 1), n_groups=integer("groups", groups, 1),
-        previous=None if before is None else address_of(before), max_moves=max_moves or 0, tolerance=tolerance or -1.0)
+        previous=None if before is None else address_of(before), max_moves=max_moves or 0, tolerance=tolerance or -1.0,
+        even_homes=1 if even_homes else 0)
     _c.call(_c.load().place, ctypes.byref(config), address_of(loads), address_of(phy2log), address_of(reports))
     def column(name: str) -> A:
         return as_given(np.ascontiguousarray(reports[name]), history)
 
     return Placed(as_given(phy2log, history), column("even_balance"), column("exact_balance"), column("duplicates"), column("moves"),
-                  ep_size=ranks, nodes=nodes, previous=before)
+                  ep_size=ranks, nodes=nodes, previous=before, history=loads)
 
 
 def _slots_of_ranks(slots: Any, ranks: int, dead: Sequence[int]) -> Int64s:

@@ -18,10 +18,13 @@ from ._c.handle import Handle
 from ._ops.arguments import (
     Shape, check_exchange, default_nodes, device_ordinal, integer, one_of, shape_by_placement, shape_by_topology, truth)
 from ._ops.calls import Calls, numpy_calls
+from ._ops.cost import Unit, alike, capacities, unit_number
 from ._ops.host import A, Array, Int32s, Int64s, address_of, host_integers, host_numbers, is_tensor, loaded_torch, shape_of
 from ._ops.ranks import Ranks
-from .errors import broken_rule
+from .errors import WrongOrder, broken_rule
 from .info import Info, Locality, group_info
+from .saving import copied, kept_arguments, make_again, parts
+from .topology import named
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
     from .exchange import Exchange
     from .layout import Layout
+    from .records import Metrics
     from ._ops.arguments import Device
 
 P = ParamSpec("P")
@@ -39,8 +43,9 @@ _MAX_BLOCKS = _c.MAX_BLOCKS
 class Planner:
     """Plans one MoE layer's tokens over the ranks of an expert-parallel group.
 
-    redundant_to_original: integers [group_size, num_redundants], on any device: slot d of rank r replicates slot d of rank
-        redundant_to_original[r, d] of the same group. Each column is a permutation of 0 .. group_size-1.
+    redundant_to_original: "cube", "ring", "hypercube", "square" or "torus:MxN" (see lplb.topology), or integers [group_size,
+        num_redundants], on any device: slot d of rank r replicates slot d of rank redundant_to_original[r, d] of the same group. Each
+        column is a permutation of 0 .. group_size-1.
     n_routed_experts, n_logical_routed_experts: physical experts with the redundant ones, and logical experts.
     ep_size, group: ranks, or the torch.distributed group they form; one of the two is needed. With a group every rank has tokens of its
         own and every plan is made from the counts of all of them (see tokens); without, from the given ids or counts alone.
@@ -56,8 +61,13 @@ class Planner:
     tokens: "own": each rank of group has tokens of its own. "same": all ranks of group hold the same tokens, and every rank must choose
         the same replica for each: nothing is exchanged. Given "own" where the ranks hold the same tokens, each rank would take every
         token for another one and the ranks would choose different replicas.
+    unit: what is counted on a rank. 1: tokens. A larger number: blocks of so many tokens, such as the 128 rows to which a grouped product
+        pads every expert; an expert is split in whole blocks. "experts": active experts, those with a token, each of which then goes to one
+        replica whole: what the time of a decode step follows. Exact and certified like tokens.
     debug: an id out of range raises at the call, which then waits for the GPU; with tokens="same", so do ids that differ between ranks.
         Otherwise an id out of range becomes -1 and is counted in info().
+    history: adds up the tokens of each logical expert over all plans, for history(). Needs replicas.
+    metrics: adds up what the plans achieve, for metrics().
 
     With a group, making a planner is collective: the ranks compare their arguments, and where one fails all fail. The placement is
     compared whenever counts travel, so that a rank with another history is found: Disagreement, see lplb.h.
@@ -70,18 +80,25 @@ class Planner:
     r2o: Array  #: [group_size, num_redundants] int32
     o2r: Array  #: its inverse: rank o2r[r, d] holds the copy of slot d of rank r
     phy2log: Array  #: [n_routed_experts] int32, the logical expert of every slot
+    _placed_by: npt.NDArray[np.float64] | None  # the history, for copies and pickles
 
-    def __init__(self, redundant_to_original: Array, n_routed_experts: int, n_logical_routed_experts: int, ep_size: int | None = None,
+    def __init__(self, redundant_to_original: Array | str, n_routed_experts: int, n_logical_routed_experts: int, ep_size: int | None = None,
                  group: torch.distributed.ProcessGroup | None = None, *, device: Device = None, n_nodes: int | None = None,
                  rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto", tokens: str = "own",
-                 debug: bool = False, _shape: Callable[[int], Shape] | None = None) -> None:
+                 unit: Unit = 1, debug: bool = False, history: bool = False, metrics: bool = False,
+                 _shape: Callable[[int], Shape] | None = None) -> None:
+        self._kept_arguments, self._placed_by = kept_arguments(locals()), None
         ranks = self._ranks = Ranks(ep_size, group, rank, tokens)
         self.ep_size, self.rank, self.tokens = ranks.size, ranks.own, ranks.tokens
         with ranks.telling():
-            by_topology = partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts)
-            shape = (_shape or by_topology)(self.ep_size)
+            if _shape is None:
+                if isinstance(redundant_to_original, str):
+                    redundant_to_original = named(redundant_to_original)
+                _shape = partial(shape_by_topology, redundant_to_original, n_routed_experts, n_logical_routed_experts)
+            shape = _shape(self.ep_size)
             exchange = check_exchange(exchange)
-            self._configure(shape, redundant_to_original, device, n_nodes, solver, exchange, truth("debug", debug))
+            record = _c.RECORD_HISTORY * truth("history", history) + _c.RECORD_METRICS * truth("metrics", metrics)
+            self._configure(shape, redundant_to_original, device, n_nodes, solver, exchange, unit_number(unit), truth("debug", debug), record)
         self._create(exchange, shape.phy2log)
         self.r2o = self._output(shape.r2o)
         self.o2r = self._output(np.argsort(shape.r2o, axis=0, kind="stable").astype(np.int32))
@@ -91,7 +108,7 @@ class Planner:
     def from_placement(cls, phy2log: Array, *, ep_size: int | None = None, n_logical: int | None = None,
                        group: torch.distributed.ProcessGroup | None = None, group_size: int | None = None, device: Device = None,
                        n_nodes: int | None = None, rank: int | None = None, solver: str = "flow", exchange: str | Exchange = "auto",
-                       tokens: str = "own", debug: bool = False) -> Self:
+                       tokens: str = "own", unit: Unit = 1, debug: bool = False, history: bool = False, metrics: bool = False) -> Self:
         """A planner for any placement, such as EPLB's: any number of replicas per expert, anywhere in the group.
 
         phy2log: integers [n_physical], the logical expert of every slot; rank r owns n_physical / ep_size consecutive slots; every
@@ -100,10 +117,10 @@ class Planner:
         """
         shape = partial(shape_by_placement, phy2log, n_logical, group_size)  # which finds the sizes
         return cls(phy2log, 0, 0, ep_size, group, device=device, n_nodes=n_nodes, rank=rank, solver=solver, exchange=exchange,
-                   tokens=tokens, debug=debug, _shape=shape)
+                   tokens=tokens, unit=unit, debug=debug, history=history, metrics=metrics, _shape=shape)
 
     def _configure(self, shape: Shape, given: object, device: Device, n_nodes: int | None, solver: str, exchange: str | Exchange,
-                   debug: bool) -> None:
+                   unit: int, debug: bool, record: int) -> None:
         """Fills in what the native planner is made from, and the attributes that follow from the sizes."""
         number = _c.SOLVERS[one_of("solver", solver, tuple(_c.SOLVERS))]
         ordinal = device_ordinal(device, given)
@@ -113,7 +130,11 @@ class Planner:
             device=ordinal, solver=number, ep_size=self.ep_size, rank=_c.WHOLE_BATCH if whole_batch else self.rank,
             n_nodes=0 if n_nodes is None else integer("n_nodes", n_nodes, 1), n_logical=shape.n_logical, n_physical=shape.n_physical,
             group_size=shape.group_size, n_redundant=0 if slots is None else slots.shape[1],
-            r2o=None if slots is None else address_of(slots), policy=0 if isinstance(exchange, str) else _c.POLICIES[exchange.policy])
+            r2o=None if slots is None else address_of(slots), policy=0 if isinstance(exchange, str) else _c.POLICIES[exchange.policy],
+            unit=unit, record=record)
+        self.unit: Unit = "experts" if unit == _c.UNIT_EXPERTS else unit
+        self.speed: Int32s | None = None  #: of the ranks, where set_capacity has set them
+        self.fixed: Int32s | None = None
         self._general = slots is None
         torch = loaded_torch()
         self._as_tensors = torch is not None and (ordinal >= 0 or not isinstance(given, np.ndarray))
@@ -140,6 +161,7 @@ class Planner:
                 undo.callback(self.close)
                 self.number = handle.number  #: how the operators of torch.ops.lplb name this planner
                 handle.debug = self.debug
+                self._decide_ratios()
                 self.n_nodes: int = config.n_nodes or default_nodes(self.ep_size)
                 torch = loaded_torch()
                 if torch is not None:
@@ -168,7 +190,9 @@ class Planner:
                 raise broken_rule("workload", f"must have n_logical_routed_experts = {handle.n_logical} elements", history.size)
         pointer = None if history is None else address_of(history)
         self._ranks.compare_placement(self._config, history=pointer)
-        return self._placed(handle.library.planner_place(handle.opened(), pointer, self._stream()))
+        mapping = self._placed(handle.library.planner_place(handle.opened(), pointer, self._stream()))
+        self._placed_by = history
+        return mapping
 
     def update_placement(self, phy2log: Array) -> tuple[Array, Array, Array]:
         """Sets another placement of the same sizes on a planner made by from_placement. Returns mapping(). Waits for the device."""
@@ -179,6 +203,33 @@ class Planner:
         handle = self._handle
         self._ranks.compare_placement(self._config, phy2log=address_of(slots))
         return self._placed(handle.library.planner_set_placement(handle.opened(), address_of(slots), slots.size, self._stream()))
+
+    def set_capacity(self, speed: Array | None = None, fixed: Array | None = None) -> None:
+        """What the ranks may hold, from the next plan on: the one that takes longest is made as short as it can be.
+
+        speed: integers [ep_size], 1 .. 65536: how many units a rank does in the time in which a normal one does 1024 (922 for one that is 10%
+        slower). fixed: integers [ep_size], 0 .. 2**24 units of a normal rank: what else it has to do before. None: all 1024, all 0; both
+        None: the ranks are alike, as in a new planner. Every rank sets the same, between the same plans: the counts that travel carry a
+        digest of it. Holds until set again, under new placements too. Waits for the planner's device; captured CUDA graphs follow.
+        """
+        speeds, costs = capacities(speed, fixed, self.ep_size)
+        if alike(speeds, costs):
+            speeds = costs = None
+        self._ranks.compare_capacity(self._config, speeds, costs)
+        handle = self._handle
+        handle.check(handle.library.planner_set_capacity(
+            handle.opened(), None if speeds is None else address_of(speeds), None if costs is None else address_of(costs), self.ep_size,
+            self._stream()))
+        self.speed, self.fixed = speeds, costs
+        self._decide_ratios()
+
+    @property
+    def _counts_tokens(self) -> bool:
+        return self.unit == 1 and self.speed is None and self.fixed is None
+
+    def _decide_ratios(self) -> None:
+        """A plan has ratios where its slots have classes and its cost is tokens."""
+        self._handle.n_ratios = self.ep_size * self._config.n_redundant if self._counts_tokens else 0
 
     def _placed(self, status: int) -> tuple[Array, Array, Array]:
         self._handle.check(status)
@@ -245,6 +296,7 @@ class Planner:
         global workload float32 [n_group, group_size, n_local_logical], the sum over ranks by logical expert, scaled to maximum 1).
         """
         self._check_kind("solve_probs", general=False, instead="solve and redirect")
+        self._check_tokens("solve_probs")
         groups, ranks = self.n_group, self.group_size
         return self._solve(workload, avail_counter, [groups, ranks, self.num_redundants],
                            [groups, ranks, self.n_local_logical_routed_experts])
@@ -255,6 +307,7 @@ class Planner:
         o_weight: from solve_probs; local_workload_by_sm, n_sms: as count_workload returned and took it, for the same idx.
         """
         self._check_kind("weighted_select_target", general=False, instead="solve and redirect")
+        self._check_tokens("weighted_select_target")
         n_sms = integer("n_sms", n_sms, 1, _c.MAX_CHUNKS)
         rows = shape_of(local_workload_by_sm)
         if len(rows) != 2 or rows[0] != n_sms:
@@ -340,6 +393,11 @@ class Planner:
             kinds = ("made with a topology", "made by from_placement")
             raise broken_rule("planner", f"must be {kinds[general]} for {call} (use {instead})", f"one {kinds[not general]}")
 
+    def _check_tokens(self, call: str) -> None:
+        if not self._counts_tokens:
+            raise broken_rule("planner", f"must count tokens on ranks that are alike for {call}, whose ratios are shares of tokens (use solve "
+                              "and redirect)", f"unit = {self.unit!r}" if self.unit != 1 else "one with capacities")
+
     # ---- results ----
 
     def info(self) -> Info:
@@ -347,9 +405,13 @@ class Planner:
         handle = self._handle
         plan = _c.PlanInfoStruct()
         groups = (_c.GroupInfoStruct * self.n_group)()
+        levels: Any = [None] * self.n_group
         handle.check(handle.library.planner_info(handle.opened(), ctypes.byref(plan), ctypes.byref(groups), self.n_group, self._stream()))
+        if not self._counts_tokens:
+            levels = (_c.LevelStruct * self.n_group)()
+            handle.check(handle.library.planner_levels(handle.opened(), ctypes.byref(levels), self.n_group, self._stream()))
         return Info(
-            [group_info(group, self.group_size, index * self.group_size) for index, group in enumerate(groups)],
+            [group_info(group, self.group_size, index * self.group_size, levels[index]) for index, group in enumerate(groups)],
             plan.invalid_ids, Locality(plan.own_rank, plan.own_node, plan.other_nodes), plan.overflow)
 
     def split(self) -> Array:
@@ -364,6 +426,32 @@ class Planner:
         tokens: Int64s = np.empty(self.n_routed_experts, dtype=np.int64)
         self._handle.check(read(self._handle.opened(), address_of(tokens), tokens.size, self._stream()))
         return self._output(tokens)
+
+    def history(self, at: int | None = None, *, reset: bool = False) -> Array:
+        """Tokens of each logical expert, from all ranks together, over all plans since the planner was made or its history was reset:
+        int64 [n_logical], for lplb.place (lplb.history for several planners at once). For planners made with history=True. Plans of
+        CUDA graphs are in it, and a new placement leaves it. Waits for the GPU.
+
+        Ranks make the same plans, each in its own time; the history is read where the call stands in the stream. So all ranks that call
+        at the same place of their program read the same numbers. at: how many plans must be in it: WrongOrder on a rank that is
+        elsewhere, which would place experts differently. reset: the next history starts here.
+        """
+        from .records import read_history
+
+        return self._output(read_history(self, at, reset))
+
+    def metrics(self) -> Metrics:
+        """What the plans so far have achieved, for planners made with metrics=True. Reads memory that the GPU writes: waits for nothing,
+        from any thread, also while plans are made; those that are queued and not done are not in it."""
+        from .records import read_metrics
+
+        if not self._config.record & _c.RECORD_METRICS:
+            raise WrongOrder("metrics: needs a planner made with metrics=True; this one keeps none")
+        return read_metrics(self)
+
+    def reset_metrics(self) -> None:
+        """Counts anew. In the order of the stream as a plan is, waits for nothing, and can be captured in a CUDA graph."""
+        self._handle.check(self._handle.library.planner_reset(self._handle.opened(), _c.RECORD_METRICS, self._stream()))
 
     # ---- exchange ----
 
@@ -401,7 +489,13 @@ class Planner:
         self.close()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a Planner owns native memory and cannot be copied or pickled; make another one")
+        return make_again, parts(self)
+
+    def __deepcopy__(self, memo: Any = None) -> Self:
+        """Another planner with the same settings, group and placement, without a plan. With a group collective."""
+        return copied(self)
+
+    __copy__ = __deepcopy__
 
     def __repr__(self) -> str:
         what = "closed" if self._handle.native is None else str(self.device)

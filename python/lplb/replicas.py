@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ class Replicas:
         try:
             if planner.tokens != "own" or (planner.ep_group is None and planner.ep_size > 1):
                 raise broken_rule("planner", "must have a group whose ranks have tokens of their own, or ep_size=1", repr(planner))
-            one_of("transport", transport, TRANSPORTS)
+            self._asked = one_of("transport", transport, TRANSPORTS)
             self.slack = integer("slack", slack, 0, _c.MAX_PHYSICAL)
             self._rows = Rows(_phy2log(planner), self.n_ranks, self.slack)
         except LplbError as error:
@@ -117,12 +118,21 @@ class Replicas:
         which zero_grad() of this object clears.
         """
         refused = broken_rule("name", "must not be that of another parameter", name) if name in self._held else None
+        return self._hold(name, shape, dtype, grad_dtype, None, refused)
+
+    def _hold(self, name: str, shape: Sequence[int], dtype: torch.dtype | None, grad_dtype: torch.dtype | None,
+              known: torch.nn.Parameter | None, refused: LplbError | None = None) -> torch.nn.Parameter:
+        """known: a parameter that keeps its identity and its rows, and moves into the buffers."""
         self._meet(f"parameter({name!r}, {list(shape)}, dtype={dtype}, grad_dtype={grad_dtype})", refused)
         rows, own = self.n_rows, len(self.own)
         weights = self.transport.zeros((rows, *shape), dtype, _c.WEIGHTS)
         grads = self.transport.zeros((rows, *shape), grad_dtype or weights.dtype, _c.GRADIENTS)
         # Through DLPack the parameter has a storage of its own size on the same memory: torch.save would write the copies, too, for a view.
-        parameter = torch.nn.Parameter(torch.utils.dlpack.from_dlpack(weights[:own]))
+        whole = torch.utils.dlpack.from_dlpack(weights[:own])
+        parameter = torch.nn.Parameter(whole) if known is None else known
+        if known is not None:
+            whole.copy_(known.data)
+            known.data = whole
         held = self._held[name] = _Held(parameter, weights, grads, grads[:own], -1)
         if held.main:
             setattr(parameter, "main_grad", held.own_grad)
@@ -224,6 +234,31 @@ class Replicas:
         other replicas on the group, or call lplb.exchange.release. CUDA graphs that hold pull() or push_grads() must not be replayed then.
         """
         self.transport.close()
+
+    # ---- copies and pickles ----
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Another object with a planner of its own; the parameters, which are copied or pickled with it or with the module that holds them,
+        move into its buffers, and pull() is called. Gradients are left out, as torch does. Collective."""
+        self.check_placement()
+        held = {name: (one.parameter, one.grads.dtype if one.main else None) for name, one in self._held.items()}
+        state = {"held": held, "registered": self._registered, "rows": self._rows, "version": self.version}
+        return type(self)._again, (type(self), self.planner, self._asked, self.slack), state
+
+    @staticmethod
+    def _again(kind: type[Replicas], planner: Planner, transport: str, slack: int) -> Replicas:
+        replicas = kind.__new__(kind)
+        Replicas.__init__(replicas, planner, transport=transport, slack=slack)
+        return replicas
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        rows: Rows = state["rows"]
+        self.own = torch.empty(rows.own[self.rank], dtype=torch.int64, device=self._device)
+        self._follow(rows)
+        self.version, self._registered = state["version"], state["registered"]
+        for name, (parameter, grad_dtype) in state["held"].items():
+            self._hold(name, parameter.shape[1:], parameter.dtype, grad_dtype, parameter)
+        self.pull()
 
     # ---- how ----
 

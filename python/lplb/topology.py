@@ -1,17 +1,19 @@
-"""Ready topologies, as the redundant_to_original argument of Planner: [group_size, num_redundants], where slot d of rank r
-replicates slot d of rank [r, d].
+"""Ready topologies: which ranks hold copies of whose experts. The first argument of Planner, by name or as an array.
 
-CUBE_8P2E        8 ranks, 2 redundant slots each: the GPUs of one node
-RING_8P          8 ranks, 1 redundant slot each
-HYPERCUBE_16P2E  16 ranks, 2 redundant slots each: two nodes of 8
-SQUARE_4P2E      4 ranks, 2 redundant slots each
-torus_2d(m, n)   m * n ranks, 2 redundant slots each: several nodes, one neighbour inside the node and one on the next
+    name            constant          ranks, copies a rank   for
+    "cube"          CUBE_8P2E         8, 2                   the GPUs of one host
+    "ring"          RING_8P           8, 1                   the same with half the memory for copies
+    "hypercube"     HYPERCUBE_16P2E   16, 2                  two hosts of 8
+    "square"        SQUARE_4P2E       4, 2                   4 GPUs
+    "torus:MxN"     torus_2d(m, n)    m * n, 2               several hosts: one neighbour inside the host and one on the next
 
-torch tensors (int64, CPU) where torch can be imported, numpy arrays otherwise. Each access makes a new one.
+An array is [ranks of a group, copies a rank]: slot d of rank r replicates slot d of rank array[r, d]. torch tensors (int64, CPU) where
+torch can be imported, numpy arrays otherwise. Each access makes a new one.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 import numpy as np
@@ -19,12 +21,22 @@ import numpy as np
 from ._c import MAX_RANKS
 from ._ops.arguments import integer
 from ._ops.host import Array
-from .errors import Unsupported
+from .errors import Unsupported, broken_rule, shown
 
 CUBE_8P2E: Array
+"""[8, 2], "cube": two rings of 4. Each rank holds a copy from the rank before it in its ring, and one from a rank of the other ring. For 8 GPUs."""
+
 RING_8P: Array
+"""[8, 1], "ring": each rank holds a copy from the next one. For 8 GPUs."""
+
 HYPERCUBE_16P2E: Array
+"""[16, 2], "hypercube": four rings of 4. Each rank holds a copy from the rank before it in its ring, and one from the ring before. For 2 x 8
+GPUs."""
+
 SQUARE_4P2E: Array
+"""[4, 2], "square": each rank holds a copy from the next one and one from the opposite one. For 4 GPUs."""
+
+NAMES = {"cube": "CUBE_8P2E", "ring": "RING_8P", "hypercube": "HYPERCUBE_16P2E", "square": "SQUARE_4P2E"}
 
 # One list per slot class: the rank whose original stands at slot d of rank 0, 1, ...
 _COLUMNS: dict[str, list[list[int]]] = {
@@ -44,6 +56,17 @@ def torus_2d(m: int, n: int) -> Array:
         raise Unsupported(f"n: must make at most {MAX_RANKS} ranks of m * n, got {m} * {n}")
     i, j = np.divmod(np.arange(m * n, dtype=np.int64), n)
     return _array(np.stack([(i + 1) % m * n + j, i * n + (j + 1) % n], axis=1))
+
+
+def named(name: str) -> Array:
+    """The topology of a name of the table above, or of a constant's name."""
+    sides = re.fullmatch(r"torus:([0-9]{1,9})x([0-9]{1,9})", name)
+    if sides:
+        return torus_2d(int(sides[1]), int(sides[2]))
+    constant = NAMES.get(name, name)
+    if constant not in _COLUMNS:
+        raise broken_rule("redundant_to_original", f"must be an array, {', '.join(NAMES)} or torus:MxN (see lplb.topology)", shown(name))
+    return cast(Array, __getattr__(constant))
 
 
 def _array(values: Any) -> Array:

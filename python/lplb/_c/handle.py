@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ class Handle:
     """Owns one lplb_planner. Holds what a call needs, read once: `run` is counted in microseconds."""
 
     __slots__ = ("library", "native", "pointer", "number", "device", "n_logical", "n_physical", "ep_size", "rank", "exchange",
-                 "debug", "compare", "width", "has_replicas", "n_ratios", "planner_run")
+                 "debug", "compare", "width", "has_replicas", "n_ratios", "planner_run", "forked")
 
     def __init__(self, library: Library, config: Config) -> None:
         self.library, native = library, Native()
@@ -57,7 +58,7 @@ class Handle:
         self.ep_size: int = config.ep_size
         self.rank: int = config.rank
         self.exchange: Exchange | None = None  # None: the counts given are everybody's
-        self.debug = False
+        self.debug = self.forked = False
         self.compare: Callable[[Array], None] | None = None  # of the ids with those of the other ranks
         self.width: int = library.counts_width(config.n_logical)
         self.has_replicas = self.n_physical > self.n_logical
@@ -72,6 +73,12 @@ class Handle:
         if native is not None and self.exchange is not None:
             native.at_end = partial(self.exchange.leave, self.number)
 
+    def leave_to_parent(self) -> None:
+        """In a forked process: the native planner on a GPU is the parent's, and not even its end may be asked for here."""
+        native, self.native, self.pointer, self.forked = self.native, None, None, True
+        if native is not None:
+            native.value, native.at_end = None, None
+
     def check(self, status: int) -> None:
         """Raises unless status is LPLB_OK."""
         if status:
@@ -80,7 +87,7 @@ class Handle:
     def failure(self, status: int) -> LplbError:
         native = self.native
         if native is None:
-            return closed()
+            return self.ended()
         # The words on the planner belong to the thread that is inside it, so a refused one must not read them.
         return failure(status, "" if status == ERROR_BUSY else text(self.library.planner_error(native)))
 
@@ -116,8 +123,25 @@ class Handle:
         """What to give the library, held while the call lasts."""
         native = self.native
         if native is None:
-            raise closed()
+            raise self.ended()
         return native
+
+    def ended(self) -> WrongOrder:
+        """Why there is no native planner any more."""
+        return WrongOrder(f"planner: {FORKED}") if self.forked else closed()
+
+
+FORKED = ("belongs to the process that this one was forked from, and CUDA does not work in a forked process: start processes with "
+          "multiprocessing's 'spawn' or 'forkserver', or plan with device='cpu' here")
+
+
+def _after_fork() -> None:
+    for handle in handles.values():
+        if handle.device >= 0:
+            handle.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def find(number: int) -> Handle:

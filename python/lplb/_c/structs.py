@@ -16,6 +16,9 @@ SOLVERS = {"flow": 0, "ipm": 1}
 POLICIES = {"trap": 0, "report": 1}  # LPLB_EXCHANGE_TRAP, LPLB_EXCHANGE_REPORT
 PLACE_POLICIES = {"flow": 0, "balanced": 1, "deepseek": 2, "repair": 3}  # LPLB_PLACE_FLOW, and so on
 PLACE_KEEP = -2
+UNIT_EXPERTS = -1
+SPEED_NORMAL, MAX_SPEED, MAX_FIXED = 1024, 65536, 16777216
+MAX_TOTAL = 2**42  # of lplb_solve_config, where the ranks differ
 MAX_RANKS = 1024  # LPLB_MAX_RANKS, and so on: limits of the header
 MAX_EP_SIZE = 8192
 MAX_LOGICAL = 4096
@@ -31,6 +34,9 @@ LAYOUT_SENT, LAYOUT_RECEIVED, LAYOUT_BY_ROW = 1, 2, 4  # LPLB_LAYOUT_*, parts of
 LAYOUT_BAD_IDS, LAYOUT_OTHER_EXPERTS, LAYOUT_OTHER_PLAN, LAYOUT_NO_PLAN, LAYOUT_BAD_RECEIVED, LAYOUT_BY_ROW_SHORT = 1, 2, 4, 8, 16, 32
 LAYOUT_N_BAD_IDS, LAYOUT_N_OTHER_EXPERTS, LAYOUT_N_SENT, LAYOUT_N_RECEIVED, LAYOUT_RANKS = 2, 3, 4, 5, 8
 MESSAGE_SIZE = 1024
+RECORD_HISTORY, RECORD_METRICS = 1, 2  # LPLB_RECORD_*, of the config
+ANY_PLAN = -1
+METRICS_ONE = 1 << 22
 MOVES = {"pull": 0, "push": 1, "homes": 2}  # LPLB_MOVES_*
 WEIGHTS, GRADIENTS = 0, 1  # LPLB_REPLICAS_*
 FLOATS = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}  # LPLB_FLOAT*
@@ -50,7 +56,7 @@ class Config(Sized):
     _fields_ = [
         ("struct_size", c_int64), ("device", c_int32), ("solver", c_int32), ("ep_size", c_int64), ("rank", c_int64), ("n_nodes", c_int64),
         ("n_logical", c_int64), ("n_physical", c_int64), ("group_size", c_int64), ("n_redundant", c_int64), ("r2o", c_void_p),
-        ("number", c_int64), ("policy", c_int32), ("unused", c_int32)]
+        ("number", c_int64), ("policy", c_int32), ("unit", c_int32), ("record", c_int64)]
 
 
 # int32_t (*lplb_gather)(void *context, const void *mine, void *all, int64_t bytes);
@@ -77,9 +83,19 @@ class PlaceConfig(Sized):
     """lplb_place_config"""
 
     _fields_ = [
-        ("struct_size", c_int64), ("policy", c_int32), ("unused", c_int32), ("n_snapshots", c_int64), ("n_layers", c_int64),
+        ("struct_size", c_int64), ("policy", c_int32), ("even_homes", c_int32), ("n_snapshots", c_int64), ("n_layers", c_int64),
         ("n_logical", c_int64), ("n_ranks", c_int64), ("n_slots", c_int64), ("slots", c_void_p), ("n_nodes", c_int64),
         ("n_groups", c_int64), ("previous", c_void_p), ("max_moves", c_int64), ("tolerance", c_double)]
+
+
+class PlacementReportStruct(Sized):
+    """lplb_placement_report"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("n_snapshots", c_int64), ("n_layers", c_int64), ("n_logical", c_int64), ("n_ranks", c_int64),
+        ("n_slots", c_int64), ("n_nodes", c_int64), ("phy2log", c_void_p), ("history", c_void_p), ("even_balance", c_void_p),
+        ("exact_balance", c_void_p), ("duplicates", c_void_p), ("homes", c_void_p), ("pulls", c_void_p), ("pushes", c_void_p),
+        ("leaves_rank", c_void_p), ("leaves_node", c_void_p), ("inbound", c_void_p)]
 
 
 class GroupInfoStruct(ctypes.Structure):
@@ -90,12 +106,36 @@ class GroupInfoStruct(ctypes.Structure):
         ("witness_size", c_int32), ("witness", c_uint32 * (MAX_RANKS // 32))]
 
 
+class LevelStruct(ctypes.Structure):
+    """lplb_level"""
+
+    _fields_ = [("reached", c_int64), ("bound", c_int64), ("mean", c_int64)]
+
+
+class SolveConfig(Sized):
+    """lplb_solve_config"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("loads", c_void_p), ("phy2log", c_void_p), ("n_logical", c_int64), ("n_physical", c_int64),
+        ("ep_size", c_int64), ("unit", c_int32), ("unused", c_int32), ("speed", c_void_p), ("fixed", c_void_p), ("tokens", c_void_p),
+        ("info", POINTER(GroupInfoStruct)), ("level", POINTER(LevelStruct))]
+
+
 class PlanInfoStruct(Sized):
     """lplb_plan_info"""
 
     _fields_ = [
         ("struct_size", c_int64), ("n_groups", c_int64), ("invalid_ids", c_int64), ("own_rank", c_int64), ("own_node", c_int64),
         ("other_nodes", c_int64), ("overflow", c_int64)]
+
+
+class MetricsStruct(Sized):
+    """lplb_metrics"""
+
+    _fields_ = [
+        ("struct_size", c_int64), ("plans", c_int64), ("groups", c_int64), ("imbalance_sum", c_int64), ("imbalance_max", c_int64),
+        ("gap_sum", c_int64), ("gap_max", c_int64), ("tokens", c_int64), ("moved", c_int64), ("own_rank", c_int64), ("own_node", c_int64),
+        ("other_nodes", c_int64), ("uncertified", c_int64), ("overflow", c_int64), ("invalid_ids", c_int64)]
 
 
 class LayoutStruct(Sized):

@@ -55,6 +55,7 @@ def device_ordinal(device: Device, given: Any) -> int:
             return int(given.get_device())
         if torch is None or isinstance(given, np.ndarray) or not torch.cuda.is_available():
             return _c.DEVICE_CPU
+        _check_not_forked(torch, device)
         return int(torch.cuda.current_device())
     if isinstance(device, str) and device == "cpu":
         return _c.DEVICE_CPU
@@ -70,6 +71,7 @@ def device_ordinal(device: Device, given: Any) -> int:
     if wanted.type == "cpu":
         return _c.DEVICE_CPU
     _check_gpu(torch, device)
+    _check_not_forked(torch, device)
     if wanted.index is not None and wanted.index >= torch.cuda.device_count():
         raise broken_rule("device", f"must be one of the {torch.cuda.device_count()} GPUs, numbered from 0", shown(device))
     return int(torch.cuda.current_device()) if wanted.index is None else int(wanted.index)
@@ -87,6 +89,12 @@ def _check_gpu(torch: Any, device: Any) -> None:
     else:
         return
     raise NoCuda(f"device: cannot be a GPU here, since {missing}; device='cpu' plans on the host, got {shown(device)}")
+
+
+def _check_not_forked(torch: Any, device: Any) -> None:
+    if torch.cuda._is_in_bad_fork():
+        raise NoCuda("device: cannot be a GPU in a process that was forked after CUDA was used: start processes with multiprocessing's "
+                     f"'spawn' or 'forkserver', or give device='cpu', got {shown(device)}")
 
 
 def one_of(name: str, value: str, names: tuple[str, ...]) -> str:

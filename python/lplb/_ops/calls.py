@@ -39,7 +39,7 @@ def make_run(calls: Calls[A]) -> Callable[[A, Array | None, int, int], A]:
             raise closed()
         native = handle.native  # held till the end, see there
         if native is None:
-            raise closed()
+            raise handle.ended()
         address, dtype, n_ids, ids = buffer("idx", idx, handle)
         if avail_counter is None:
             counter, counter_dtype = None, INT64

@@ -16,6 +16,7 @@ from .._c.handle import Handle
 from .._c.structs import INT32, INT64
 from ..errors import LplbError, broken_rule
 from .calls import Buffer, Calls, layout_sections
+from .ranges import ranged
 
 INTEGERS = {torch.int32: INT32, torch.int64: INT64}
 
@@ -141,7 +142,7 @@ for _schema, _kernel, _fake in (
     _name = _schema[: _schema.index("(")]
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _kernel, _key)
+        _library.impl(_name, ranged(_name, _kernel), _key)
     torch.library.register_fake(f"lplb::{_name}", _fake, lib=_library)
 
 run = torch.ops.lplb.run.default

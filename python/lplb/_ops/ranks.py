@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _c
 from ..errors import LplbError, broken_rule
 from .arguments import check_group, integer, one_of
-from .host import loaded_torch
+from .host import Int32s, loaded_torch
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +109,13 @@ class Ranks:
         """Where nothing travels that could be compared later, a new placement is compared at once."""
         if self.tokens == "same":
             self.agree(config, config.device, history=history, phy2log=phy2log)
+
+    def compare_capacity(self, config: _c.Config, speed: Int32s | None, fixed: Int32s | None) -> None:
+        """The same for capacities."""
+        if self.tokens == "same":
+            words = " ".join(f"{name} {'none' if each is None else zlib.crc32(each.tobytes())}"
+                             for name, each in (("speed", speed), ("fixed", fixed)))
+            self.agree(config, config.device, settings=f"capacity: {words}")
 
     def connect(self, planner: Planner, exchange: str | Exchange, debug: bool) -> None:
         """Sets up how counts travel. Collective where the counts can go over NVLink."""

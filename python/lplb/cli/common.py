@@ -1,4 +1,4 @@
-"""What the three commands share: arguments, aligned tables, JSON files, pictures, a progress bar."""
+"""What the commands share: arguments, aligned tables, JSON files, pictures, a progress bar."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from .files import check_writable, write_file
-from .terminal import UsageError as UsageError, say, shown
+from .terminal import UsageError as UsageError, say, say_json, shown
 
 T = TypeVar("T")
 
+STDOUT = "-"  # as the file of --json
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -70,15 +73,33 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: str, value: Any) -> None:
-    write_file(path, (json.dumps(plain(value), indent=1) + "\n").encode("ascii"))
+def write_json(path: str, value: Any, tell: bool = True) -> None:
+    """To the file, or to stdout for "-". tell: says so, where this is not the first of several times."""
+    text = json.dumps(plain(value), indent=1) + "\n"
+    if path == STDOUT:
+        say_json(text)
+    else:
+        write_file(path, text.encode("ascii"))
+        wrote(path, tell)
+
+
+def wrote(path: str, tell: bool = True) -> None:
+    if tell:
+        say(f"wrote {path}")
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs, one a line, in lines that fit the terminal and that people like to read."""
+    width = max(40, min(110, shutil.get_terminal_size((110, 24)).columns))
+    return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
 
 
 def check_results(arguments: argparse.Namespace, others: Mapping[str, str] | None = None) -> None:
     """UsageError, before the long work, unless --json and --plot can be written. others: {what: path}, files they must not overwrite."""
-    check_writable(arguments.json, "--json", others)
+    if arguments.json != STDOUT:
+        check_writable(arguments.json, "--json", others)
     if arguments.plot is not None:
-        results = {} if arguments.json is None else {"the file of --json": arguments.json}
+        results = {} if arguments.json in (None, STDOUT) else {"the file of --json": arguments.json}
         check_writable(arguments.plot, "--plot", {**(others or {}), **results})
         if os.path.splitext(arguments.plot)[1].lower() not in PICTURES:
             raise UsageError(f"--plot: the file must end in .png, .svg or .pdf, got {arguments.plot}")
@@ -98,13 +119,14 @@ def use_pyplot() -> Any:
     return pyplot
 
 
-def write_picture(figure: Any, path: str) -> None:
+def write_picture(figure: Any, path: str, tell: bool = True) -> None:
     """The figure as a file of the kind that the path's ending names."""
     image = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that the font lacks
         figure.savefig(image, dpi=150, format=os.path.splitext(path)[1][1:].lower())
     write_file(path, image.getvalue())
+    wrote(path, tell)
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:

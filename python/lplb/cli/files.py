@@ -112,11 +112,11 @@ def read_json(path: str, limit: int = DEFAULT_LIMIT) -> Any:
     with _reading(path, ".json") as file:
         text = _bytes(file, limit // JSON_FACTOR + 1, None)
         if len(text) > limit // JSON_FACTOR:
-            raise UsageError(f"{path}: is longer than {_mib(limit // JSON_FACTOR)}; raise the limit with --unpack-limit")
+            raise UsageError(f"{path}: is longer than {mib(limit // JSON_FACTOR)}; raise the limit with --unpack-limit")
         return json.loads(bytes(text), parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
 
 
-def _mib(n: int) -> str:
+def mib(n: int) -> str:
     return f"{n / 2**20:,.0f} MiB" if n >= 2**20 else f"{n:,} bytes"
 
 
@@ -140,7 +140,7 @@ def _array(stream: IO[bytes] | FileIO, name: str, limit: int) -> NDArray[Any]:
     size = count * dtype.itemsize
     if size > limit:
         more = "raise the limit with --unpack-limit" if limit >= PIECE else "no such value needs more"
-        raise UsageError(f"{name} unpacks to {_mib(size)}, and the limit is {_mib(limit)}: {more}")
+        raise UsageError(f"{name} unpacks to {mib(size)}, and the limit is {mib(limit)}: {more}")
     data = _bytes(stream, size, "its array")
     if stream.read(1):  # the end must be reached in any case: an archive's checksum is compared there
         raise ValueError("its array is followed by more bytes than its header states")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .. import _c
 from ..placing import Placed, place
-from .common import Parser, check_results, table, whole, write_json
+from .common import Parser, check_results, table, whole, wrapped, write_json, wrote
 from .files import DEFAULT_LIMIT, check_writable, read_npy, write_file
 from .simulate.trace import load, load_sample, total_counts
 from .terminal import UsageError, say, shown
@@ -33,9 +33,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--dead", metavar="LIST", help="ranks that hold nothing, e.g. 3,7")
     parser.add_argument("--nodes", type=positive, default=1, help="hosts (default 1)")
     parser.add_argument("--groups", type=positive, default=1, help="groups of experts that stay on one host (default 1)")
+    parser.add_argument("--even-homes", action="store_true", help="for training: every rank shall own equally many experts")
     parser.add_argument("--experts", type=positive, metavar="N", help="logical experts, where the file does not say")
     parser.add_argument("--out", metavar="FILE.npy", help="write the placement, int32 [layers, slots]")
-    parser.add_argument("--json", metavar="FILE", help="write the report and the moves")
+    parser.add_argument("--json", metavar="FILE", help="write the report and the moves; -: to stdout")
     parser.set_defaults(plot=None)
 
 
@@ -44,7 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.previous:
         files["the previous placement"] = arguments.previous
     check_results(arguments, files)
-    results = {} if arguments.json is None else {"the file of --json": arguments.json}
+    results = {} if arguments.json in (None, "-") else {"the file of --json": arguments.json}
     check_writable(arguments.out, "--out", {**{what: path for what, path in files.items() if what != "the previous placement"}, **results})
     if arguments.out and not arguments.out.endswith(".npy"):
         raise UsageError(f"--out: the file must end in .npy, got {shown(arguments.out)}")
@@ -56,37 +57,66 @@ def main(arguments: argparse.Namespace) -> int:
     moves = _moves(arguments.max_moves, layers * slots)
     given = dict(ep_size=arguments.ranks, slots=_per_rank(slots, arguments.ranks, previous, dead), nodes=arguments.nodes,
                  groups=arguments.groups, dead=dead)
-    placed = place(history, policy=arguments.policy, previous=previous, max_moves=moves, **given)
+    placed = place(history, policy=arguments.policy, previous=previous, max_moves=moves, even_homes=arguments.even_homes, **given)
     rows = [_row(arguments.policy, placed)]
     if previous is not None:
         kept = place(history, policy="repair", previous=previous, max_moves=0, **given)
         rows.insert(0, _row("previous", kept))
+    eplb = None if arguments.policy == "deepseek" or dead or slots % arguments.ranks else _row(
+        "eplb", place(history, policy="deepseek", previous=previous, **given))
     say(f"{layers} layers, {experts} experts in {slots} slots on {arguments.ranks - len(dead)} ranks; "
         f"{len(history)} snapshot{'s' * (len(history) > 1)}\n")
-    say(table(["placement", "exact split", "worst layer", "even split", "worst layer", "duplicates", "moves"],
-              [[row["placement"], *(f"{row[key]:.4f}" for key in ("exact", "exact_worst", "even", "even_worst")), str(row["duplicates"]),
-                str(row["moves"])] for row in rows]))
-    say("\nexact split, even split: mean load of the live ranks over that of the busiest one on this history, averaged over the layers")
-    _write(arguments, placed, rows)
+    _say_tables(rows if eplb is None else [*rows, eplb], arguments.nodes)
+    _write(arguments, placed, rows, eplb)
     return 0
 
 
 def _row(name: str, placed: Placed[Any]) -> dict[str, Any]:
+    report = placed.report
+    width = placed.phy2log.shape[1] // placed.ep_size
+    owned = np.stack([np.bincount(homes // width, minlength=placed.ep_size) for homes in report.homes])
+    live = placed.phy2log.reshape(len(owned), placed.ep_size, width).max(2) >= 0
+    pulls, pushes, alive = report.pulls.sum(0), report.pushes.sum(0), live.any(0)
     return {"placement": name, "exact": placed.exact_balance.mean(), "exact_worst": placed.exact_balance.min(),
             "even": placed.even_balance.mean(), "even_worst": placed.even_balance.min(), "duplicates": int(placed.duplicates.sum()),
-            "moves": int(placed.n_moves.sum())}
+            "moves": int(placed.n_moves.sum()), "leaves_rank": report.leaves_rank.mean(), "leaves_node": report.leaves_node.mean(),
+            "inbound_max": report.inbound.max(), "homes_least": int(owned[live].min()), "homes_most": int(owned[live].max()),
+            "pulls_mean": pulls[alive].mean(), "pulls_max": int(pulls.max()), "pulls_layer": int(report.pulls.max()),
+            "pushes_mean": pushes[alive].mean(), "pushes_max": int(pushes.max()), "pushes_layer": int(report.pushes.max())}
 
 
-def _write(arguments: argparse.Namespace, placed: Placed[Any], rows: list[dict[str, Any]]) -> None:
+def _say_tables(rows: list[dict[str, Any]], nodes: int) -> None:
+    leaves = ["leaves rank", "leaves node"][: 2 if nodes > 1 else 1]
+    say(table(["placement", "exact split", "worst layer", "even split", "worst layer", "duplicates", "moves", *leaves, "most inbound"],
+              [[row["placement"], *(f"{row[key]:.4f}" for key in ("exact", "exact_worst", "even", "even_worst")), str(row["duplicates"]),
+                str(row["moves"]), *(f"{row[key.replace(' ', '_')]:.1%}" for key in leaves), f"{row['inbound_max']:.3f}"] for row in rows]))
+    node = "; leaves node: on another host" if nodes > 1 else ""
+    say("\n" + wrapped(
+        "exact split, even split: mean load of the live ranks over that of the busiest one on this history, averaged over the layers.\n"
+        f"leaves rank: tokens whose replica is on another rank than they are{node}; with the exact split, which serves a rank's own tokens "
+        "first, then those of its host, and ranks that all bring the same tokens. most inbound: tokens that reach a rank from others, over "
+        "the mean load, of the worst rank and layer.") + "\n")
+    say(table(["training", "homes a rank", "pulls: mean", "max", "of one layer", "pushes: mean", "max", "of one layer"],
+              [[row["placement"], f"{row['homes_least']}" if row["homes_least"] == row["homes_most"] else
+                f"{row['homes_least']} to {row['homes_most']}", *(cell for key in ("pulls", "pushes") for cell in (
+                    f"{row[key + '_mean']:.1f}", str(row[key + "_max"]), str(row[key + "_layer"])))] for row in rows]))
+    say("\n" + wrapped(
+        "homes: experts that a rank owns in training. pulls: copies of others' experts on it, whose weights arrive in a pull and whose "
+        "gradients leave in a push; pushes: copies of its experts elsewhere, the other way round. Mean and maximum are those of a rank over "
+        "all layers together, and the largest of one layer; times the bytes of an expert."))
+
+
+def _write(arguments: argparse.Namespace, placed: Placed[Any], rows: list[dict[str, Any]], eplb: dict[str, Any] | None) -> None:
     if arguments.out is not None:
         content = io.BytesIO()
         np.save(content, placed.phy2log)
         write_file(arguments.out, content.getvalue())
-        say(f"wrote {arguments.out}")
+        wrote(arguments.out)
     if arguments.json is not None:
-        write_json(arguments.json, {"rows": rows, "exact_balance": placed.exact_balance.tolist(),
-                                    "even_balance": placed.even_balance.tolist(), "moves": [list(move) for move in placed.moves()]})
-        say(f"wrote {arguments.json}")
+        report = placed.report
+        by_layer = {name: getattr(report, name).tolist() for name in ("exact_balance", "even_balance", "leaves_rank", "leaves_node", "homes",
+                                                                      "pulls", "pushes", "inbound")}
+        write_json(arguments.json, {"rows": rows, "eplb": eplb, **by_layer, "moves": [list(move) for move in placed.moves()]})
 
 
 def _history(arguments: argparse.Namespace) -> NDArray[np.float64]:

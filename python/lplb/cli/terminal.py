@@ -42,10 +42,35 @@ def shown(value: object, most: int = MAX_SHOWN) -> str:
     return harmless(cut)
 
 
+_aside = False
+
+
+def speak_aside(aside: bool) -> None:
+    """aside: what say() prints goes to stderr from now on, since stdout is for the JSON of `--json -`."""
+    global _aside
+    _aside = aside
+
+
 def say(text: str = "", now: bool = False) -> None:
     """Prints lines to stdout, each of them harmless. now: not when more has gathered, but at once."""
+    if _aside:
+        if sys.stderr is not None:
+            try:
+                print("\n".join(harmless(line) for line in text.split("\n")), file=sys.stderr, flush=now)
+            except (OSError, ValueError):
+                _give_up(sys.stderr)
+        return
     try:
         print("\n".join(harmless(line) for line in text.split("\n")), flush=now)
+    except OSError as error:
+        raise OutputError(error) from None
+
+
+def say_json(text: str) -> None:
+    """Prints the result that `--json -` asks for."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
     except OSError as error:
         raise OutputError(error) from None
 

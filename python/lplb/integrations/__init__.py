@@ -1,1 +1,1 @@
-"""Adapters to training frameworks; each imports its framework, and none is imported by lplb itself."""
+"""Adapters to training frameworks and serving engines; each imports its own one, and none is imported by lplb itself."""

@@ -22,7 +22,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -58,7 +57,6 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
         self.slots, self.replace_every, self.batches = config.slots, config.replace_every, 0
         self.copies: Copies | None = None  # None without expert parallelism
         self.own_rows = 0  # rows of the last dispatch that go to own experts
-        self.history: Tensor | None = None  # tokens of each expert since the last placement
 
     def wire_meshes(self, *, ep_mesh: Any) -> None:
         super().wire_meshes(ep_mesh=ep_mesh)
@@ -66,8 +64,7 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
             return
         device = torch.device("cuda", torch.cuda.current_device()) if ep_mesh.device_type == "cuda" else torch.device("cpu")
         placement = natural_placement(self.num_experts, ep_mesh.size(), self.slots)
-        self.copies = Copies(Planner.from_placement(placement, group=ep_mesh.get_group(), device=device))
-        self.history = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+        self.copies = Copies(Planner.from_placement(placement, group=ep_mesh.get_group(), device=device, history=self.slots > 0 and self.replace_every > 0))
 
     def dispatch(self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor, num_local_tokens_per_expert_E: Tensor) -> Any:
         if self.copies is None:
@@ -79,8 +76,6 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
     def _plan(self, copies: Copies, ids: Tensor, per_expert: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [tokens, k], numbered over all ranks, for ids; and the tokens of each."""
         places, planner = copies.places, copies.planner
-        if self.history is not None:
-            self.history += per_expert
         physical = planner.run(ids, None).long()
         rows = physical // planner.n_local_routed_experts * places.n_rows + places.row_of_slot[physical]
         counts = per_expert.new_zeros(places.n_ranks * places.n_rows)  # bincount would wait for the GPU
@@ -96,14 +91,15 @@ class Dispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]
     @torch.no_grad()
     def follow(self) -> None:
         """Chooses the copies anew from what the tokens of all ranks chose. Before a forward pass, on all ranks."""
-        if self.copies is None or self.history is None:
+        if self.copies is None or not self.slots:
             return
         planner = self.copies.planner
-        with _disable_current_modes():  # torchtitan's SelectiveAC keeps results of copies to the host by their order, which is another when
-            dist.all_reduce(self.history, group=planner.ep_group)  # activations are recomputed, where none of this happens
-            planner.update_placement(natural_placement(self.num_experts, planner.ep_size, self.slots, self.history))
+        # torchtitan's SelectiveAC keeps results of copies to the host by their order, which is another when activations are recomputed, where
+        # none of this happens.
+        with _disable_current_modes():
+            history = torch.as_tensor(planner.history(reset=True))
+            planner.update_placement(natural_placement(self.num_experts, planner.ep_size, self.slots, history))
             self.copies.update()
-            self.history.zero_()
 
 
 class Experts(GroupedExperts):  # type: ignore[misc]

@@ -30,7 +30,7 @@ def add_arguments(parser: Parser) -> None:
                         help=f"{', '.join(SUITES)} (default: all but exchange and layer, which need torchrun)")
     parser.add_argument("--device", choices=["cpu", "cuda"],
                         help="where plans are made (default cpu; exchange and layer: a GPU if there is one)")
-    parser.add_argument("--json", metavar="FILE", help="write machine, date and rows")
+    parser.add_argument("--json", metavar="FILE", help="write machine, date and rows; -: to stdout, and all words to stderr")
     parser.add_argument("--plot", "--png", metavar="FILE.png", help="draw the times beside targets and other programs")
     layer.add_arguments(parser)
 

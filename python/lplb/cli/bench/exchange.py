@@ -25,6 +25,7 @@ from ... import exchange, topology
 from ...errors import Unsupported
 from ...planner import Planner
 from ..common import UsageError, write_json
+from ..terminal import say
 from . import kit
 from .cpu import batches, percentiles
 from .kit import Row
@@ -138,12 +139,12 @@ def main(json: str | None, plot: str | None) -> int:
         for row in _rows(torch, Clock(torch, device, shared), ranks, rank):
             rows.append(row)
             if rank == 0:
-                print(f"  {row.case}: {row.p50_us:.2f} us", flush=True)
+                say(f"  {row.case}: {row.p50_us:.2f} us", now=True)
         info, date = kit.machine("cuda"), kit.today()
         if rank == 0:
             on = f"{ranks} ranks on {gpus}" if shared else f"{ranks}"
             machine = f"{on} x {kit.machine_line(info)}"
-            print(f"\n{machine}, {date}\n{info['library']}\n\n{kit.as_table(rows)}\n", flush=True)
+            say(f"\n{machine}, {date}\n{info['library']}\n\n{kit.as_table(rows)}\n", now=True)
             if json is not None:
                 write_json(json, {"machine": info, "ranks": ranks, "gpus": gpus if shared else ranks, "date": date, "device": "cuda",
                                   "rows": [row.as_json() | {"machine": machine, "date": date} for row in rows]})
@@ -172,7 +173,7 @@ def _exchange_alone(torch: Any, clock: Clock, ranks: int) -> Iterator[Row]:
         ways[one.describe()] = [partial(one.all_gather, *pair) for pair in zip(counts, gathered)]
     except Unsupported as error:
         if dist.get_rank() == 0:
-            print(error)
+            say(str(error))
     peer = "" if clock.shared else "NCCL all_gather"  # it and symmetric memory want a GPU for each rank
     if not clock.shared:
         ways[peer] = [partial(dist.all_gather_into_tensor, into, own) for own, into in zip(counts, gathered)]

@@ -49,13 +49,26 @@ def draw(rows: Sequence[Row], device: str, machine: str, path: str) -> None:
             plt.close(figure)
 
 
+def _figures(axes: Any, y: int, row: Row, peer: float | None) -> None:
+    """Writes the times left and right of a row's marks, where they are printed over none of them: the smaller one left."""
+    times = [(row.p50_us, OURS), *([] if peer is None else [(peer, OTHER)])]
+    target = [] if row.target_p50_us is None else [row.target_p50_us]
+    for index, (time, colour) in enumerate(sorted(times)):
+        if index == 0:
+            at, shift, side = min(mark for mark in (time, *target) if mark > time / 1.8), -7, "right"
+        else:
+            at, shift, side = time, 7, "left"
+            for mark in sorted((row.p99_us, *target)):
+                if at < mark and (mark < 1.8 * at or row.p50_us <= at <= row.p99_us):
+                    at = mark
+        axes.annotate(number(time), (at, y), xytext=(shift, 0), textcoords="offset points", ha=side, va="center", fontsize=8, color=colour)
+
+
 def _fill(axes: Any, rows: Sequence[Row]) -> None:
     names: dict[str, str] = {}
     for y, row in enumerate(rows):
         axes.plot([row.p50_us, row.p99_us], [y, y], color=OURS, linewidth=5, alpha=0.35, solid_capstyle="round", zorder=2)
         axes.plot([row.p50_us], [y], "o", color=OURS, markersize=6.5, zorder=4, label="lplb: p50, bar to p99" if y == 0 else None)
-        text = number(row.p50_us)
-        axes.annotate(text, (row.p50_us, y), xytext=(-7, 0), textcoords="offset points", ha="right", va="center", fontsize=8, color=OURS)
         if row.target_p50_us is not None:
             label = None if "target" in names else "target (p50)"
             names["target"] = ""
@@ -66,8 +79,7 @@ def _fill(axes: Any, rows: Sequence[Row]) -> None:
             label = None if peer[0] in names else peer[0]
             marker = names.setdefault(peer[0], "Ds^"[min(len(names.keys() - {"target"}), 2)])
             axes.plot([peer[1]], [y], marker, color=OTHER, markersize=5, zorder=3, label=label)
-            beside = max(peer[1], row.p99_us) if peer[1] < 2 * row.p99_us else peer[1]
-            axes.annotate(number(peer[1]), (beside, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=OTHER)
+        _figures(axes, y, row, None if peer is None else peer[1])
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [harmless(f"{row.suite}: {row.case}") for row in rows], parse_math=False)
     axes.tick_params(axis="y", length=0)

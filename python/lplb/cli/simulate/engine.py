@@ -13,6 +13,7 @@ from ...placing import place
 from ...planner import Planner
 from .. import check
 from ..terminal import UsageError
+from .cost import Cost
 from .options import PLACEMENTS, Layout
 from .policies import Replicas
 
@@ -34,8 +35,8 @@ class RankPlans:
 class Engine:
     """One placement at a time; `place` replaces it for the next layer."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, cost: Cost = Cost()) -> None:
+        self.layout, self.cost = layout, cost
         self._planners: list[Planner] = []
 
     def close(self) -> None:
@@ -50,28 +51,35 @@ class Engine:
         if layout.r2o is not None:
             if not self._planners:
                 self._planners = [Planner(layout.r2o, layout.n_physical, layout.n_logical, layout.ranks, rank=rank, n_nodes=layout.nodes,
-                                          device="cpu") for rank in range(layout.ranks)]
+                                          device="cpu", unit=self.cost.unit) for rank in range(layout.ranks)]
+                self._set_speed()
             for planner in self._planners:
                 planner.update_redundancy_mapping(history if history.any() else None)
         else:
             if layout.slots is not None:
                 slots = layout.slots[layer]
             else:
-                slots = placed(history, layout.n_physical, layout.ranks, layout.name, snapshots)
+                slots = placed(history, layout.n_physical, layout.ranks, layout.name, snapshots, layout.nodes)
             if not self._planners:
                 self._planners = [Planner.from_placement(slots, ep_size=layout.ranks, n_logical=layout.n_logical, rank=rank,
-                                                         n_nodes=layout.nodes, device="cpu") for rank in range(layout.ranks)]
+                                                         n_nodes=layout.nodes, device="cpu", unit=self.cost.unit)
+                                  for rank in range(layout.ranks)]
+                self._set_speed()
             for planner in self._planners:
                 planner.update_placement(slots)
         return np.asarray(self._planners[0].phy2log, dtype=np.int32)
 
-    def repair(self, loads: Int64Array, max_moves: int | None) -> tuple[NDArray[np.int32], int]:
-        """Changes the placement in force a little, for loads [n_logical]: phy2log and the moves."""
-        repaired = place(loads[None].astype(np.float64), ep_size=self.layout.ranks, slots=self.layout.n_physical, policy="repair",
-                         previous=np.asarray(self._planners[0].phy2log)[None], max_moves=max_moves)
+    def _set_speed(self) -> None:
+        for planner in self._planners if self.cost.speed is not None else []:
+            planner.set_capacity(speed=self.cost.speed)
+
+    def change(self, policy: str, loads: Int64Array, max_moves: int | None) -> tuple[NDArray[np.int32], int]:
+        """Changes the placement in force by a policy of lplb.place, for loads [n_logical]: phy2log and the moves."""
+        changed = place(loads[None].astype(np.float64), ep_size=self.layout.ranks, slots=self.layout.n_physical, policy=policy,
+                        previous=np.asarray(self._planners[0].phy2log)[None], max_moves=max_moves, nodes=self.layout.nodes)
         for planner in self._planners:
-            planner.update_placement(repaired.phy2log[0])
-        return repaired.phy2log[0], int(repaired.n_moves.sum())
+            planner.update_placement(changed.phy2log[0])
+        return changed.phy2log[0], int(changed.n_moves.sum())
 
     def replicas(self) -> Replicas:
         log2phy = np.asarray(self._planners[0].mapping()[1], dtype=np.int32)
@@ -103,12 +111,12 @@ class Engine:
         return RankPlans(taken, np.asarray(first.split(), dtype=np.int64), first.info().groups, float(np.median(elapsed)))
 
 
-def placed(history: Int64Array, n_physical: int, ranks: int, name: str = "eplb", snapshots: Int64Array | None = None
-           ) -> NDArray[np.int32]:
+def placed(history: Int64Array, n_physical: int, ranks: int, name: str = "eplb", snapshots: Int64Array | None = None,
+           nodes: int = 1) -> NDArray[np.int32]:
     """A policy's placement of one layer: phy2log [n_physical]. Without history all experts count the same."""
     known = history[None] if snapshots is None else snapshots
     weight = (known if history.any() else np.ones_like(known))[:, None].astype(np.float64)
-    slots: NDArray[np.int32] = place(weight, ep_size=ranks, slots=n_physical, policy=PLACEMENTS[name]).phy2log[0]
+    slots: NDArray[np.int32] = place(weight, ep_size=ranks, slots=n_physical, policy=PLACEMENTS[name], nodes=nodes).phy2log[0]
     return slots
 
 

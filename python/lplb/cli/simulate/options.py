@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...topology import _COLUMNS
+from ...topology import _COLUMNS, NAMES
 from ..common import Parser, check_results, whole
 from ..files import DEFAULT_LIMIT, read_npy
 from ..terminal import UsageError, shown
-from .trace import Cut, Trace, cut, load, load_sample
+from . import cost
+from .trace import TRACES, Cut, Trace, cut, load, load_sample
 
 DEFAULT_RANKS = 8
 DEFAULT_TOKENS_PER_RANK = 128
@@ -24,7 +25,6 @@ MAX_RANKS = 1024  # every rank's plan is made and kept in this one process
 MAX_SLOTS = 8192  # LPLB_MAX_PHYSICAL
 MIB = 1 << 20
 PLACEMENTS = {"flow": "flow", "balanced": "balanced", "eplb": "deepseek"}  # and the policy of lplb.place
-NAMED = {"cube": "CUBE_8P2E", "ring": "RING_8P", "hypercube": "HYPERCUBE_16P2E", "square": "SQUARE_4P2E"}
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,27 @@ class Options:
     layers: list[int]
     history: float | list[Trace]
     repair: int | None  # micro-batches between two repairs
-    max_moves: int | None  # of each repair of a layer
+    replace: int | None  # micro-batches between two placements by the policy
+    max_moves: int | None  # of each repair or new placement of a layer
     seed: int
+    cost: cost.Cost
     json: str | None
     plot: str | None
+    beside_eplb: bool = True  # play EPLB's placement, too
+
+    @property
+    def every(self) -> int | None:
+        """Micro-batches of a layer between two changes of its placement."""
+        return self.repair or self.replace
+
+    @property
+    def eplb(self) -> Layout | None:
+        """EPLB's placement in as many slots, to be played beside one by another policy or from a file that fills all of them."""
+        layout = self.layout
+        has_empty_slots = layout.slots is not None and bool((layout.slots < 0).any())
+        if not self.beside_eplb or layout.r2o is not None or layout.name == "eplb" or has_empty_slots:
+            return None
+        return replace(layout, name="eplb", slots=None)
 
     def config(self) -> dict[str, Any]:
         """The "config" of the JSON file."""
@@ -66,7 +83,8 @@ class Options:
             "n_logical": self.layout.n_logical, "n_physical": self.layout.n_physical,
             "tokens_per_rank": self.cut.tokens_per_rank, "history_length": self.cut.n_history,
             "history": self.history if isinstance(self.history, float) else ",".join(trace.name for trace in self.history),
-            "repair": self.repair, "max_moves": self.max_moves,
+            "unit": self.cost.unit, "speed": None if self.cost.speed is None else self.cost.speed.tolist(),
+            "repair": self.repair, "replace": self.replace, "max_moves": self.max_moves,
             "micro_batches": self.cut.n_batches, "layers": self.layers, "seed": self.seed,
         }
 
@@ -74,8 +92,8 @@ class Options:
 def add_arguments(parser: Parser) -> None:
     positive = whole(1, 10**12)
     parser.add_argument("trace", nargs="?", metavar="TRACE",
-                        help=".npz with topk_ids [tokens, layers, k], .npy counts [steps, layers, experts], or .json with logical_count "
-                             "[layers][experts]; none: the sample in the package")
+                        help=".npz with topk_ids [tokens, layers, k], .npy counts [steps, layers, experts], .json with logical_count "
+                             "[layers][experts], or .pt with either (SGLang's and vLLM's records); none: the sample in the package")
     parser.add_argument("--ranks", type=positive, help="GPUs of the expert-parallel group (default: those of the topology, else 8)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--topology", metavar="NAME", help="cube (default), ring, hypercube, square, torus:MxN, or FILE.npy with r2o")
@@ -88,10 +106,17 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--history", default=str(DEFAULT_HISTORY), metavar="FRACTION",
                         help=f"first part of the trace, known when the experts are placed (default {DEFAULT_HISTORY}), or other traces, "
                              "A.npz or A.npz,B.npz, each one a snapshot: placed for one workload, another arrives")
-    parser.add_argument("--repair", type=positive, metavar="N",
+    change = parser.add_mutually_exclusive_group()
+    change.add_argument("--repair", type=positive, metavar="N",
                         help="with --placement: after every N micro-batches of a layer, change the placement a little, by their loads")
+    change.add_argument("--replace", type=positive, metavar="N",
+                        help="with --placement NAME: after every N micro-batches of a layer, place it anew by this policy and their loads")
     parser.add_argument("--max-moves", type=positive, metavar="M",
-                        help="experts that may come new to a rank in a repair of a layer (default: 1%% of the slots)")
+                        help="experts that may come new to a rank in a change of a layer (default: 1%% of the slots in a repair, any number "
+                             "in a new placement)")
+    parser.add_argument("--compare", action="store_true",
+                        help="play topologies and placements with as many slots, and recommend one of them")
+    cost.add_arguments(parser)
     parser.add_argument("--layers", metavar="LIST", help="e.g. 0,3,5-7 (default: all)")
     parser.add_argument("--experts", type=positive, metavar="N",
                         help="logical experts (default: n_experts of the file, else the largest id + 1)")
@@ -100,31 +125,43 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--unpack-limit", type=whole(1, 2**20), default=DEFAULT_LIMIT // MIB, metavar="MIB",
                         help="refuse a file that unpacks to more than so many MiB, before it takes the memory "
                              f"(default {DEFAULT_LIMIT // MIB}; a .json may have a sixteenth of it)")
-    parser.add_argument("--json", metavar="FILE", help="write configuration and rows")
+    parser.add_argument("--json", metavar="FILE", help="write configuration and rows; -: to stdout, and all words to stderr")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the loads before and after")
 
 
-def check(arguments: argparse.Namespace) -> Options:
-    """Raises UsageError for whatever cannot be simulated."""
+def check(arguments: argparse.Namespace, given: Trace | None = None) -> Options:
+    """Raises UsageError for whatever cannot be simulated. given: the trace, where it is in no file."""
     read = {"the trace": arguments.trace, "the history": arguments.history, "the topology": arguments.topology,
-            "the placement": arguments.placement}
+            "the placement": arguments.placement, "the speeds": arguments.speed}
     check_results(arguments, {what: path for what, path in read.items() if path is not None and os.path.isfile(path)})
     limit = arguments.unpack_limit * MIB
-    trace = load_sample(arguments.experts) if arguments.trace is None else load(arguments.trace, arguments.experts, limit)
+    if given is not None:
+        trace = given
+    else:
+        trace = load_sample(arguments.experts) if arguments.trace is None else load(arguments.trace, arguments.experts, limit)
     layout = _layout(arguments, trace.n_experts, trace.n_layers)
     history = _history(arguments.history, trace.n_experts, limit)
-    if arguments.repair is not None and arguments.placement is None:
-        raise UsageError("--repair: needs --placement, since a topology says where copies stand")
-    if arguments.max_moves is not None and arguments.repair is None:
-        raise UsageError("--max-moves: needs --repair")
+    _check_changes(arguments)
     return Options(
         trace=trace, layout=layout, layers=_layers(arguments.layers, trace.n_layers), history=history, seed=arguments.seed,
-        repair=arguments.repair, max_moves=arguments.max_moves,
+        repair=arguments.repair, replace=arguments.replace, max_moves=arguments.max_moves,
+        cost=cost.check(arguments.unit, arguments.speed, layout.ranks, limit),
         cut=cut(trace, layout.ranks, arguments.tokens_per_rank, history, arguments.seed), json=arguments.json, plot=arguments.plot)
 
 
+def _check_changes(arguments: argparse.Namespace) -> None:
+    if arguments.repair is not None and arguments.placement is None:
+        raise UsageError("--repair: needs --placement, since a topology says where copies stand")
+    if arguments.replace is not None and arguments.placement not in PLACEMENTS:
+        raise UsageError(f"--replace: needs --placement {', '.join(PLACEMENTS)}, which is the policy that places anew")
+    if arguments.max_moves is not None and arguments.repair is None and arguments.replace is None:
+        raise UsageError("--max-moves: needs --repair or --replace")
+    if arguments.max_moves is not None and arguments.replace is not None and arguments.placement == "eplb":
+        raise UsageError("--max-moves: cannot be kept by --placement eplb, which places anew; flow and balanced can")
+
+
 def _history(text: str, n_experts: int, limit: int) -> float | list[Trace]:
-    if text.lower().endswith((".npz", ".npy", ".json")):
+    if text.lower().endswith(TRACES):
         return [load(path, n_experts, limit) for path in ([text] if os.path.isfile(text) else text.split(","))]
     try:
         fraction = float(text)
@@ -195,8 +232,8 @@ def _topology_slots(asked: int | None, n_logical: int, ranks: int, columns: int,
 
 def topology(name: str, limit: int = DEFAULT_LIMIT) -> NDArray[np.int32]:
     """r2o [group_size, n_redundant] of a name, torus:MxN or FILE.npy. Raises UsageError."""
-    if name in NAMED:
-        return np.array(_COLUMNS[NAMED[name]], dtype=np.int32).T.copy()  # the public constants would import torch
+    if name in NAMES:
+        return np.array(_COLUMNS[NAMES[name]], dtype=np.int32).T.copy()  # the public constants would import torch
     torus = re.fullmatch(r"torus:([0-9]+)x([0-9]+)", name)
     if torus:
         m, n = (int(side) if len(side) < 10 else MAX_RANKS + 1 for side in torus.groups())
@@ -205,7 +242,7 @@ def topology(name: str, limit: int = DEFAULT_LIMIT) -> NDArray[np.int32]:
         i, j = np.divmod(np.arange(m * n), n)
         return np.stack([(i + 1) % m * n + j, i * n + (j + 1) % n], axis=1).astype(np.int32)
     if not name.endswith(".npy"):
-        raise UsageError(f"--topology: must be {', '.join(NAMED)}, torus:MxN or a .npy file, got {shown(name)}")
+        raise UsageError(f"--topology: must be {', '.join(NAMES)}, torus:MxN or a .npy file, got {shown(name)}")
     r2o = read_npy(name, limit)
     if r2o.ndim != 2 or 0 in r2o.shape or r2o.dtype.kind not in "iu":
         raise UsageError(f"--topology {name}: must hold integers of shape [group_size, n_redundant]")

@@ -8,31 +8,36 @@ import numpy as np
 
 from ..common import use_pyplot, write_picture
 from ..terminal import harmless
-from .play import EVEN, LPLB, NO_REPLICAS, Played, Series
+from .play import EPLB_EVEN, EPLB_EXACT, EVEN, GREEDY, LPLB, NO_REPLICAS, TOKENS, Played, Series
 from .report import imbalance
 
 COLOURS = {"no replicas": "#9aa0a6", "even split": "#e8a33d", "random replica": "#c9784a", "fixed replica": "#a8628c",
-           "proportional": "#5f7fbf", "lplb": "#14866d"}
+           GREEDY: "#7a8f3a", TOKENS: "#3f8f8a", "proportional": "#5f7fbf", "lplb": "#14866d", EPLB_EVEN: "#b0563f", EPLB_EXACT: "#3f7d95"}
 INK = "#30343a"
+MOST_LABELS = 24  # of ranks below the bars: more would touch each other
 
 
-def draw(played: Played, path: str) -> None:
+def draw(played: Played, path: str, tell: bool = True) -> None:
     """Writes the figure to path. Raises UsageError without matplotlib or where path cannot be written."""
     plt = use_pyplot()
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#b8bcc2", "axes.labelcolor": INK,
              "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 11, "axes.titleweight": "bold",
              "axes.titlelocation": "left"}
     with plt.rc_context(style):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.9), width_ratios=[1.15, 1], layout="constrained")
-        _typical(left, played)
-        _distribution(right, played)
         options = played.options
+        rows, size = ([["typical", "all"]], (12.5, 4.9)) if not options.every else ([["typical", "all"], ["course", "course"]], (12.5, 7.6))
+        figure, axes = plt.subplot_mosaic(rows, figsize=size, width_ratios=[1.15, 1], height_ratios=[1.6, 1][: len(rows)],
+                                          layout="constrained")
+        _typical(axes["typical"], played)
+        _distribution(axes["all"], played)
+        if options.every:
+            _course(axes["course"], played)
         layout = options.layout
         title = (f"{options.trace.name}   |   {layout.ranks} ranks, {layout.name}, {layout.n_physical} slots for {layout.n_logical} "
                  "experts")
         figure.suptitle(harmless(title), x=0.008, ha="left", fontsize=10, color="#6b7178", parse_math=False)
         try:
-            write_picture(figure, path)
+            write_picture(figure, path, tell)
         finally:
             plt.close(figure)
 
@@ -56,12 +61,12 @@ def _typical(axes: Any, played: Played) -> None:
         loads = series.loads[index][order]
         axes.bar(ranks + shift, loads, width, color=COLOURS[series.policy], label=f"{series.policy} (busiest {loads.max():,})", zorder=2)
         axes.axhline(loads.max(), color=COLOURS[series.policy], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    mean = before.loads[index].mean()
+    mean = before.mean[index]
     axes.axhline(mean, color=INK, linewidth=1, zorder=3, label=f"mean {mean:,.0f}")
-    if order.size <= 32:
-        axes.set_xticks(ranks, [str(rank) for rank in order])
+    every = -(-order.size // MOST_LABELS)
+    axes.set_xticks(ranks[::every], [str(rank) for rank in order[::every]])
     axes.set_xlabel(f"rank, busiest first {before.policy.replace('no replicas', 'without replicas')}")
-    axes.set_ylabel("tokens in this micro-batch")
+    axes.set_ylabel(f"{played.options.cost.words} in this micro-batch")
     axes.set_ylim(0, max(before.loads[index].max(), after.loads[index].max()) * 1.28)
     handles, labels = axes.get_legend_handles_labels()
     bars_first = sorted(range(len(labels)), key=lambda i: labels[i].startswith("mean"))
@@ -92,3 +97,33 @@ def _distribution(axes: Any, played: Played) -> None:
     axes.set_xlabel("busiest rank / mean rank; 1 is perfect (bar: middle half, ring: median)")
     layers = len({layer for layer, _ in played.played})
     axes.set_title(f"All {len(played.played)} micro-batches of {layers} layer{'s' * (layers > 1)}")
+
+
+def _course(axes: Any, played: Played) -> None:
+    """Micro-batch by micro-batch: balance, and the moves of the changes before it."""
+    batches = np.array([batch for _, batch in played.played])
+    numbers = np.unique(batches)
+    moves = {int(batch): 0 for batch in numbers}
+    for change in played.changes:
+        moves[change.batch] = moves.get(change.batch, 0) + change.moves
+    bars = axes.twinx()
+    bars.bar(list(moves), list(moves.values()), 0.55, color="#d5d9de", zorder=1)
+    bars.set_ylabel("moves of all layers (bars)", color="#6b7178")
+    bars.set_ylim(0, 2.2 * max(1, *moves.values()))
+    bars.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_zorder(bars.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    top = 1.0
+    for policy in (NO_REPLICAS, EPLB_EXACT, EVEN, LPLB):
+        series = played.of(policy)
+        if series is not None:
+            ratio = imbalance(series)
+            means = [ratio[batches == batch].mean() for batch in numbers]
+            axes.plot(numbers, means, color=COLOURS[policy], linewidth=2, label=policy)
+            top = max(top, *means)
+    axes.set_ylim(1, 1 + 1.35 * max(top - 1, 1e-3))  # room for the legend
+    axes.set_xlabel("micro-batch")
+    axes.set_ylabel("busiest rank / mean rank")
+    axes.legend(frameon=False, loc="upper right", ncols=4)
+    what = "repaired" if played.options.repair else "placed anew"
+    axes.set_title(f"Mean over the layers, {what} after every {played.options.every} micro-batches: {played.moves} moves")

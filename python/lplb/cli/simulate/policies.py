@@ -105,9 +105,30 @@ def proportional(counts: Int64Array, replicas: Replicas, split: Int64Array) -> I
     return replicas.scatter(np.diff(counts[:, :, None] * quota // total, axis=2, prepend=0))
 
 
+def fewest_experts(counts: Int64Array, replicas: Replicas) -> Int64Array:
+    """
+    Greedy balancing of active experts, as METRO's (arXiv 2512.09277): one after the other, each expert that has tokens goes whole to the rank
+    with the fewest active experts so far among those that hold it; the experts with the fewest replicas first, the lowest rank of equals.
+    """
+    active = np.zeros(replicas.ranks, dtype=np.int64)
+    shares = np.zeros((*counts.shape, replicas.log2phy.shape[1]), dtype=np.int64)
+    n, rank = replicas.n, replicas.rank
+    for expert in sorted(np.flatnonzero(counts.sum(axis=0)), key=lambda expert: int(n[expert])):
+        choice = min(range(n[expert]), key=lambda j: (int(active[rank[expert, j]]), int(rank[expert, j])))
+        active[rank[expert, choice]] += 1
+        shares[:, expert, choice] = counts[:, expert]
+    return replicas.scatter(shares)
+
+
 def locality(taken: Int64Array, nodes: int) -> tuple[int, int]:
     """Tokens that stay on their own rank, and tokens that stay on their own node (those of the own rank included)."""
     ranks = taken.shape[0]
     to_rank = taken.reshape(ranks, ranks, -1).sum(axis=2)
     to_node = to_rank.reshape(nodes, ranks // nodes, nodes, ranks // nodes).sum(axis=(1, 3))
     return int(np.trace(to_rank)), int(np.trace(to_node))
+
+
+def inbound(taken: Int64Array) -> Int64Array:
+    """[ranks] tokens that reach each rank from others."""
+    to_rank = taken.reshape(taken.shape[0], taken.shape[0], -1).sum(axis=2)
+    return np.asarray(to_rank.sum(axis=0) - np.diag(to_rank), dtype=np.int64)

@@ -5,6 +5,7 @@ Reading recorded routing, and cutting it into a history and micro-batches.
     .npy   counts [steps, layers, experts]: each step is one micro-batch
     .json  {"logical_count": [layers][experts]}: one snapshot without order, micro-batches are drawn from it at random;
            or {name: {"counts": [layers][experts]}, ...}: each entry is one step, in file order
+    .pt    what torch.save wrote, see torch_file.py: the same as tensors, and what SGLang and vLLM record
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..terminal import UsageError, harmless, shown
 Int64Array = NDArray[np.int64]
 Kind = Literal["ids", "steps", "snapshot"]
 
+TRACES = (".npz", ".npy", ".json", ".pt")
 SAMPLE = "deepseek_v2_lite_summary_sample.npz"
 DRAWS = 32          # micro-batches drawn from a snapshot
 DRAWN_TOP_K = 8     # selections per token in them; a snapshot does not tell
@@ -68,10 +70,10 @@ def load(path: str, n_experts: int | None = None, limit: int = DEFAULT_LIMIT) ->
     n_experts: what the file does not say; None: the largest id + 1 (or the width of the counts). limit: the bytes that the file may unpack
     to. Raises UsageError.
     """
-    readers = {".npz": _read_npz, ".npy": _read_npy, ".json": _read_json}
+    readers = {".npz": _read_npz, ".npy": _read_npy, ".json": _read_json, ".pt": _read_pt}
     reader = readers.get(Path(path).suffix.lower())
     if reader is None:
-        raise UsageError(f"{path}: a trace is a .npz with topk_ids, a .npy with counts or a .json with logical_count")
+        raise UsageError(f"{path}: a trace is a .npz with topk_ids, a .npy with counts, a .json with logical_count, or a .pt with one of these")
     trace = reader(path, n_experts, limit)
     if trace.n_experts > MAX_EXPERTS:
         raise UsageError(f"{path}: at most {MAX_EXPERTS} experts are supported, got {trace.n_experts}")
@@ -84,13 +86,17 @@ def _read_npz(path: str, n_experts: int | None, limit: int) -> Trace:
     arrays, names = read_npz(path, {"n_experts": SMALL, "source": SMALL, "topk_ids": limit})
     if "topk_ids" not in arrays:
         raise UsageError(f"{path}: needs an array topk_ids [tokens, layers, k], has {shown(', '.join(names), 200) or 'none'}")
-    ids = arrays["topk_ids"]
     stated = _stated_experts(path, arrays["n_experts"]) if "n_experts" in arrays else None
     source = _stated_source(path, arrays["source"]) if "source" in arrays else ""
+    return of_ids(path, arrays["topk_ids"], n_experts or stated, source)
+
+
+def of_ids(path: str, ids: NDArray[Any], n_experts: int | None, source: str = "") -> Trace:
+    """A trace of topk_ids [tokens, layers, k]."""
     if ids.ndim != 3 or ids.dtype.kind not in "iu" or 0 in ids.shape:
         raise UsageError(f"{path}: topk_ids must be integers of shape [tokens, layers, k], none of them 0, got {ids.dtype} {ids.shape}")
     low, high = int(ids.min()), int(ids.max())
-    n = n_experts or stated or high + 1
+    n = n_experts or high + 1
     if low < -1 or high >= n:
         raise UsageError(f"{path}: topk_ids must lie in -1 .. {n - 1}, got {low if low < -1 else high}")
     if high < 0:
@@ -117,10 +123,26 @@ def _stated_source(path: str, array: NDArray[Any]) -> str:
 
 
 def _read_npy(path: str, n_experts: int | None, limit: int) -> Trace:
-    counts = read_npy(path, limit)
+    return of_counts(path, read_npy(path, limit), n_experts)
+
+
+def of_counts(path: str, counts: NDArray[Any], n_experts: int | None) -> Trace:
+    """A trace of counts [steps, layers, experts]."""
     if counts.ndim != 3 or 0 in counts.shape:
         raise UsageError(f"{path}: counts must have the shape [steps, layers, experts], none of them 0, got {counts.shape}")
     return _counted(path, "steps", counts, n_experts)
+
+
+def _read_pt(path: str, n_experts: int | None, limit: int) -> Trace:
+    from . import torch_file
+    content = torch_file.read(path, limit)
+    if "topk_ids" in content:
+        stated = _stated_experts(path, content["n_experts"]) if "n_experts" in content else None
+        return of_ids(path, content["topk_ids"], n_experts or stated)
+    counts = content["counts"]
+    if counts.ndim == 2 and 0 not in counts.shape:
+        return _counted(path, "snapshot", counts, n_experts)
+    return of_counts(path, counts, n_experts)
 
 
 def _read_json(path: str, n_experts: int | None, limit: int) -> Trace:

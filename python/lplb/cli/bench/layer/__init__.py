@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...common import whole, write_json
+from ...common import STDOUT, whole, write_json
 from ...terminal import UsageError, say
 from .. import kit
 from .routing import DRIFTED, MODELS, ROUTINGS
@@ -102,12 +102,12 @@ def _play(asked: Asked, clock: Clock, measure: Callable[[Asked, Clock, Progress,
         "emulated": []}
     progress.say(f"{line}, {result['date']}\n{info['library']}")
 
-    def save() -> None:
+    def save(last: bool = False) -> None:
         result["goals"], result["break_even"] = report.goals(result), report.break_even(result, asked.step)
-        if clock.rank == 0 and asked.json is not None:
-            write_json(asked.json, result)
+        if clock.rank == 0 and asked.json is not None and (last or asked.json != STDOUT):
+            write_json(asked.json, result, tell=last)
     measure(asked, clock, progress, result, save)
-    save()
+    save(last=True)
     if clock.rank == 0:
         _say_all(result)
         if asked.plot is not None:

@@ -55,11 +55,13 @@ def style(name: str) -> dict[str, Any]:
 def _shares(axis: Any, cases: list[dict[str, Any]], title: str) -> None:
     """Share of fair, or of forced where fair was not measured."""
     key, other = ("of_fair", "fair") if any("fair" in case["arms"] for case in cases) else ("of_forced", "forced")
-    for name in dict.fromkeys(name for case in cases for name in case["arms"]):
+    names = dict.fromkeys(name for case in cases for name in case["arms"])
+    for index, name in enumerate(names):
+        beside = 2 ** (0.015 * (index - len(names) / 2))  # so that the intervals do not lie on each other
         points = [(case["tokens"], case["arms"][name][key]) for case in sorted(cases, key=lambda case: case["tokens"])
                   if key in case["arms"].get(name, {})]
         if points:
-            x, shares = [tokens for tokens, _ in points], [share for _, share in points]
+            x, shares = [tokens * beside for tokens, _ in points], [share for _, share in points]
             middle = [100 * share["ratio"] for share in shares]
             around = [[value - 100 * share["low"] for value, share in zip(middle, shares)],
                       [100 * share["high"] - value for value, share in zip(middle, shares)]]
