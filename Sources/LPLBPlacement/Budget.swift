@@ -138,7 +138,8 @@ final class BudgetSearch {
         // All that the other ranks can add to this is the relief.
         if fall + relief[n] <= search.least(-1) { return }
         let moves = search.former.cost(board, rank, slot, new)
-        if fall + relief[n] > search.least(moves) && moves <= search.left && !board.holds(rank, new) { replace(rank, slot, o, n, moves, fall, &search) }
+        guard fall + relief[n] > search.least(moves), moves <= search.left, !board.holds(rank, new) else { return }
+        replace(rank, slot, o, n, moves, fall, &search)
     }
 
     private func replace(_ rank: Int, _ slot: Int, _ o: Int, _ n: Int, _ moves: Int, _ first: Double, _ search: inout Search) {

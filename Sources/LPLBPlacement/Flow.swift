@@ -17,7 +17,8 @@ final class FlowPolicy {
     private static let enough = 0.998
     /// Rings lose against hubs where there are more ranks than these.
     private static let ringRanks = 32
-    /// Leaves suffer from what stands on them alone, so that less than half of an edge is best counted there; more where the drift is small.
+    /// Leaves suffer from what stands on them alone, so that less than half of an edge is best counted there; more where the drift is
+    /// small.
     private static let forms = (1...4).flatMap { edges in
         [
             HubForm(edges: edges, part: 0.2), HubForm(edges: edges, part: 0.5), HubForm(edges: edges, extraHubs: 1, part: 0.2),

@@ -1,7 +1,7 @@
 // Joint: copies and places chosen together, for sizes so small that greedy copies leave much on the table.
 
-/// Looks for better numbers of copies: one expert gets one more, another one less, each choice placed anew. The best such neighbour is taken
-/// even where it is worse, but no numbers of copies are taken twice (tabu search).
+/// Looks for better numbers of copies: one expert gets one more, another one less, each choice placed anew. The best such neighbour is
+/// taken even where it is worse, but no numbers of copies are taken twice (tabu search).
 struct JointSearch {
     /// More slots than these are balanced well enough by single exchanges, and would take too long here.
     static let mostSlots = 32

@@ -84,8 +84,11 @@ private struct Placer {
 
     init(_ request: PlaceRequest, _ shape: ExpertShape, _ history: UnsafeBufferPointer<Double>) throws(RuleViolation) {
         (self.request, self.history) = (request, history)
-        flow = request.policy == .flow ? FlowPolicy(
-            shape: shape, capacity: request.slots, width: request.width, groupSize: request.driftGroup, nSnapshots: request.nSnapshots) : nil
+        flow =
+            request.policy == .flow && request.budget == nil
+            ? FlowPolicy(
+                shape: shape, capacity: request.slots, width: request.width, groupSize: request.driftGroup, nSnapshots: request.nSnapshots)
+            : nil
         guard let budget = request.budget else { return }
         let repair = Repair(shape: shape, capacity: request.slots, width: request.width)
         let search = BudgetSearch(

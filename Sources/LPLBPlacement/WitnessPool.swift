@@ -136,7 +136,7 @@ final class WitnessPool {
     /// A level below which no split of the placement can stay once two experts have other ranks.
     func bound(_ one: Edit, _ other: Edit) -> Double {
         let first = setsAround(one), second = setsAround(other)
-        let touched = first ^ inside[one.expert] | second ^ inside[other.expert]
+        let touched = (first ^ inside[one.expert]) | (second ^ inside[other.expert])
         var most = 0.0
         for set in order where touched >> UInt64(set) & 1 == 0 {
             most = level(set)
@@ -152,8 +152,8 @@ final class WitnessPool {
     @inline(__always)
     private func level(_ set: Int, _ one: Edit, _ first: UInt64, _ other: Edit, _ second: UInt64) -> Double {
         func change(_ edit: Edit, _ after: UInt64) -> Int64 {
-            let now = Int64(truncatingIfNeeded: after >> UInt64(set) & 1), before = Int64(truncatingIfNeeded: inside[edit.expert] >> UInt64(set) & 1)
-            return (now &- before) &* load[edit.expert]
+            let bit = UInt64(set), now = after >> bit & 1, before = inside[edit.expert] >> bit & 1
+            return now == before ? 0 : now > before ? load[edit.expert] : -load[edit.expert]
         }
         return Double(must[set] &+ change(one, first) &+ change(other, second)) / Double(size[set])
     }
