@@ -43,7 +43,7 @@ typedef struct lplbk_planner {
     int32_t solver;          /* LPLB_SOLVER_* */
     int32_t has_replicas;    /* 0: n_physical == n_logical, so that there is nothing to plan under any placement of this planner */
     int32_t fused_ids;       /* set by open: as many ids at most are planned in one launch */
-    int32_t ranked;          /* 1: the ranks differ. Chooses the kernels; what counts is the word in the tables, which graphs follow */
+    int32_t ranked;          /* 1: the ranks may differ. Chooses the kernels; what counts is the word in the tables, which graphs follow */
     int32_t unused;
     lplbk_shape shape;
     lplbk_layout layout;     /* the rest is set by open, but for info */

@@ -36,7 +36,7 @@ int64_t shared_bytes(const lplbk_planner &planner, const FusedSize &size, int n_
 }
 
 // Dynamic shared memory that a block can have.
-int most_shared_bytes(const lplbk_planner &planner) { return planner.info.shared_bytes - (records(planner) ? Recording::shared_bytes() : 0); }
+int most_shared_bytes(const lplbk_planner &planner) { return planner.info.shared_bytes - Recording::shared_bytes(); }
 
 // n_sources: as in RunSpace.
 bool fused_fits(const lplbk_planner &planner, int64_t n_ids, int64_t max_blocks, int n_sources) {
@@ -75,11 +75,11 @@ template <bool kGathered>
 cudaError_t run_fused(const lplbk_planner &planner, const Call &call, const int32_t *rows, bool compare,
                       const ExchangeView<kGathered> &view, cudaStream_t stream) {
     const Solver solver = solver_of(planner);
-    if (records(planner)) {
-        return run_fused_by<kGathered, true>(run_kernel<kGathered, true>(solver), planner, call, rows, compare, view, stream);
+    if (planner.ranked || records(planner)) {
+        const auto kernel = planner.ranked ? run_kernel<kGathered, true, true>(solver) : run_kernel<kGathered, true>(solver);
+        return run_fused_by<kGathered, true>(kernel, planner, call, rows, compare, view, stream);
     }
-    const auto kernel = planner.ranked ? run_kernel<kGathered, false, true>(solver) : run_kernel<kGathered, false>(solver);
-    return run_fused_by<kGathered, false>(kernel, planner, call, rows, compare, view, stream);
+    return run_fused_by<kGathered, false>(run_kernel<kGathered, false>(solver), planner, call, rows, compare, view, stream);
 }
 
 template <bool kGathered, bool kRecords, bool kRanked>
@@ -135,14 +135,10 @@ int32_t prepare_run(lplbk_planner &planner) {
     planner.fused_ids = kFusedIds;
     if (!fused_shape(planner)) return 0;
     if (planner.info.max_cluster > 1) planner.info.max_cluster = 16;
-    if (records(planner)) {
-        const int32_t error = prepare_kernel<false, true, false>(planner);
-        return error != 0 ? error : prepare_kernel<true, true, false>(planner);
-    }
-    int32_t error = prepare_kernel<false, false, false>(planner);
-    if (error == 0) error = prepare_kernel<true, false, false>(planner);
-    if (error == 0) error = prepare_kernel<false, false, true>(planner);
-    return error != 0 ? error : prepare_kernel<true, false, true>(planner);
+    int32_t error = records(planner) ? prepare_kernel<false, true, false>(planner) : prepare_kernel<false, false, false>(planner);
+    if (error == 0) error = records(planner) ? prepare_kernel<true, true, false>(planner) : prepare_kernel<true, false, false>(planner);
+    if (error == 0) error = prepare_kernel<false, true, true>(planner);
+    return error != 0 ? error : prepare_kernel<true, true, true>(planner);
 }
 
 }  // namespace lplb

@@ -529,17 +529,14 @@ struct ClusterRun {
     }
 };
 
-template <Solver kSolver, bool kGathered, bool kRecords>
-__device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
-                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record);
-
 template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
-__device__ __forceinline__ void run_all(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
-                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
+__global__ void __launch_bounds__(kRunThreads, 1)
+    run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
+                   const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
+                   const __grid_constant__ ExchangeView<kGathered> view, const __grid_constant__ RecordingOf<kRecords> record) {
     using Run = ClusterRun<kSolver, kGathered, kRecords, kRanked>;
     extern __shared__ int4 memory[];
     MARK(0);
-    const bool ranked = !kRanked && t.ranked();
     Run run(memory, t, in, given, out, view, record);
     constexpr int kColours = Run::kLanes ? (int)kSolver : 1;
     int column[kColours] = {};
@@ -550,10 +547,6 @@ __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const 
         if (run.warp < min(run.n_solvers, t.shape.n_groups)) numbers.fetch(t, run.warp);
     }
     run.open();
-    if constexpr (!kRanked) {
-        // A vote, which the compiler knows to be one number for the warp. What is called begins anew.
-        if (__any_sync(kFullWarp, ranked)) return run_ranked<kSolver, kGathered, kRecords>(ids, rewritten, t, in, given, out, view, record);
-    }
     record.open();
     wait_for_stream();
     exchange::Call call{};
@@ -623,25 +616,10 @@ __device__ __forceinline__ void run_all(const void *ids, void *rewritten, const 
     MARK(20);
 }
 
-// Where the ranks differ, in a kernel that was launched for others (it records, or its graph is older): a call, so that it costs the others
-// nothing.
-template <Solver kSolver, bool kGathered, bool kRecords>
-__device__ __noinline__ void run_ranked(const void *ids, void *rewritten, const Tables &t, const RunIds &in, const CountMatrix<false> &given,
-                                        const PlanOut &out, const ExchangeView<kGathered> &view, const RecordingOf<kRecords> &record) {
-    run_all<kSolver, kGathered, kRecords, true>(ids, rewritten, t, in, given, out, view, record);
-}
-
-template <Solver kSolver, bool kGathered, bool kRecords, bool kRanked>
-__global__ void __launch_bounds__(kRunThreads, 1)
-    run_in_cluster(const void *ids, void *rewritten, const __grid_constant__ Tables t, const __grid_constant__ RunIds in,
-                   const __grid_constant__ CountMatrix<false> given, const __grid_constant__ PlanOut out,
-                   const __grid_constant__ ExchangeView<kGathered> view, const __grid_constant__ RecordingOf<kRecords> record) {
-    run_all<kSolver, kGathered, kRecords, kRanked>(ids, rewritten, t, in, given, out, view, record);
-}
-
 template <bool kGathered, bool kRecords>
 using RunKernel = void (*)(const void *, void *, Tables, RunIds, CountMatrix<false>, PlanOut, ExchangeView<kGathered>, RecordingOf<kRecords>);
 
+// kRanked: for planners whose ranks may differ, which record where that is asked for.
 template <bool kGathered, bool kRecords, bool kRanked = false>
 RunKernel<kGathered, kRecords> run_kernel(Solver solver) {
     switch (solver) {
@@ -657,10 +635,10 @@ RunKernel<kGathered, kRecords> run_kernel(Solver solver) {
     }
 }
 
-// Compiled in a file of their own.
+// Compiled in files of their own.
 extern template RunKernel<false, true> run_kernel<false, true>(Solver);
 extern template RunKernel<true, true> run_kernel<true, true>(Solver);
-extern template RunKernel<false, false> run_kernel<false, false, true>(Solver);
-extern template RunKernel<true, false> run_kernel<true, false, true>(Solver);
+extern template RunKernel<false, true> run_kernel<false, true, true>(Solver);
+extern template RunKernel<true, true> run_kernel<true, true, true>(Solver);
 
 }  // namespace lplb

@@ -1,9 +1,9 @@
-// The kernels of `run` for planners whose ranks differ.
+// The kernels of `run` for planners whose ranks may differ.
 #include "run_block.cuh"
 
 namespace lplb {
 
-template RunKernel<false, false> run_kernel<false, false, true>(Solver);
-template RunKernel<true, false> run_kernel<true, false, true>(Solver);
+template RunKernel<false, true> run_kernel<false, true, true>(Solver);
+template RunKernel<true, true> run_kernel<true, true, true>(Solver);
 
 }  // namespace lplb

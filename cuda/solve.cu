@@ -60,8 +60,9 @@ cudaError_t solve(const lplbk_planner &planner, const void *counts, int32_t coun
         return launch(planner.info, kernel, shape.n_groups, threads_of(shape, solver), (int)shared_bytes(planner, solver), 0, stream,
                       Tables(planner), loads, out, record);
     };
+    if (planner.ranked && plain && !records(planner)) return start(solve_kernel<true, false, true>(solver), NoRecording());
+    if (planner.ranked) return start(solve_kernel<false, true, true>(solver), Recording::of(planner));
     if (records(planner)) return start(solve_kernel<false, true>(solver), Recording::of(planner));
-    if (planner.ranked) return start(plain ? solve_kernel<true, false, true>(solver) : solve_kernel<false, false, true>(solver), NoRecording());
     return start(plain ? solve_kernel<true, false>(solver) : solve_kernel<false, false>(solver), NoRecording());
 }
 
@@ -81,10 +82,11 @@ int32_t prepare_solve(const lplbk_planner &planner) {
     const Solver solver = solver_of(planner);
     if (solver == kInterior && planner.shape.group_size > LPLBK_MAX_INTERIOR_GROUP) return LPLBK_UNSUPPORTED;
     const int64_t bytes = shared_bytes(planner, solver);
-    if (records(planner)) return allow_shared(planner.info, solve_kernel<false, true>(solver), bytes);
     int32_t error = 0;
-    for (const auto kernel : {solve_kernel<false, false>(solver), solve_kernel<true, false>(solver), solve_kernel<false, false, true>(solver),
-                              solve_kernel<true, false, true>(solver)}) {
+    for (const auto kernel : {solve_kernel<false, false>(solver), solve_kernel<true, false>(solver), solve_kernel<true, false, true>(solver)}) {
+        if (error == 0) error = allow_shared(planner.info, kernel, bytes);
+    }
+    for (const auto kernel : {solve_kernel<false, true>(solver), solve_kernel<false, true, true>(solver)}) {
         if (error == 0) error = allow_shared(planner.info, kernel, bytes);
     }
     return error;

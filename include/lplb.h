@@ -203,6 +203,8 @@ lplb_status lplb_planner_set_placement(lplb_planner *planner, const int32_t *phy
  * normal one does 1024; fixed [n_ranks], 0 .. LPLB_MAX_FIXED units of a normal rank, the time that is gone before its first unit. NULL: all
  * LPLB_SPEED_NORMAL; all 0. Both NULL: the ranks are alike, as in a new planner. n_ranks is ep_size; host pointers, copied; the same on all
  * ranks, between the same plans (it is part of the digest). Stays through new placements; the latest plan stays readable.
+ * The first call comes before the planner's first plan, or LPLB_ERROR_WRONG_ORDER: planners whose ranks may differ plan by other kernels,
+ * and graphs that were captured before could not follow. Who knows no differences yet sets ranks that are alike (NULL, NULL) there.
  * LPLB_ERROR_UNSUPPORTED with LPLB_SOLVER_IPM. On CUDA waits for the stream, then updates the tables in place, so captured graphs follow.
  */
 lplb_status lplb_planner_set_capacity(lplb_planner *planner, const int32_t *speed, const int32_t *fixed, int64_t n_ranks, void *stream);

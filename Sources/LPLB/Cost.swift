@@ -49,9 +49,17 @@ extension Planner {
             throw Failure(
                 LPLB_ERROR_UNSUPPORTED, "lplb_planner_set_capacity: needs a planner without LPLB_RECORD_METRICS, which knows tokens only")
         }
+        if recording.contains(.metrics) { return }  // these ranks stay alike
+        guard mayDiffer || !everPlanned else {
+            throw Failure(
+                LPLB_ERROR_WRONG_ORDER,
+                "lplb_planner_set_capacity: must be called before a planner's first plan, since captured graphs follow it only then; "
+                    + "got a first call after a plan (ranks that are alike can be set then, and others later)")
+        }
         let changed = placement.map { self.digest(of: $0, attached: attached, capacities) }
         try backend.set(capacities, digest: changed, stream: stream)
         self.capacities = capacities
+        mayDiffer = true
     }
 
     /// Ratios are shares of tokens.

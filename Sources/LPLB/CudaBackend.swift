@@ -124,7 +124,7 @@ final class CudaBackend: PlannerBackend {
             try check(error, "setting capacities on device \(device)")
         }
         self.capacities = capacities
-        state.pointee.ranked = capacities == nil ? 0 : 1
+        state.pointee.ranked = 1  // for good: a graph that is captured from now on follows what is set later
     }
 
     /// The layout and the memory, with the first placement: they stay.

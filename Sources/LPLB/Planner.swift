@@ -32,7 +32,9 @@ final class Planner {
     /// The latest solve or run left a plan, made under the placement that is in force.
     private(set) var hasPlan = false
     /// There was a plan under some placement.
-    private var everPlanned = false
+    private(set) var everPlanned = false
+    /// Capacities have been set, though perhaps equal ones: the kernels of ranks that differ plan.
+    var mayDiffer = false
 
     private let entered = Atomic<Bool>(false)
     private let words: UnsafeMutablePointer<CChar>

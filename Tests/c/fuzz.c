@@ -13,7 +13,8 @@ typedef struct {
     lplb_config config;
     int32_t *phy2log;
     int64_t n_local, n_groups, *split;
-    int has_topology, has_placement, has_plan, has_replicas, began_together, ranked, ever_ranked; /* ranked: set_capacity has made the ranks differ */
+    int has_topology, has_placement, has_plan, has_replicas, began_together, ever_planned;
+    int ranked, ever_ranked, may_differ; /* set_capacity has made the ranks differ now, or once, or was called */
     lplb_metrics metrics;
 } subject;
 
@@ -307,7 +308,7 @@ static void rows(subject *s) {
     float *scaled = chance(2) ? NULL : make(s->config.n_logical, 4);
     void *counter = chance(2) ? NULL : make(1, 8);
     const lplb_status status = lplb_planner_solve_rows(s->handle, all, NULL, scaled, counter, dtype, NULL);
-    if (status == LPLB_OK) s->has_plan = 1;
+    if (status == LPLB_OK) s->has_plan = s->ever_planned = 1;
     after(s, "lplb_planner_solve_rows", status, expected);
 }
 
@@ -366,7 +367,7 @@ static void plan_ids(subject *s) {
                 expected = !s->has_replicas ? ANY : !s->has_placement ? FAILS : at % width < width - 1 ? FAILS : LPLB_ERROR_DISAGREEMENT;
             }
             status = lplb_planner_run(s->handle, ids, type, passed, gathered, out, counter, counter_type, blocks, NULL);
-            if (status == LPLB_OK && s->has_replicas) s->has_plan = 1;
+            if (status == LPLB_OK && s->has_replicas) s->has_plan = s->ever_planned = 1;
         }
         if (status == LPLB_OK) check_slots(s, call, seen, out, dtype, n);
     }
@@ -420,7 +421,7 @@ static void solve(subject *s) {
     }
     if (ratios != NULL && (!counts_tokens(s) || s->ranked)) expected = FAILS;
     lplb_status status = lplb_planner_solve(s->handle, counts, type, sources, ratios, scaled, counter, counter_type, NULL);
-    if (status == LPLB_OK) s->has_plan = 1;
+    if (status == LPLB_OK) s->has_plan = s->ever_planned = 1;
     for (int64_t i = 0; status == LPLB_OK && ratios != NULL && i < s->config.ep_size * s->config.n_redundant; i++)
         if (!(ratios[i] >= 0 && ratios[i] <= 1)) fail("lplb_planner_solve wrote the ratio %g", (double)ratios[i]);
     after(s, "lplb_planner_solve", status, expected);

@@ -243,6 +243,7 @@ def test_planners_of_several_units_side_by_side_keep_their_own():
 def test_capacities_change_between_plans_and_outlive_placements():
     loads = np.array([900, 450, 129, 1, 64, 64])
     with lplb.Planner.from_placement(PHY2LOG, ep_size=4, device="cpu") as planner:
+        planner.set_capacity()  # equal ranks: what is set later is followed
         planner.solve(loads)
         plain = np.asarray(planner.split())
         planner.set_capacity(speed=[512, 1024, 1024, 1024])
@@ -255,6 +256,23 @@ def test_capacities_change_between_plans_and_outlive_placements():
         planner.set_capacity()
         planner.solve(loads)
         assert np.array_equal(np.asarray(planner.split()), plain)
+
+
+@pytest.mark.parametrize("record", [{}, {"history": True}])
+def test_the_first_capacities_come_before_the_first_plan(record):
+    """Later ones could not be followed by graphs that were captured before."""
+    planner = lplb.Planner.from_placement(PHY2LOG, ep_size=4, device="cpu", **record)
+    planner.solve(np.arange(6))
+    for speed in ([1000] * 4, None):
+        with pytest.raises(lplb.WrongOrder, match="set_capacity: must be called before a planner's first plan"):
+            planner.set_capacity(speed=speed)
+    planner.update_placement(PHY2LOG)
+    with pytest.raises(lplb.WrongOrder):
+        planner.set_capacity()
+    with lplb.Planner.from_placement(PHY2LOG, ep_size=4, device="cpu", **record) as early:
+        early.set_capacity()
+        early.solve(np.arange(6))
+        early.set_capacity(speed=[512, 1024, 1024, 1024])
 
 
 def test_ranks_whose_capacities_differ_are_found():
@@ -275,6 +293,8 @@ def test_ranks_whose_capacities_differ_are_found():
         handle = planner._handle
         handle.check(library.planner_solve_rows(handle.native.value, rows.ctypes.data, None, None, None, 0, None))
 
+    for planner in planners:
+        planner.set_capacity()
     plan(planners[0], rows(*planners))
     with pytest.raises(lplb.Disagreement, match="rank 3"):
         plan(planners[0], rows(*planners[:3], other))

@@ -123,6 +123,8 @@ def test_runs_are_the_cpus(name, make, ranks):
             def plan(planner, ids):
                 return planner.run(ids, None) if rank is None else run_rows(planner, ids, rows_of(planner, counts))
 
+            for planner in (gpu, cpu):
+                planner.set_capacity()
             plan(gpu, static)
             given_rows = rows_of(gpu, counts)
             with torch.cuda.graph(graph):
@@ -180,7 +182,8 @@ def test_other_costs_take_little_longer(note):
                                      ("speed", {}, {"speed": speed}), ("both", {"unit": 128}, {"speed": speed})):
             rng.bit_generator.state = state
             planner = make(device="cuda", **options)
-            planner.set_capacity(**given)
+            if given:
+                planner.set_capacity(**given)
             library, handle = planner._handle.library, planner._handle
             solve = lambda: handle.check(library.planner_solve(  # noqa: E731
                 handle.native.value, loads.data_ptr(), 1, 1, None, None, None, 0, torch.cuda.current_stream().cuda_stream))

@@ -151,3 +151,26 @@ def test_metrics_are_read_whole_while_kernels_write_them():
     assert len(seen) > 100, f"{len(seen)} different snapshots in {reads[0]} reads"
     stream.synchronize()
     assert gpu.metrics().plans == 200 * 500 and gpu.history(at=200 * 500 + 1)[0] == (200 * 500 + 1) * (ids == 0).sum()
+
+
+def test_histories_of_ranks_that_differ_are_the_cpus():
+    """A planner that keeps a history and whose ranks differ, in a graph from before the ranks differed."""
+    slots = torch.from_numpy(np.concatenate([np.arange(64), np.arange(16)]).astype(np.int64))
+    gpu, cpu = (Planner.from_placement(slots.to(device), ep_size=8, history=True, device=device) for device in ("cuda", "cpu"))
+    ids = torch.from_numpy(np.random.default_rng(3).zipf(1.5, 6000) % 64)
+    for planner in (gpu, cpu):
+        planner.set_capacity()
+    graph, there = torch.cuda.CUDAGraph(), ids.cuda()
+    gpu.run(there, None)
+    with torch.cuda.graph(graph):
+        out = gpu.run(there, None)
+    cpu.run(ids, None)
+    for speed in ([1024] * 7 + [300], [800] + [1024] * 7):
+        for planner in (gpu, cpu):
+            planner.set_capacity(speed=speed)
+        graph.replay()
+        assert torch.equal(out.cpu(), cpu.run(ids, None))
+        assert torch.equal(gpu.run(there, None).cpu(), cpu.run(ids, None))
+        graph.replay()
+        cpu.run(ids, None)
+    assert torch.equal(gpu.history().cpu(), cpu.history())

@@ -169,19 +169,13 @@ struct GroupSolve {
     }
 };
 
-template <Solver kSolver, bool kRecords>
-__device__ __noinline__ void solve_ranked(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
-                                          const RecordingOf<kRecords> &record);
-template <bool kRanked, Solver kSolver>
-constexpr bool kMayFindRanked = !kRanked && kSolver != kInterior;
-
 template <Solver kSolver, bool kPlain, bool kRecords, bool kRanked>
-__device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
-                                          const RecordingOf<kRecords> &record) {
+__global__ void __launch_bounds__(512, 1)
+    solve_groups(const __grid_constant__ Tables t, const __grid_constant__ CountMatrix<true> loads, const __grid_constant__ PlanOut out,
+                 const __grid_constant__ RecordingOf<kRecords> record) {
     using Work = GroupSolve<kSolver, kPlain, kRecords, kRanked>;
     extern __shared__ int4 memory[];
     MARK(0);
-    const bool ranked = kMayFindRanked<kRanked, kSolver> && t.ranked();
     Work work(memory, t, loads, out, record);
     const SolveSpace &space = work.space;
     const int group = work.group;
@@ -198,10 +192,6 @@ __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<tru
         space.sums.clear(t.shape, 1, work.first, work.stride);
     }
     if constexpr (!Work::kLanes) space.open_group(t, group);
-    if constexpr (kMayFindRanked<kRanked, kSolver>) {
-        // A vote, which the compiler knows to be one number for the warp.
-        if (__any_sync(kFullWarp, ranked)) return solve_ranked<kSolver, kRecords>(t, loads, out, record);  // begins anew
-    }
     record.open();
     wait_for_stream();
     let_next_start();
@@ -274,21 +264,6 @@ __device__ __forceinline__ void solve_all(const Tables &t, const CountMatrix<tru
     MARK(7);
 }
 
-// Where the ranks differ, in a kernel that was launched for others (it records, or its graph is older): a call, so that it costs the others
-// nothing.
-template <Solver kSolver, bool kRecords>
-__device__ __noinline__ void solve_ranked(const Tables &t, const CountMatrix<true> &loads, const PlanOut &out,
-                                          const RecordingOf<kRecords> &record) {
-    solve_all<kSolver, false, kRecords, true>(t, loads, out, record);
-}
-
-template <Solver kSolver, bool kPlain, bool kRecords, bool kRanked>
-__global__ void __launch_bounds__(512, 1)
-    solve_groups(const __grid_constant__ Tables t, const __grid_constant__ CountMatrix<true> loads, const __grid_constant__ PlanOut out,
-                 const __grid_constant__ RecordingOf<kRecords> record) {
-    solve_all<kSolver, kPlain, kRecords, kRanked>(t, loads, out, record);
-}
-
 template <bool kRecords>
 using SolveKernel = void (*)(Tables, CountMatrix<true>, PlanOut, RecordingOf<kRecords>);
 
@@ -298,7 +273,7 @@ SolveKernel<kRecords> interior_kernel();
 extern template SolveKernel<false> interior_kernel<false>();
 extern template SolveKernel<true> interior_kernel<true>();
 
-// The one table of solvers. kRanked: for planners whose ranks differ.
+// The one table of solvers. kRanked: for planners whose ranks may differ.
 template <bool kPlain, bool kRecords, bool kRanked = false>
 SolveKernel<kRecords> solve_kernel(Solver solver) {
     switch (solver) {
@@ -322,6 +297,6 @@ SolveKernel<kRecords> solve_kernel(Solver solver) {
 // Compiled in files of their own.
 extern template SolveKernel<true> solve_kernel<false, true>(Solver);
 extern template SolveKernel<false> solve_kernel<true, false, true>(Solver);
-extern template SolveKernel<false> solve_kernel<false, false, true>(Solver);
+extern template SolveKernel<true> solve_kernel<false, true, true>(Solver);
 
 }  // namespace lplb

@@ -211,6 +211,9 @@ class Planner:
         slower). fixed: integers [ep_size], 0 .. 2**24 units of a normal rank: what else it has to do before. None: all 1024, all 0; both
         None: the ranks are alike, as in a new planner. Every rank sets the same, between the same plans: the counts that travel carry a
         digest of it. Holds until set again, under new placements too. Waits for the planner's device; captured CUDA graphs follow.
+
+        The first call comes before the planner's first plan, else WrongOrder: planners whose ranks may differ plan by kernels of their own.
+        Who knows of no differences yet calls set_capacity() there, and sets them later.
         """
         speeds, costs = capacities(speed, fixed, self.ep_size)
         if alike(speeds, costs):
