@@ -47,13 +47,16 @@ final class Scenarios {
 
     // Deviations of the logarithm of a load: its own, its group's, and by the logarithm of the load itself.
     private static let own = 0.22, group = 0.12, slope = 0.12
+    /// Strengths of the drift in turn: large ones too, since what arrives may be another task. Several snapshots show a part of it
+    /// themselves.
+    private static let alone = [0.6, 1.0, 1.5], mixed = [0.35, 0.56, 0.84]
     /// Means of the eighths of the normal distribution: every one of them is drawn as often.
     private static let slopes = [-1.65, -0.4, 0.12, 0.9, -0.9, 0.4, 1.65, -0.12]
 
     /// - Parameter count: the first 8 and the first 24 are small samples of the same kind.
     init(_ count: Int, nLogical: Int, groupSize: Int, nSnapshots: Int) {
         (self.count, self.nLogical) = (count, nLogical)
-        strengths = [0.5, 0.8, 1.2].map { $0 * (nSnapshots > 1 ? 0.7 : 1) }
+        strengths = nSnapshots > 1 ? Scenarios.mixed : Scenarios.alone
         factor = .allocate(capacity: count * nLogical)
         loads = .allocate(capacity: count * nLogical)
         loads.initialize(repeating: 0, count: count * nLogical)
