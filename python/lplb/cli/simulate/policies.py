@@ -107,7 +107,7 @@ def proportional(counts: Int64Array, replicas: Replicas, split: Int64Array) -> I
 
 def fewest_experts(counts: Int64Array, replicas: Replicas) -> Int64Array:
     """
-    Greedy balancing of active experts, as METRO's (arXiv 2512.09277): one after the other, each expert that has tokens goes whole to the rank
+    Greedy balancing of active experts, of METRO's kind (arXiv 2512.09277): one after the other, each expert that has tokens goes whole to the rank
     with the fewest active experts so far among those that hold it; the experts with the fewest replicas first, the lowest rank of equals.
     """
     active = np.zeros(replicas.ranks, dtype=np.int64)

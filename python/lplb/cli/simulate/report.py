@@ -147,7 +147,7 @@ def _footnotes(played: Played) -> list[str]:
         lines.append(f"'{TOKENS}' has as few tokens on the busiest rank as can be, and is measured by the same cost as the others.")
     if played.of(GREEDY):
         lines.append(f"'{GREEDY}': each active expert, those with the fewest replicas first, goes to the rank that holds it and has the "
-                     "fewest so far, as METRO's routing (arXiv 2512.09277) does.")
+                     "fewest so far, a greedy of METRO's kind (arXiv 2512.09277).")
     if played.of(EPLB_EXACT):
         lines.append(f"'{EPLB_EVEN}' and '{EPLB_EXACT}': EPLB's placement by the same history in as many slots, which stays as it is.")
     if played.options.every:
