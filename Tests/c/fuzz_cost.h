@@ -29,10 +29,11 @@ static void set_capacity(subject *s) {
     int ranked = 0;
     for (int64_t r = 0; bad == 0 && r < n; r++) ranked |= (speed != NULL && speed[r] != LPLB_SPEED_NORMAL) || (fixed != NULL && fixed[r] != 0);
     if (ranked && (s->config.record & LPLB_RECORD_METRICS) != 0) expected = FAILS; /* metrics know tokens only */
-    if (expected == OK && !s->may_differ && s->ever_planned) expected = LPLB_ERROR_WRONG_ORDER;
+    const int stays_alike = (s->config.record & LPLB_RECORD_METRICS) != 0; /* then there is nothing to set */
+    if (expected == OK && !stays_alike && !s->may_differ && s->ever_planned) expected = LPLB_ERROR_WRONG_ORDER;
     const lplb_status status = lplb_planner_set_capacity(s->handle, speed, fixed, n, NULL);
     if (status == LPLB_OK) {
-        s->ranked = ranked, s->may_differ = 1;
+        s->ranked = ranked, s->may_differ |= !stays_alike;
         s->ever_ranked |= s->ranked;
     }
     after(s, "lplb_planner_set_capacity", status, expected);
