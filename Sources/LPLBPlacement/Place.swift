@@ -237,7 +237,12 @@ private func nameRanks(
 ) throws(RuleViolation) {
     let perNode = request.slots.count / request.nNodes, spreads = request.nNodes > 1 && !request.isHierarchical
     for (layer, slots) in layers.enumerated() where spreads {
-        layers[layer] = spreadOverHosts(slots, weight: request.weight(of: layer, history), slots: request.slots, nNodes: request.nNodes)
+        let weight = request.weight(of: layer, history)
+        let spread = spreadOverHosts(slots, weight: weight, slots: request.slots, nNodes: request.nNodes)
+        func leavesNode(_ phy2log: [Int32]) throws(RuleViolation) -> Double {
+            Locality(try Placement(shape: shape, phy2log: phy2log), weight: weight, nNodes: request.nNodes).leavesNode
+        }
+        if try leavesNode(spread) < leavesNode(slots) { layers[layer] = spread }
     }
     guard request.policy == .flow || request.evenHomes else { return }
     if spreads {
